@@ -1,0 +1,1 @@
+"""Large language models served with prefill and decode on different processors."""
