@@ -1,0 +1,199 @@
+"""Settings of one server, and the flags that set them. Names are SGLang's where SGLang has the setting.
+
+A flag that is not in the table is refused by name; nothing is ignored. Values are checked once, here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from diptych.errors import ConfigError
+
+Flags = tuple[str, ...]
+
+
+def flag(default: Any, help: str, *names: str, choices: Flags | None = None, parse: Any = None) -> Any:
+    """A setting with its flags. `names` empty: `--` + the field's name with dashes."""
+    metadata = {"help": help, "names": names, "choices": choices, "parse": parse}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything `diptych serve` can be told. Sizes in tokens unless the name says otherwise; times in seconds."""
+
+    # what is served
+    model_path: str = flag(
+        "", "folder with config.json, *.safetensors and tokenizer.json (required)", "--model-path", "--model"
+    )
+    served_model_name: str = flag("", "name shown to clients (default: the model path without a trailing slash)")
+    tokenizer_path: str = flag("", "folder with tokenizer.json (default: the model path)")
+    chat_template: str = flag("", "file with a Jinja chat template (default: the model's own)")
+    load_format: str = flag(
+        "auto", "where weights come from; dummy fills uniform(-1e-3, 1e-3)", choices=("auto", "safetensors", "dummy")
+    )
+    model_impl: str = flag(
+        "auto",
+        "diptych: our own Qwen3 and Llama; transformers: any causal model that library knows",
+        choices=("auto", "diptych", "transformers"),
+    )
+    dtype: str = flag(
+        "auto",
+        "type of weights and activations; auto: float32 on a CPU, the checkpoint's on a GPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    context_length: int = flag(0, "longest sequence served (default: the model's max_position_embeddings)")
+    # where
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(30000, "port to listen on; 0 lets the kernel choose")
+    device: str = flag("auto", "auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
+    tp_size: int = flag(
+        1, "tensor parallel size: engine processes that share each layer", "--tp", "--tp-size", "--tensor-parallel-size"
+    )
+    cpu_threads: int = flag(1, "torch threads of one engine process on a CPU")
+    # memory and scheduling
+    page_size: int = flag(16, "tokens a KV page holds")
+    max_total_tokens: int = flag(
+        0, "tokens the KV pool holds (default on a CPU: what 256 MiB hold, at least one context)"
+    )
+    max_running_requests: int = flag(64, "sequences that decode together at most")
+    max_queued_requests: int = flag(4096, "requests that may wait; beyond that 429")
+    chunked_prefill_size: int = flag(512, "prompt tokens computed in one step at most; -1: no limit")
+    schedule_policy: str = flag(
+        "fcfs", "who is admitted next: first come, or longest cached prefix", choices=("fcfs", "lpm")
+    )
+    disable_radix_cache: bool = flag(False, "do not keep finished prompts' KV for reuse")
+    # answers
+    sampling_defaults: str = flag(
+        "model",
+        "where missing sampling values come from: the model's generation_config.json, or OpenAI's constants",
+        choices=("model", "openai"),
+    )
+    reasoning_parser: str = flag(
+        "", "split <think> text into reasoning_content", choices=("", "qwen3", "qwen3-thinking", "deepseek-r1")
+    )
+    tool_call_parser: str = flag("", "turn tool call text into tool_calls", choices=("", "qwen", "qwen25", "hermes"))
+    default_chat_template_kwargs: dict[str, Any] = flag(
+        {}, "JSON object of template variables used when a request has none", parse=_json_object
+    )
+    grammar_backend: str = flag(
+        "llguidance",
+        "engine for response_format, json_schema, regex and ebnf; none refuses them",
+        choices=("llguidance", "none"),
+    )
+    enable_cache_report: bool = flag(False, "report cached tokens in usage.prompt_tokens_details")
+    # disaggregation
+    disaggregation_mode: str = flag("null", "null: this server does both phases", choices=("null", "prefill", "decode"))
+    disaggregation_bootstrap_port: int = flag(
+        8998, "port of a prefill server's bootstrap service; 0 lets the kernel choose"
+    )
+    disaggregation_transfer_backend: str = flag(
+        "auto",
+        "how KV pages travel; auto: shared memory on one host, else TCP",
+        choices=("auto", "shm", "tcp", "nixl", "fake"),
+    )
+    disaggregation_decode_enable_radix_cache: bool = flag(
+        False, "let a decode server keep and reuse prefixes; prefill then sends only the rest"
+    )
+    num_reserved_decode_tokens: int = flag(
+        512, "tokens a decode server keeps free for each running request when it admits another"
+    )
+    disaggregation_bootstrap_timeout: float = flag(
+        300.0, "longest wait of a prefill server for the decode side's pages, and the reverse, in seconds"
+    )
+    disaggregation_heartbeat_timeout: float = flag(
+        5.0, "silence after which the other side of a hand-over counts as dead, in seconds"
+    )
+    disaggregation_secret_file: str = flag(
+        "", "file with the secret both sides of a hand-over must know (or env DIPTYCH_PD_SECRET)"
+    )
+    # edges
+    api_key: str = flag("", "bearer key for the inference endpoints (or env DIPTYCH_API_KEY)")
+    admin_api_key: str = flag(
+        "", "bearer key for /flush_cache, /abort_request, /pause_generation ...; set: api-key no longer opens them"
+    )
+    enable_metrics: bool = flag(False, "serve Prometheus metrics on /metrics")
+    metrics_prefix: str = flag("sglang:", "prefix of the metrics' names")
+    drain_timeout: float = flag(120.0, "longest wait for running requests after SIGTERM, in seconds")
+    watchdog_timeout: float = flag(300.0, "a step longer than this ends the server, in seconds")
+    random_seed: int = flag(0, "seed of the dummy weights, and of seeds drawn for requests without one (0: random)")
+    log_level: str = flag("info", "lowest level that is logged", choices=("debug", "info", "warning", "error"))
+
+    @property
+    def pd_secret(self) -> str:
+        """The shared secret of the hand-over, "" when none is set. Raises ConfigError if its file cannot be read."""
+        if not self.disaggregation_secret_file:
+            return os.environ.get("DIPTYCH_PD_SECRET", "")
+        try:
+            return Path(self.disaggregation_secret_file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"--disaggregation-secret-file: cannot read it ({error.strerror})") from None
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model_path.rstrip("/") or "/"
+
+    def check(self) -> None:
+        """Raise ConfigError, naming the flag, for values that cannot work together."""
+        if not self.model_path:
+            raise ConfigError("--model-path is required: a folder with config.json, *.safetensors and tokenizer.json")
+        at_least = {"tp_size": 1, "cpu_threads": 1, "page_size": 1, "max_running_requests": 1, "max_queued_requests": 1}
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
+        if self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
+            raise ConfigError(
+                f"--chunked-prefill-size must be positive, or -1 for no limit, not {self.chunked_prefill_size}"
+            )
+        for name in ("port", "disaggregation_bootstrap_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"--{name.replace('_', '-')} must be a port number, not {getattr(self, name)}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(message)
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Put a flag for every field of ServerConfig on `parser`; each help text ends with the default."""
+    for item in fields(ServerConfig):
+        meta = item.metadata
+        names = meta["names"] or (f"--{item.name.replace('_', '-')}",)
+        default = {} if item.name == "default_chat_template_kwargs" else item.default
+        shown = "" if default in ("", {}, False) else f" (default: {default})"
+        if isinstance(default, bool):
+            parser.add_argument(*names, dest=item.name, action="store_true", help=meta["help"])
+            continue
+        kind = meta["parse"] or type(default)
+        parser.add_argument(
+            *names, dest=item.name, type=kind, default=default, choices=meta["choices"], help=meta["help"] + shown
+        )
+
+
+def parse_server_args(argv: list[str]) -> ServerConfig:
+    """Flags to settings. Raises ConfigError that names an unknown flag or a bad value; `--help` prints and exits 0."""
+    parser = _Parser(
+        prog="diptych serve", description="Serve one model: both phases, or one of them.", allow_abbrev=False
+    )
+    add_server_flags(parser)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ConfigError(f"unknown flag {unknown[0]}; `diptych serve --help` lists what is supported")
+    config = ServerConfig(**vars(known))
+    config.check()
+    return config

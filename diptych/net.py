@@ -1,0 +1,105 @@
+"""Names and sockets, aware of the pod a process runs in.
+
+`diptych up` runs every pod of a group on this machine, each with its own loopback address. Two variables tell our programs:
+`DIPTYCH_HOSTS` names a hosts file (`IP name name…`, re-read when it changes), so that pod DNS names resolve, and
+`DIPTYCH_POD_IP` is the address that a wildcard bind (0.0.0.0) means inside the pod. On Kubernetes both are unset.
+All servers bind through `listen_socket` and all clients resolve through `resolve` or `Resolver`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from diptych.errors import ConfigError, Unavailable
+
+_WILDCARDS = ("", "0.0.0.0", "::", "*")
+_cached: tuple[tuple[str, int, int], dict[str, str]] | None = None
+
+
+def bind_address(host: str) -> str:
+    """The address to bind for `host`: a wildcard inside a local pod means the pod's own address."""
+    if host in _WILDCARDS:
+        return os.environ.get("DIPTYCH_POD_IP") or ("0.0.0.0" if host in ("", "*") else host)
+    return host
+
+
+def listen_socket(host: str, port: int, *, backlog: int = 1024) -> socket.socket:
+    """A listening TCP socket, non-blocking. Port 0 lets the kernel choose. Raises ConfigError that names the address."""
+    address = bind_address(host)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((resolve_now(address), port))
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"cannot listen on {address}:{port} ({error.strerror}); choose another --host or --port"
+        ) from None
+    sock.setblocking(False)
+    return sock
+
+
+def _pod_hosts() -> dict[str, str]:
+    """name -> address from the file in DIPTYCH_HOSTS, read again whenever it was rewritten."""
+    global _cached
+    path = os.environ.get("DIPTYCH_HOSTS")
+    if not path:
+        return {}
+    try:
+        stat = os.stat(path)
+        key = (path, stat.st_mtime_ns, stat.st_ino)
+        if _cached is None or _cached[0] != key:
+            lines = [line.split("#")[0].split() for line in Path(path).read_text().splitlines()]
+            _cached = key, {name: fields[0] for fields in lines if fields for name in fields[1:]}
+    except FileNotFoundError:
+        return {}
+    return _cached[1]
+
+
+def resolve_now(host: str, family: int = socket.AF_UNSPEC) -> str:
+    """`host` as an address. Blocks for names that the pod's hosts file does not have. Raises Unavailable if unknown."""
+    known = _pod_hosts().get(host)
+    if known:
+        return known
+    try:
+        return str(socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0])
+    except socket.gaierror as error:
+        raise Unavailable(
+            f"the name {host} does not resolve ({error.strerror}); check the address or the DNS"
+        ) from None
+
+
+async def resolve(host: str, *, timeout_s: float = 5.0) -> str:
+    """`host` as an address, without blocking the loop. Raises Unavailable, or TimeoutError after `timeout_s`."""
+    known = _pod_hosts().get(host)
+    if known:
+        return known
+    if host.replace(".", "").isdigit() or ":" in host:
+        return host
+    return await asyncio.wait_for(asyncio.to_thread(resolve_now, host), timeout_s)
+
+
+class Resolver(AbstractResolver):
+    """`resolve` for aiohttp clients: `TCPConnector(resolver=Resolver())`."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        try:
+            address = await resolve(host)
+        except Unavailable as error:
+            raise OSError(error.message) from None
+        kind = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
+        ]
+
+    async def close(self) -> None:
+        return None
