@@ -28,21 +28,29 @@ def bind_address(host: str) -> str:
     return host
 
 
-def listen_socket(host: str, port: int, *, backlog: int = 1024) -> socket.socket:
-    """A listening TCP socket, non-blocking. Port 0 lets the kernel choose. Raises ConfigError that names the address."""
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A bound TCP socket that does not accept yet: the port is ours, connections are refused until somebody listens.
+
+    Port 0 lets the kernel choose. Raises ConfigError that names the address.
+    """
     address = bind_address(host)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((resolve_now(address), port))
-        sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise ConfigError(
-            f"cannot listen on {address}:{port} ({error.strerror}); choose another --host or --port"
-        ) from None
+        reason = error.strerror
+        raise ConfigError(f"cannot listen on {address}:{port} ({reason}); choose another --host or --port") from None
     sock.setblocking(False)
+    return sock
+
+
+def listen_socket(host: str, port: int, *, backlog: int = 1024) -> socket.socket:
+    """A listening TCP socket, non-blocking. Port 0 lets the kernel choose. Raises ConfigError that names the address."""
+    sock = bind_socket(host, port)
+    sock.listen(backlog)
     return sock
 
 

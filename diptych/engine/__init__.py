@@ -1,0 +1,1 @@
+"""One engine: the loop, its roles, the processes around it."""

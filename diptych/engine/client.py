@@ -1,0 +1,164 @@
+"""The API process's view of its engine: submit, stream, abort, ask."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from diptych.errors import BadRequest, DeadlineExceeded, DiptychError, Overloaded, Unavailable
+from diptych.types import (
+    Abort,
+    Control,
+    ControlReply,
+    FromEngine,
+    ModelInfo,
+    Output,
+    Outputs,
+    Request,
+    Stats,
+    Submit,
+    ToEngine,
+)
+
+CONTROL_TIMEOUT_S = 10.0
+
+
+class EngineClient(Protocol):
+    """What the API needs of an engine."""
+
+    model: ModelInfo
+    stats: Stats
+    max_total_num_tokens: int
+    alive: bool
+
+    def generate(self, request: Request) -> AsyncIterator[Output]:
+        """The request's outputs, up to the one with `finish`. Closing the iterator early aborts the request.
+
+        Raises Unavailable when the engine dies meanwhile.
+        """
+
+    async def abort(self, rid: str, message: str) -> None:
+        """Abort one request, or all with "". Unknown ids are ignored."""
+
+    async def control(self, op: str, **args: Any) -> dict[str, Any]:
+        """Run a control operation (types.Control). Raises what the engine refuses, or DeadlineExceeded."""
+
+
+class _Stream:
+    """Outputs of one request on their way to its handler: a queue with one reader and no limit but the request's own."""
+
+    __slots__ = ("_items", "_waiter", "dead")
+
+    def __init__(self) -> None:
+        self._items: deque[Output] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self.dead = False
+
+    def put(self, output: Output) -> None:
+        self._items.append(output)
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Output:
+        while not self._items:
+            if self.dead:
+                raise Unavailable("the engine of this server has stopped; the request was lost, send it again")
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+class EngineLink:
+    """EngineClient over any `send` (a channel to the engine process, or an engine in this process)."""
+
+    def __init__(self, send: Callable[[ToEngine], None], model: ModelInfo, max_total_num_tokens: int) -> None:
+        self.model = model
+        self.max_total_num_tokens = max_total_num_tokens
+        self.stats = Stats()
+        self.alive = True
+        self.on_stats: Callable[[Stats], None] = lambda stats: None
+        self._send = send
+        self._streams: dict[str, _Stream] = {}
+        self._replies: dict[int, asyncio.Future[ControlReply]] = {}
+        self._ids = itertools.count(1)
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        if not self.alive:
+            raise Unavailable("the engine of this server has stopped; send the request to another")
+        if request.rid in self._streams:
+            raise BadRequest(f"a request with rid {request.rid!r} is already running; choose another", param="rid")
+        stream = self._streams[request.rid] = _Stream()
+        self._send(Submit(request))
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finish is not None
+                yield output
+        finally:
+            del self._streams[request.rid]
+            if not finished and self.alive:
+                self._send(Abort(request.rid, "the client went away"))
+
+    async def abort(self, rid: str, message: str) -> None:
+        self._send(Abort(rid, message))
+
+    async def control(self, op: str, **args: Any) -> dict[str, Any]:
+        if not self.alive:
+            raise Unavailable("the engine of this server has stopped")
+        number = next(self._ids)
+        future: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
+        self._replies[number] = future
+        try:
+            self._send(Control(number, op, args))
+            async with asyncio.timeout(CONTROL_TIMEOUT_S):
+                reply = await future
+        except TimeoutError:
+            raise DeadlineExceeded(f"the engine did not answer {op} within {CONTROL_TIMEOUT_S:g} s") from None
+        finally:
+            del self._replies[number]
+        if not reply.ok:
+            raise _from_wire(reply.result)
+        return reply.result
+
+    # ---- fed by whoever owns the connection ----
+
+    def receive(self, message: FromEngine) -> None:
+        """Take a message of the engine."""
+        if isinstance(message, Outputs):
+            if message.stats is not None:
+                self.stats = message.stats
+                self.on_stats(message.stats)
+            for output in message.outputs:
+                stream = self._streams.get(output.rid)
+                if stream is not None:
+                    stream.put(output)
+        elif isinstance(message, ControlReply):
+            future = self._replies.get(message.id)
+            if future is not None and not future.done():
+                future.set_result(message)
+
+    def died(self) -> None:
+        """The engine is gone: every request and every question ends now."""
+        self.alive = False
+        for stream in self._streams.values():
+            stream.dead = True
+            stream.wake()
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(Unavailable("the engine of this server has stopped"))
+
+
+def _from_wire(result: dict[str, Any]) -> DiptychError:
+    """An error of the engine as an exception of the same status."""
+    status, message = result.get("status", 500), result.get("message", "the engine refused")
+    for kind in (BadRequest, Overloaded, Unavailable):
+        if kind.status == status:
+            return kind(message)
+    return DiptychError(message)

@@ -1,0 +1,340 @@
+"""The engine loop: plan, run, commit, publish. One asyncio task; everything between two steps happens here.
+
+What arrives while a step runs (new requests, aborts, control) waits in the inbox until the step is committed, so no page
+changes its owner under a running forward pass. The three roles differ only in the hooks of `Role`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from diptych.errors import AuditError, BadRequest, DiptychError
+from diptych.sched.commit import ChunkDone, Sampled, commit
+from diptych.sched.plan import schedule
+from diptych.sched.queue import abort, release
+from diptych.sched.state import SchedState, Seq, audit_state, stats
+from diptych.text.grammar import GrammarCompiler, GrammarState
+from diptych.types import (
+    Abort,
+    Control,
+    ControlReply,
+    Finish,
+    FromEngine,
+    Output,
+    Outputs,
+    Plan,
+    Request,
+    Stats,
+    StepResult,
+    Submit,
+    ToEngine,
+    TokenLogprob,
+)
+
+log = logging.getLogger(__name__)
+
+STATS_PERIOD_S = 0.05  # a busy engine reports its state at most this often
+IDLE_TICK_S = 1.0  # an idle engine looks at its deadlines at least this often
+
+
+class Role(Protocol):
+    """What a prefill server, a decode server and a server of both phases do differently."""
+
+    def admit(self, request: Request, now: float) -> None:
+        """A new request. Raises DiptychError if it cannot be served; nothing is held then."""
+
+    def advance(self, now: float) -> None:
+        """Between steps: move hand-overs on."""
+
+    def chunk_done(self, event: ChunkDone) -> None:
+        """Some of a prompt's pages were filled."""
+
+    def finished(self, seq: Seq, event: Sampled) -> bool:
+        """The sequence has its last token. False: the role publishes the end and releases the pages later."""
+
+    def abort(self, rid: str, message: str) -> bool:
+        """Forget a request that the role holds outside the scheduler. True if it had it."""
+
+    def held(self) -> list[str]:
+        """Requests that the role knows, in its queues or in a hand-over."""
+
+    def add_stats(self, report: Stats) -> None:
+        """Fill in the role's part of the report."""
+
+
+class Engine:
+    """Runs one scheduler over one runner.
+
+    `compute` runs a plan and returns its result; `emit` takes messages for the API process; `disturb`, if given, may change
+    the scheduler's state before each step (fault injection in tests).
+    """
+
+    def __init__(
+        self,
+        state: SchedState,
+        compute: Callable[[Plan], Awaitable[StepResult]],
+        emit: Callable[[FromEngine], None],
+        *,
+        grammars: GrammarCompiler | None,
+        watchdog_s: float = 300.0,
+        disturb: Callable[[SchedState, float], None] | None = None,
+    ) -> None:
+        self.state = state
+        self.role: Role  # set by the role itself, which needs the engine first
+        self.wake = asyncio.Event()
+        self.facts: dict[str, Any] = {}  # what the worker adds to the `state` report
+        self._compute = compute
+        self._emit = emit
+        self._grammars = grammars
+        self._watchdog_s = watchdog_s
+        self._disturb = disturb
+        self._inbox: deque[ToEngine] = deque()
+        self._outputs: list[Output] = []
+        self._grammar_of: dict[str, GrammarState] = {}
+        self._steps = 0
+        self._forward_s = 0.0
+        self._stats_at = 0.0
+        self._stopping = False
+
+    # ---- from outside ----
+
+    def deliver(self, message: ToEngine) -> None:
+        """Queue a message; it is handled before the next step."""
+        self._inbox.append(message)
+        self.wake.set()
+
+    def stop(self) -> None:
+        """Let `run` return after the current step."""
+        self._stopping = True
+        self.wake.set()
+
+    async def run(self) -> None:
+        """Serve until `stop`. Raises only when the engine cannot go on."""
+        loop = asyncio.get_running_loop()
+        while not self._stopping:
+            # 1) take in what has arrived, and move the hand-overs on
+            self.wake.clear()
+            while self._inbox:
+                self._handle(self._inbox.popleft(), loop.time())
+            self.role.advance(loop.time())
+            # 2) decide what runs next
+            if self._disturb is not None:
+                self._disturb(self.state, loop.time())
+            plan = schedule(self.state, loop.time())
+            if plan is None:
+                self._publish(loop.time(), idle=True)
+                await self._sleep()
+                continue
+            # 3) run it, 4) write down what it did, 5) tell the API process
+            result = await self._step(plan)
+            if result is not None:
+                for event in commit(self.state, plan, result, loop.time()):
+                    self.on_event(event)
+            self._publish(loop.time(), idle=False)
+
+    async def _sleep(self) -> None:
+        try:
+            async with asyncio.timeout(IDLE_TICK_S):
+                await self.wake.wait()
+        except TimeoutError:
+            pass
+
+    # ---- one step ----
+
+    async def _step(self, plan: Plan) -> StepResult | None:
+        """Run the plan. A failed step ends its own requests and nothing else; a hung one ends the engine."""
+        for row in plan.rows:
+            grammar = self._grammar_of.get(row.rid)
+            if grammar is not None and row.samples:
+                row.mask = grammar.mask()
+        try:
+            async with asyncio.timeout(self._watchdog_s):
+                result = await self._compute(plan)
+        except TimeoutError:
+            raise DiptychError(f"a step took longer than --watchdog-timeout ({self._watchdog_s:g} s)") from None
+        except Exception:
+            log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
+            for row in plan.rows:
+                self.drop(row.rid, Finish("abort", message="the model failed on this step", status=500, code="step_failed"))
+            return None
+        self._steps += 1
+        self._forward_s += result.duration_s
+        return result
+
+    def on_event(self, event: Sampled | ChunkDone) -> None:
+        """Pass on what a step (or a finished hand-over) did to one sequence."""
+        if isinstance(event, ChunkDone):
+            self.role.chunk_done(event)
+            return
+        seq = event.seq
+        rid = seq.request.rid
+        grammar = self._grammar_of.get(rid)
+        if grammar is not None:
+            grammar.advance(event.token)
+        finish = event.finish
+        if finish is not None and not self.role.finished(seq, event):
+            finish = None
+        self.publish_token(seq, event.token, event.logprob, event.prompt_logprobs, finish)
+        if finish is not None:
+            self.end(seq, keep=True)
+
+    # ---- for the roles ----
+
+    def publish_token(
+        self,
+        seq: Seq,
+        token: int,
+        logprob: TokenLogprob | None,
+        prompt_logprobs: list[TokenLogprob] | None,
+        finish: Finish | None,
+    ) -> None:
+        """Put one token (and the end, if it is the last) into the next message to the API process."""
+        wanted = seq.request.logprobs is not None
+        self._outputs.append(
+            Output(
+                rid=seq.request.rid,
+                tokens=[token],
+                logprobs=[logprob] if wanted and logprob is not None else None,
+                prompt_logprobs=prompt_logprobs,
+                finish=finish,
+                prompt_tokens=seq.num_prompt,
+                cached_tokens=seq.cached_tokens,
+                num_retractions=seq.num_retractions,
+            )
+        )
+
+    def publish_end(self, seq: Seq, finish: Finish) -> None:
+        """Tell the API process that a sequence ended, without a further token."""
+        self._outputs.append(
+            Output(
+                rid=seq.request.rid,
+                finish=finish,
+                prompt_tokens=seq.num_prompt,
+                cached_tokens=seq.cached_tokens,
+                num_retractions=seq.num_retractions,
+            )
+        )
+
+    def refuse(self, rid: str, error: DiptychError) -> None:
+        """End a request that never became a sequence."""
+        finish = Finish("abort", message=error.message, status=error.status, code=error.code)
+        self._grammar_of.pop(rid, None)
+        self._outputs.append(Output(rid=rid, finish=finish))
+
+    def end(self, seq: Seq, *, keep: bool) -> None:
+        """Give the sequence's pages back; with `keep` its prefix stays in the cache."""
+        self._grammar_of.pop(seq.request.rid, None)
+        release(self.state, seq, keep=keep)
+
+    def drop(self, rid: str, finish: Finish) -> bool:
+        """Take a sequence out of the scheduler, wherever it is, and publish why. False if there is none."""
+        seq = abort(self.state, rid, asyncio.get_running_loop().time())
+        if seq is None:
+            return False
+        self.end(seq, keep=False)
+        self.publish_end(seq, finish)
+        return True
+
+    # ---- messages ----
+
+    def _handle(self, message: ToEngine, now: float) -> None:
+        if isinstance(message, Submit):
+            self._submit(message.request, now)
+        elif isinstance(message, Abort):
+            rids = [message.rid] if message.rid else [*self.state.seqs, *self.role.held()]
+            for rid in dict.fromkeys(rids):
+                self._abort(rid, message.message)
+        else:
+            self._control(message)
+
+    def _submit(self, request: Request, now: float) -> None:
+        try:
+            if request.rid in self.state.seqs or request.rid in self._grammar_of:
+                raise BadRequest(f"a request with rid {request.rid!r} is already running; choose another", param="rid")
+            if request.sampling.grammar is not None:
+                if self._grammars is None:
+                    raise BadRequest("this server runs with --grammar-backend none: no structured output")
+                self._grammar_of[request.rid] = GrammarState(request.sampling, self._grammars)
+            self.role.admit(request, now)
+        except DiptychError as error:
+            self.refuse(request.rid, error)
+
+    def _abort(self, rid: str, message: str) -> None:
+        finish = Finish("abort", message=message, status=499, code="aborted")
+        held = self.role.abort(rid, message)
+        if not self.drop(rid, finish) and held:
+            self._grammar_of.pop(rid, None)
+            self._outputs.append(Output(rid=rid, finish=finish))
+
+    def _control(self, message: Control) -> None:
+        try:
+            result = self._run_control(message.op, message.args)
+            self._emit(ControlReply(message.id, True, result))
+        except DiptychError as error:
+            self._emit(ControlReply(message.id, False, {"message": error.message, "status": error.status, "code": error.code}))
+
+    def _run_control(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        state = self.state
+        if op == "pause":
+            state.paused = True
+            return {"paused": True}
+        if op == "continue":
+            state.paused = False
+            return {"paused": False}
+        if op == "flush_cache":
+            if state.seqs or self.role.held():
+                raise BadRequest("the cache can be flushed only when no request is running; wait, or abort them first")
+            return {"flushed_pages": state.tree.flush()}
+        if op == "audit":
+            return self._audit()
+        if op == "state":
+            return {
+                "requests": len(state.seqs),
+                "held": len(self.role.held()),
+                "steps": self._steps,
+                "stats": self._report(reset=False),
+                **self.facts,
+            }
+        raise BadRequest(f"unknown control operation {op!r}")
+
+    def _audit(self) -> dict[str, Any]:
+        """Recompute the page ledger. `ok` false is a defect of ours, and is logged as one."""
+        try:
+            audit_state(self.state)
+        except AuditError as error:
+            log.error("audit: %s", error.message)
+            return {"ok": False, "message": error.message}
+        pool, tree = self.state.pool, self.state.tree
+        return {
+            "ok": True,
+            "pages": pool.num_pages,
+            "free": pool.num_free,
+            "cached": tree.num_pages,
+            "requests": len(self.state.seqs),
+            "held": len(self.role.held()),
+            "grammars": len(self._grammar_of),
+        }
+
+    # ---- reports ----
+
+    def _report(self, *, reset: bool) -> Stats:
+        report = stats(self.state, reset=reset)
+        report.steps_total = self._steps
+        report.forward_seconds_total = self._forward_s
+        self.role.add_stats(report)
+        return report
+
+    def _publish(self, now: float, *, idle: bool) -> None:
+        due = now - self._stats_at >= STATS_PERIOD_S
+        if not self._outputs and not (due or idle):
+            return
+        report = None
+        if due or idle:
+            report = self._report(reset=True)
+            self._stats_at = now
+        self._emit(Outputs(self._outputs, report))
+        self._outputs = []

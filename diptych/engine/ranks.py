@@ -1,0 +1,91 @@
+"""The tensor-parallel ranks of one engine, seen from rank 0: every rank runs every plan and moves its own heads' pages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from diptych.engine.channel import Channel
+from diptych.model.runner import Runner
+from diptych.transfer.plane import Command, DataPlane, Event
+from diptych.types import Plan, StepResult
+
+
+class RunPlan(msgspec.Struct, tag="run"):
+    """Rank 0 → follower: run this step. No answer: the collectives inside keep the ranks together."""
+
+    plan: Plan
+
+
+class MovePages(msgspec.Struct, tag="move"):
+    """Rank 0 → follower: a command for its data plane."""
+
+    command: Command
+
+
+class RankReady(msgspec.Struct, tag="ready"):
+    """Follower → rank 0: loaded. `addresses`: where this rank receives pages."""
+
+    addresses: list[str]
+
+
+class PagesMoved(msgspec.Struct, tag="moved"):
+    """Follower → rank 0: its data plane's news."""
+
+    event: Event
+
+
+ToRank = RunPlan | MovePages
+FromRank = RankReady | PagesMoved
+
+
+class Ranks:
+    """Rank 0's hold on all ranks. `on_event(rank, event)` hears from every data plane; `on_death` that a follower died."""
+
+    def __init__(self, runner: Runner, on_event: Callable[[int, Event], None], on_death: Callable[[int], None]) -> None:
+        self.runner = runner
+        self.plane: DataPlane | None = None  # set by the worker when this server hands over
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self.addresses: list[list[str]] = []
+        self._on_event = on_event
+        self._on_death = on_death
+        self._channels: list[Channel] = []
+        self._ready: list[asyncio.Future[list[str]]] = []
+
+    async def connect(self, fds: list[int], timeout_s: float) -> None:
+        """Open the channels to ranks 1… and wait until each has loaded. Raises TimeoutError."""
+        loop = asyncio.get_running_loop()
+        for rank, fd in enumerate(fds, start=1):
+            self._ready.append(loop.create_future())
+            channel = Channel(FromRank, lambda m, r=rank: self._hear(r, m), lambda r=rank: self._on_death(r))
+            await channel.open(fd)
+            self._channels.append(channel)
+        async with asyncio.timeout(timeout_s):
+            self.addresses = [await ready for ready in self._ready]
+
+    def _hear(self, rank: int, message: FromRank) -> None:
+        if isinstance(message, RankReady):
+            self._ready[rank - 1].set_result(message.addresses)
+        else:
+            self._on_event(rank, message.event)
+
+    async def compute(self, plan: Plan) -> StepResult:
+        """One forward pass on all ranks."""
+        for channel in self._channels:
+            channel.send(RunPlan(plan))
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self.runner.run, plan)
+
+    def broadcast(self, command: Command) -> None:
+        """Give a command to every rank's data plane."""
+        for channel in self._channels:
+            channel.send(MovePages(command))
+        assert self.plane is not None
+        self.plane.execute(command)
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        self.thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,38 @@
+"""Both phases on one server: requests go straight to the scheduler and end when their last token is there."""
+
+from __future__ import annotations
+
+from diptych.engine.loop import Engine
+from diptych.sched.commit import ChunkDone, Sampled
+from diptych.sched.queue import add
+from diptych.sched.state import Seq
+from diptych.types import Request, Stats
+
+
+class UnifiedRole:
+    """Nothing is handed over."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        engine.role = self
+
+    def admit(self, request: Request, now: float) -> None:
+        add(self._engine.state, request, now)
+
+    def advance(self, now: float) -> None:
+        pass
+
+    def chunk_done(self, event: ChunkDone) -> None:
+        pass
+
+    def finished(self, seq: Seq, event: Sampled) -> bool:
+        return True
+
+    def abort(self, rid: str, message: str) -> bool:
+        return False
+
+    def held(self) -> list[str]:
+        return []
+
+    def add_stats(self, report: Stats) -> None:
+        pass

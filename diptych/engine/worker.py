@@ -1,0 +1,228 @@
+"""An engine process: `python -m diptych.engine.worker`, one for each tensor-parallel rank, with its Spec on standard input.
+
+Rank 0 talks to the API process, plans, and leads the other ranks; they run what they are told. A worker ends when the
+channel to its leader closes, so none outlives its server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import msgspec
+import torch
+import uvloop
+
+from diptych import mounts, net
+from diptych.config import ServerConfig
+from diptych.engine.channel import Channel
+from diptych.engine.loop import Engine
+from diptych.engine.ranks import FromRank, MovePages, PagesMoved, RankReady, Ranks, RunPlan, ToRank
+from diptych.engine.roles.decode import DecodeRole
+from diptych.engine.roles.prefill import PrefillRole
+from diptych.engine.roles.unified import UnifiedRole
+from diptych.errors import DiptychError
+from diptych.model import parallel
+from diptych.model.runner import Runner
+from diptych.obs.logs import setup_logging
+from diptych.sched.state import SchedConfig, new_state
+from diptych.text.grammar import GrammarCompiler
+from diptych.transfer.bootstrap import register
+from diptych.transfer.plane import DataPlane, Event
+from diptych.transfer.receiver import ReceiveHub
+from diptych.transfer.select import transports
+from diptych.transfer.sender import SendHub
+from diptych.types import Failed, FromEngine, Ready, ToEngine
+
+log = logging.getLogger(__name__)
+
+LOAD_TIMEOUT_S = 1800.0  # the followers' weights come from the same store as ours
+
+
+class Spec(msgspec.Struct):
+    """What a worker is told at its start. File descriptors are inherited socket ends."""
+
+    config: ServerConfig
+    rank: int
+    store_path: str  # file store of the rank group
+    leader_fd: int  # to the API process (rank 0) or to rank 0
+    follower_fds: list[int] = []  # rank 0 only: to ranks 1…
+    bootstrap_url: str = ""  # prefill, rank 0: where to register
+    bootstrap_host: str = ""  # prefill, rank 0: address under which decode finds this server
+
+
+def load(spec: Spec) -> Runner:
+    """Join the rank group and load this rank's part of the model."""
+    config = spec.config
+    torch.set_num_threads(config.cpu_threads)
+    group = None
+    if config.tp_size > 1:
+        group = parallel.init(spec.rank, config.tp_size, f"file://{spec.store_path}")
+    return Runner(config, spec.rank, config.tp_size, group, partial(log.info, "rank %d: %s", spec.rank))
+
+
+async def follow(spec: Spec, runner: Runner) -> None:
+    """Ranks 1…: run plans and move pages as rank 0 says, until it is gone."""
+    gone = asyncio.Event()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+    failure: list[BaseException] = []
+
+    def hear(message: ToRank) -> None:
+        if isinstance(message, RunPlan):
+            asyncio.get_running_loop().run_in_executor(thread, runner.run, message.plan).add_done_callback(check)
+        else:
+            assert plane is not None
+            plane.execute(message.command)
+
+    def check(future: asyncio.Future[object]) -> None:
+        error = future.exception()
+        if error is not None:
+            failure.append(error)
+            gone.set()
+
+    channel = Channel(ToRank, hear, gone.set)
+    plane = make_plane(spec, runner, lambda event: channel.send(PagesMoved(event)))
+    addresses = await plane.start(net.bind_address(spec.config.host)) if plane else []
+    await channel.open(spec.leader_fd)
+    channel.send(RankReady(addresses))
+    await gone.wait()
+    if plane:
+        await plane.close()
+    thread.shutdown(wait=False, cancel_futures=True)
+    if failure:
+        raise failure[0]
+
+
+def make_plane(spec: Spec, runner: Runner, on_event: object) -> DataPlane | None:
+    """This rank's data plane, or None on a server that hands nothing over."""
+    if spec.config.disaggregation_mode == "null":
+        return None
+    return DataPlane(
+        runner.store,
+        transports(spec.config.disaggregation_transfer_backend),
+        rank=spec.rank,
+        world=spec.config.tp_size,
+        num_kv_heads=runner.info.num_kv_heads,
+        on_event=on_event,  # type: ignore[arg-type]
+    )
+
+
+async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
+    """Rank 0: the engine loop."""
+    config = spec.config
+    ended = asyncio.Event()
+    channel: Channel = Channel(ToEngine, lambda message: engine.deliver(message), ended.set)
+    hub: SendHub | ReceiveHub | None = None
+    lost: list[int] = []
+
+    def on_event(rank: int, event: Event) -> None:
+        assert hub is not None
+        hub.handle_event(rank, event)
+
+    def on_death(rank: int) -> None:
+        lost.append(rank)
+        ended.set()
+
+    ranks = Ranks(runner, on_event, on_death)
+    ranks.plane = make_plane(spec, runner, partial(on_event, 0))
+    state = new_state(
+        SchedConfig(
+            max_running=config.max_running_requests,
+            max_queued=config.max_queued_requests,
+            chunk_tokens=config.chunked_prefill_size,
+            policy=config.schedule_policy,
+            context_len=runner.info.context_len,
+            page_size=config.page_size,
+            radix=not config.disable_radix_cache
+            and (config.disaggregation_mode != "decode" or config.disaggregation_decode_enable_radix_cache),
+            reserved_decode_tokens=config.num_reserved_decode_tokens,
+            eos_token_ids=runner.info.eos_token_ids,
+        ),
+        runner.num_pages,
+    )
+    grammars = None
+    if config.grammar_backend != "none":
+        tokenizer = mounts.resolve(config.tokenizer_path or config.model_path)
+        grammars = GrammarCompiler(tokenizer, runner.info.vocab_size, runner.info.eos_token_ids)
+    send: object = channel.send
+    engine = Engine(state, ranks.compute, channel.send, grammars=grammars, watchdog_s=config.watchdog_timeout)
+    engine.facts = {"exact": runner.exact, "fingerprint": runner.info.fingerprint}
+
+    await ranks.connect(spec.follower_fds, LOAD_TIMEOUT_S)
+    if ranks.plane is not None:
+        ranks.addresses.insert(0, await ranks.plane.start(net.bind_address(config.host)))
+    hub = await attach_role(spec, runner, engine, ranks)
+    await channel.open(spec.leader_fd)
+    pool_tokens = runner.num_pages * config.page_size
+    channel.send(Ready(runner.info, pool_tokens, config.page_size, load_s))
+    log.info("ready: %d tokens of KV cache, %s", pool_tokens, runner.info.architecture)
+
+    loop_task = asyncio.create_task(engine.run())
+    end_task = asyncio.create_task(ended.wait())
+    done, _ = await asyncio.wait({loop_task, end_task}, return_when=asyncio.FIRST_COMPLETED)
+    engine.stop()
+    if lost:
+        channel.send(Failed(f"tensor-parallel rank {lost[0]} died"))
+    elif loop_task in done and loop_task.exception() is not None:
+        channel.send(Failed(f"the engine stopped: {loop_task.exception()}"))
+    if hub is not None:
+        await hub.close()
+    if ranks.plane is not None:
+        await ranks.plane.close()
+    ranks.close()
+    end_task.cancel()
+    if loop_task in done:
+        loop_task.result()
+    if lost:
+        raise DiptychError(f"tensor-parallel rank {lost[0]} died")
+
+
+async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) -> SendHub | ReceiveHub | None:
+    """Give the engine its role, and start the hand-over's control plane."""
+    raise DiptychError("not wired")
+
+
+def main() -> None:
+    """Entry point. Exits 0 when the leader went away, 1 after an error (which it has logged and reported)."""
+    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=Spec)
+    # The server process decides when its engines end: signals to the process group (Ctrl-C) are not for them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    setup_logging(spec.config.log_level, f"engine{spec.rank}" if spec.config.tp_size > 1 else "engine")
+    started = time.monotonic()
+    try:
+        runner = load(spec)
+    except DiptychError as error:
+        report_failure(spec, error.message)
+        sys.exit(1)
+    load_s = time.monotonic() - started
+    try:
+        uvloop.run(lead(spec, runner, load_s) if spec.rank == 0 else follow(spec, runner))
+    except DiptychError as error:
+        log.error("%s", error.message)
+        sys.exit(1)
+
+
+def report_failure(spec: Spec, message: str) -> None:
+    """Tell the API process why this engine does not start (rank 0), and the log in any case."""
+    log.error("%s", message)
+
+    async def tell() -> None:
+        channel: Channel = Channel(ToEngine, lambda _: None, lambda: None)
+        await channel.open(spec.leader_fd)
+        reply: FromEngine = Failed(message)
+        channel.send(reply)
+        channel.close()
+        await asyncio.sleep(0)
+
+    if spec.rank == 0:
+        asyncio.run(tell())
+
+
+if __name__ == "__main__":
+    main()
