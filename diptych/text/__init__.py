@@ -1,0 +1,1 @@
+"""Tokens and words: tokenizer, chat template, detokenizer, stop strings, grammars, reasoning and tool calls."""
