@@ -1,0 +1,1 @@
+"""A group as processes on this machine: one supervisor a group, one keeper a container."""
