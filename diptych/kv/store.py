@@ -1,0 +1,35 @@
+"""What the transfer sees of a rank's KV pool: pages as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class PageStore(Protocol):
+    """One rank's pool, `[page, kv_head, layer, 2, slot, dim]`: a run of heads of a page is one piece of bytes.
+
+    Heads are counted within the rank, from 0 to `num_heads`. Both methods block for the time of the copy and may be
+    called from any thread; that nobody else uses the pages meanwhile is the business of whoever holds them.
+    """
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of this rank."""
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one KV head of one page: all layers, keys and values."""
+
+    @property
+    def layout(self) -> str:
+        """`page,head,layer,kv,slot,dim:<dtype>:<page_size>:<layers>:<head_dim>`; equal on both sides of a transfer."""
+
+    def read(self, pages: Sequence[int], head_start: int, head_stop: int) -> memoryview:
+        """A copy of heads [head_start, head_stop) of `pages`: `[len(pages), heads, head_bytes]`, contiguous bytes."""
+
+    def write(self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview) -> None:
+        """The inverse of read. Raises ValueError if `data` has not the size that read would give."""

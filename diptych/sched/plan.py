@@ -1,0 +1,124 @@
+"""What the next step computes, and who gives way when pages are short."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from diptych.errors import AuditError
+from diptych.sched.pages import fits, headroom, make_room, peek
+from diptych.sched.queue import admit, retract
+from diptych.sched.rows import build
+from diptych.sched.state import SchedState, Seq
+from diptych.types import Plan
+
+LPM_WINDOW = 64  # waiting requests whose cached prefixes are compared
+LPM_PATIENCE = 16  # admissions the first of the queue lets pass before it is next itself
+
+
+def schedule(state: SchedState, now: float) -> Plan | None:
+    """The next step: one token for each decoding sequence, then chunks of prompts. None if there is nothing to compute.
+
+    Tokens: decode rows are never held back. Prompts get what `chunk_tokens` leaves, but at least one page of tokens, so
+    that a full decode batch cannot starve them; first those already begun, in order of admission, then those admitted
+    now. A chunk that is not a prompt's last ends at a page boundary if it can.
+    Pages: a sequence is admitted with pages for all its tokens (`pages.fits`), so that only decode rows ask for more.
+    If none is free the tree is evicted from, then the last admitted sequence is retracted, and so on. The oldest is
+    never retracted; alone, it can run out of pages only because of pages that are being transferred or not yet
+    released, and then sits out the step. In a step that retracts nobody is admitted.
+
+    None while paused, or when all that runs waits for pages of others: then call again after a join or a release.
+    Raises AuditError if the last plan has not been committed.
+    """
+    if state.computing:
+        raise AuditError(f"step {state.step} has not been committed")
+    if state.paused or not (state.running or state.waiting):
+        return None
+    retractions = state.counters.retractions
+    decoding = _decode(state, now)
+    budget = _prefill_budget(state, len(decoding))
+    chunks: list[tuple[Seq, int]] = []
+    if len(decoding) < len(state.running):
+        budget = _continue_prompts(state, decoding, budget, chunks)
+    if state.waiting and budget > 0 and state.counters.retractions == retractions:
+        _admit(state, now, budget, chunks)
+    if not decoding and not chunks:
+        return None
+    state.step += 1
+    state.computing = True
+    return build(state.step, state.config.page_size, decoding, chunks)
+
+
+def _decode(state: SchedState, now: float) -> list[Seq]:
+    """The running sequences with one token to compute, each with a page for it."""
+    page_size = state.config.page_size
+    running = state.running
+    decoding: list[Seq] = []
+    index = 0
+    while index < len(running):  # retracting takes from the end, never from before `index`
+        seq = running[index]
+        length = len(seq.tokens)
+        if length - seq.num_computed == 1 and (length <= len(seq.pages) * page_size or _grow(state, seq, now)):
+            decoding.append(seq)
+        index += 1
+    return decoding
+
+
+def _grow(state: SchedState, seq: Seq, now: float) -> bool:
+    """One more page for `seq`, whatever it costs the younger ones. False if it was retracted itself or has to wait."""
+    while not make_room(state, 1):
+        victim = state.running[-1]
+        if victim is state.running[0]:
+            return False
+        retract(state, victim, now)
+        if victim is seq:
+            return False
+    seq.add_pages(state.pool.alloc(1, seq.holder))
+    return True
+
+
+def _prefill_budget(state: SchedState, num_decoding: int) -> int:
+    if state.config.chunk_tokens < 0:
+        return state.max_len * max(1, state.config.max_running)
+    return max(state.config.chunk_tokens - num_decoding, state.config.page_size)
+
+
+def _continue_prompts(state: SchedState, decoding: list[Seq], budget: int, chunks: list[tuple[Seq, int]]) -> int:
+    """Add a chunk for each prompt already begun. Returns the budget that is left."""
+    for seq in state.running:
+        if budget <= 0:
+            break
+        if len(seq.tokens) - seq.num_computed > 1:
+            budget -= _add_chunk(state, seq, budget, chunks)
+    return budget
+
+
+def _admit(state: SchedState, now: float, budget: int, chunks: list[tuple[Seq, int]]) -> None:
+    """Admit, and add first chunks, until budget, places or pages are used up. Nobody jumps one that lacks pages."""
+    free_places = state.config.max_running - len(state.running) - len(state.transferring)
+    while state.waiting and budget > 0 and free_places > 0:
+        seq = _next(state)
+        if not fits(state, seq, headroom(state)):
+            return
+        if seq is not state.waiting[0]:
+            state.waiting[0].num_passed_over += 1
+        admit(state, seq, now)
+        budget -= _add_chunk(state, seq, budget, chunks)
+        free_places -= 1
+
+
+def _next(state: SchedState) -> Seq:
+    """Whose turn it is. lpm: the longest cached prefix among the first, unless the very first waits long or again."""
+    head = state.waiting[0]
+    if state.config.policy != "lpm" or head.num_retractions or head.num_passed_over >= LPM_PATIENCE:
+        return head
+    return max(islice(state.waiting, LPM_WINDOW), key=lambda seq: peek(state, seq)[0])
+
+
+def _add_chunk(state: SchedState, seq: Seq, budget: int, chunks: list[tuple[Seq, int]]) -> int:
+    """Add the next chunk of `seq`, at most `budget` tokens. Returns its length."""
+    page_size = state.config.page_size
+    end = min(len(seq.tokens), seq.num_computed + budget)
+    if end < len(seq.tokens) and end // page_size * page_size > seq.num_computed:
+        end = end // page_size * page_size
+    chunks.append((seq, end - seq.num_computed))
+    return end - seq.num_computed

@@ -1,0 +1,88 @@
+"""Plans as arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diptych.sched.state import Seq
+from diptych.types import I32, I64, Plan, Row
+
+
+def build(step: int, page_size: int, decoding: list[Seq], chunks: list[tuple[Seq, int]]) -> Plan:
+    """The plan of a step: a row for each of `decoding` (one token), then for each of `chunks` (sequence, tokens). Marks
+    them in flight.
+
+    Decode rows cost a few list reads each; everything of a token's size is done by numpy.
+    """
+    num_decode = len(decoding)
+    num_rows = num_decode + len(chunks)
+    seqs = decoding + [seq for seq, _ in chunks]
+    lengths = [1] * num_decode + [length for _, length in chunks]
+    cached = [seq.num_computed for seq in seqs]
+    rows = [_row(seq, start, length) for seq, start, length in zip(seqs, cached, lengths, strict=True)]
+
+    q_starts = np.zeros(num_rows + 1, np.int32)
+    np.cumsum(lengths, out=q_starts[1:])
+    starts = np.array(cached, np.int32)
+    kv_lens = starts + np.array(lengths, np.int32)
+    pages = np.zeros((num_rows, max(len(seq.pages) for seq in seqs)), np.int32)
+    for index, seq in enumerate(seqs):
+        seq.in_flight = True
+        pages[index, : len(seq.pages)] = seq.table[: len(seq.pages)]
+
+    total = int(q_starts[-1])
+    token_ids: I32 = np.empty(total, np.int32)
+    positions: I32 = np.empty(total, np.int32)
+    slots: I64 = np.empty(total, np.int64)
+    token_ids[:num_decode] = [seq.tokens[-1] for seq in decoding]
+    positions[:num_decode] = starts[:num_decode]
+    last = pages[np.arange(num_decode), positions[:num_decode] // page_size]
+    slots[:num_decode] = last.astype(np.int64) * page_size + positions[:num_decode] % page_size
+    at = num_decode
+    for seq, length in chunks:
+        start, stop = seq.num_computed, seq.num_computed + length
+        token_ids[at : at + length] = seq.tokens[start:stop]
+        span = np.arange(start, stop)
+        positions[at : at + length] = span
+        slots[at : at + length] = seq.table[span // page_size].astype(np.int64) * page_size + span % page_size
+        at += length
+    return Plan(
+        step=step,
+        rows=rows,
+        token_ids=token_ids,
+        positions=positions,
+        slots=slots,
+        q_starts=q_starts,
+        kv_lens=kv_lens,
+        pages=pages,
+    )
+
+
+def _row(seq: Seq, start: int, length: int) -> Row:
+    stop = start + length
+    samples = stop == len(seq.tokens)
+    request = seq.request
+    row = Row(
+        rid=request.rid,
+        num_new=length,
+        num_cached=start,
+        samples=samples,
+        sampling=request.sampling,
+        position=stop,
+        num_prompt=seq.num_prompt,
+        num_output=len(seq.tokens) - seq.num_prompt,
+        logprobs=request.logprobs,
+    )
+    if samples and seq.needs_history:
+        row.history = seq.tokens.copy()
+    if seq.next_target < seq.num_prompt:
+        _add_targets(row, seq, stop)
+    return row
+
+
+def _add_targets(row: Row, seq: Seq, stop: int) -> None:
+    """Ask for the logprobs of prompt tokens that this row's inputs predict and that are still to come."""
+    targets = seq.tokens[seq.next_target : min(stop + 1, seq.num_prompt)]
+    if targets:
+        row.prompt_targets = targets
+        row.target_start = seq.next_target - 1 - row.num_cached
