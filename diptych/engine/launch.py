@@ -78,7 +78,14 @@ class EngineProcesses:
         return self.link
 
     async def _spawn(
-        self, rank: int, sock: socket.socket, inherited: list[socket.socket], store: str, fds: list[int], url: str, host: str
+        self,
+        rank: int,
+        sock: socket.socket,
+        inherited: list[socket.socket],
+        store: str,
+        fds: list[int],
+        url: str,
+        host: str,
     ) -> None:
         spec = {
             "config": self._config,

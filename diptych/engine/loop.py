@@ -13,10 +13,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from diptych.errors import AuditError, BadRequest, DiptychError
-from diptych.sched.commit import ChunkDone, Sampled, commit
+from diptych.sched import audit as ledger
+from diptych.sched.commit import commit, drop
+from diptych.sched.events import ChunkDone, Event, Sampled
 from diptych.sched.plan import schedule
 from diptych.sched.queue import abort, release
-from diptych.sched.state import SchedState, Seq, audit_state, stats
+from diptych.sched.state import SchedState, Seq
+from diptych.sched.stats import stats
 from diptych.text.grammar import GrammarCompiler, GrammarState
 from diptych.types import (
     Abort,
@@ -56,8 +59,8 @@ class Role(Protocol):
     def finished(self, seq: Seq, event: Sampled) -> bool:
         """The sequence has its last token. False: the role publishes the end and releases the pages later."""
 
-    def abort(self, rid: str, message: str) -> bool:
-        """Forget a request that the role holds outside the scheduler. True if it had it."""
+    def abort(self, rid: str, finish: Finish) -> bool:
+        """Forget a request that the role holds, and tell the other side. True if its end is still to be published."""
 
     def held(self) -> list[str]:
         """Requests that the role knows, in its queues or in a hand-over."""
@@ -95,8 +98,7 @@ class Engine:
         self._inbox: deque[ToEngine] = deque()
         self._outputs: list[Output] = []
         self._grammar_of: dict[str, GrammarState] = {}
-        self._steps = 0
-        self._forward_s = 0.0
+        self._last_report = Stats()
         self._stats_at = 0.0
         self._stopping = False
 
@@ -147,10 +149,7 @@ class Engine:
 
     async def _step(self, plan: Plan) -> StepResult | None:
         """Run the plan. A failed step ends its own requests and nothing else; a hung one ends the engine."""
-        for row in plan.rows:
-            grammar = self._grammar_of.get(row.rid)
-            if grammar is not None and row.samples:
-                row.mask = grammar.mask()
+        refused = self._fill_masks(plan)
         try:
             async with asyncio.timeout(self._watchdog_s):
                 result = await self._compute(plan)
@@ -158,22 +157,38 @@ class Engine:
             raise DiptychError(f"a step took longer than --watchdog-timeout ({self._watchdog_s:g} s)") from None
         except Exception:
             log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
+            drop(self.state, plan, asyncio.get_running_loop().time())
             for row in plan.rows:
-                self.drop(row.rid, Finish("abort", message="the model failed on this step", status=500, code="step_failed"))
+                self._fail(
+                    row.rid, Finish("abort", message="the model failed on this step", status=500, code="step_failed")
+                )
             return None
-        self._steps += 1
-        self._forward_s += result.duration_s
+        for rid, error in refused:
+            self._fail(rid, Finish("abort", message=error.message, status=error.status, code=error.code))
         return result
 
-    def on_event(self, event: Sampled | ChunkDone) -> None:
+    def _fill_masks(self, plan: Plan) -> list[tuple[str, DiptychError]]:
+        """Put each constrained row's allowed tokens into the plan. Returns the requests whose grammar gave up."""
+        refused: list[tuple[str, DiptychError]] = []
+        for row in plan.rows:
+            grammar = self._grammar_of.get(row.rid)
+            if grammar is None or not row.samples:
+                continue
+            try:
+                row.mask = grammar.mask()
+            except DiptychError as error:
+                refused.append((row.rid, error))
+        return refused
+
+    def on_event(self, event: Event) -> None:
         """Pass on what a step (or a finished hand-over) did to one sequence."""
         if isinstance(event, ChunkDone):
             self.role.chunk_done(event)
             return
         seq = event.seq
-        rid = seq.request.rid
+        rid = seq.rid
         grammar = self._grammar_of.get(rid)
-        if grammar is not None:
+        if grammar is not None and event.token >= 0:
             grammar.advance(event.token)
         finish = event.finish
         if finish is not None and not self.role.finished(seq, event):
@@ -196,8 +211,8 @@ class Engine:
         wanted = seq.request.logprobs is not None
         self._outputs.append(
             Output(
-                rid=seq.request.rid,
-                tokens=[token],
+                rid=seq.rid,
+                tokens=[token] if token >= 0 else [],
                 logprobs=[logprob] if wanted and logprob is not None else None,
                 prompt_logprobs=prompt_logprobs,
                 finish=finish,
@@ -211,7 +226,7 @@ class Engine:
         """Tell the API process that a sequence ended, without a further token."""
         self._outputs.append(
             Output(
-                rid=seq.request.rid,
+                rid=seq.rid,
                 finish=finish,
                 prompt_tokens=seq.num_prompt,
                 cached_tokens=seq.cached_tokens,
@@ -227,10 +242,10 @@ class Engine:
 
     def end(self, seq: Seq, *, keep: bool) -> None:
         """Give the sequence's pages back; with `keep` its prefix stays in the cache."""
-        self._grammar_of.pop(seq.request.rid, None)
+        self._grammar_of.pop(seq.rid, None)
         release(self.state, seq, keep=keep)
 
-    def drop(self, rid: str, finish: Finish) -> bool:
+    def end_early(self, rid: str, finish: Finish) -> bool:
         """Take a sequence out of the scheduler, wherever it is, and publish why. False if there is none."""
         seq = abort(self.state, rid, asyncio.get_running_loop().time())
         if seq is None:
@@ -247,7 +262,7 @@ class Engine:
         elif isinstance(message, Abort):
             rids = [message.rid] if message.rid else [*self.state.seqs, *self.role.held()]
             for rid in dict.fromkeys(rids):
-                self._abort(rid, message.message)
+                self._fail(rid, Finish("abort", message=message.message, status=499, code="aborted"))
         else:
             self._control(message)
 
@@ -263,10 +278,10 @@ class Engine:
         except DiptychError as error:
             self.refuse(request.rid, error)
 
-    def _abort(self, rid: str, message: str) -> None:
-        finish = Finish("abort", message=message, status=499, code="aborted")
-        held = self.role.abort(rid, message)
-        if not self.drop(rid, finish) and held:
+    def _fail(self, rid: str, finish: Finish) -> None:
+        """End a request wherever it is: in the role's hands, in the scheduler, in both. Unknown ones are ignored."""
+        held = self.role.abort(rid, finish)
+        if not self.end_early(rid, finish) and held:
             self._grammar_of.pop(rid, None)
             self._outputs.append(Output(rid=rid, finish=finish))
 
@@ -275,7 +290,9 @@ class Engine:
             result = self._run_control(message.op, message.args)
             self._emit(ControlReply(message.id, True, result))
         except DiptychError as error:
-            self._emit(ControlReply(message.id, False, {"message": error.message, "status": error.status, "code": error.code}))
+            self._emit(
+                ControlReply(message.id, False, {"message": error.message, "status": error.status, "code": error.code})
+            )
 
     def _run_control(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
         state = self.state
@@ -295,8 +312,7 @@ class Engine:
             return {
                 "requests": len(state.seqs),
                 "held": len(self.role.held()),
-                "steps": self._steps,
-                "stats": self._report(reset=False),
+                "stats": self._last_report,
                 **self.facts,
             }
         raise BadRequest(f"unknown control operation {op!r}")
@@ -304,7 +320,7 @@ class Engine:
     def _audit(self) -> dict[str, Any]:
         """Recompute the page ledger. `ok` false is a defect of ours, and is logged as one."""
         try:
-            audit_state(self.state)
+            ledger.audit(self.state)
         except AuditError as error:
             log.error("audit: %s", error.message)
             return {"ok": False, "message": error.message}
@@ -321,11 +337,10 @@ class Engine:
 
     # ---- reports ----
 
-    def _report(self, *, reset: bool) -> Stats:
-        report = stats(self.state, reset=reset)
-        report.steps_total = self._steps
-        report.forward_seconds_total = self._forward_s
+    def _report(self) -> Stats:
+        report = stats(self.state)
         self.role.add_stats(report)
+        self._last_report = report
         return report
 
     def _publish(self, now: float, *, idle: bool) -> None:
@@ -334,7 +349,7 @@ class Engine:
             return
         report = None
         if due or idle:
-            report = self._report(reset=True)
+            report = self._report()
             self._stats_at = now
         self._emit(Outputs(self._outputs, report))
         self._outputs = []

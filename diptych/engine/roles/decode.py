@@ -10,7 +10,7 @@ import msgspec
 
 from diptych.engine.loop import Engine
 from diptych.errors import DiptychError
-from diptych.sched.commit import ChunkDone, Sampled
+from diptych.sched.events import ChunkDone, Sampled
 from diptych.sched.queue import add, check_request, join, reserve
 from diptych.sched.state import Seq
 from diptych.transfer.receiver import Receiver, ReceiveHub
@@ -66,8 +66,8 @@ class DecodeRole:
 
     def _tell_pages(self, seq: Seq, receiver: Receiver) -> None:
         pool = self._engine.state.pool
-        pages = seq.pages[seq.num_computed // pool.page_size :]
-        receiver.reserve(pages, [pool.generation[page] for page in pages], seq.num_computed)
+        pages = seq.pages[seq.prefix_tokens // pool.page_size :]
+        receiver.reserve(pages, [pool.generation[page] for page in pages], seq.prefix_tokens)
 
     def _advance_transfer(self, now: float) -> None:
         for rid, arrival in list(self._transfer.items()):
@@ -79,7 +79,9 @@ class DecodeRole:
             elif state == KVPoll.Failed:
                 del self._transfer[rid]
                 error = arrival.receiver.error or DiptychError("the hand-over failed")
-                self._engine.drop(rid, Finish("abort", message=error.message, status=error.status, code=error.code))
+                self._engine.end_early(
+                    rid, Finish("abort", message=error.message, status=error.status, code=error.code)
+                )
 
     def chunk_done(self, event: ChunkDone) -> None:
         pass
@@ -87,11 +89,11 @@ class DecodeRole:
     def finished(self, seq: Seq, event: Sampled) -> bool:
         return True
 
-    def abort(self, rid: str, message: str) -> bool:
+    def abort(self, rid: str, finish: Finish) -> bool:
         arrival = self._prealloc.pop(rid, None) or self._transfer.pop(rid, None)
         if arrival is None:
             return False
-        arrival.receiver.abort(message, "aborted")
+        arrival.receiver.abort(finish.message, finish.code)
         return True
 
     def held(self) -> list[str]:

@@ -11,7 +11,7 @@ import msgspec
 
 from diptych.engine.loop import Engine
 from diptych.errors import BadRequest, DiptychError
-from diptych.sched.commit import ChunkDone, Sampled
+from diptych.sched.events import ChunkDone, Sampled
 from diptych.sched.queue import add, check_request
 from diptych.sched.state import Seq
 from diptych.transfer.sender import SendHub, Sender
@@ -74,14 +74,14 @@ class PrefillRole:
 
     def chunk_done(self, event: ChunkDone) -> None:
         # The first chunk also carries the pages that this server had in its own cache.
-        handover = self._handovers.get(event.seq.request.rid)
+        handover = self._handovers.get(event.seq.rid)
         if handover is None or event.last_page <= handover.sent_pages:
             return
         handover.sender.send(event.seq.pages[handover.sent_pages : event.last_page], handover.sent_pages)
         handover.sent_pages = event.last_page
 
     def finished(self, seq: Seq, event: Sampled) -> bool:
-        handover = self._handovers[seq.request.rid]
+        handover = self._handovers[seq.rid]
         handover.sender.finish(FirstToken(event.token, seq.cached_tokens, event.logprob))
         handover.computed = True
         return False
@@ -103,13 +103,18 @@ class PrefillRole:
             self._engine.publish_end(handover.seq, finish)
             self._engine.end(handover.seq, keep=True)
         else:
-            self._engine.drop(rid, finish)
+            self._engine.end_early(rid, finish)
 
-    def abort(self, rid: str, message: str) -> bool:
+    def abort(self, rid: str, finish: Finish) -> bool:
         handover = self._handovers.pop(rid, None)
         if handover is None:
             return False
-        handover.sender.abort(message, "aborted")
+        handover.sender.abort(finish.message, finish.code)
+        if handover.computed and handover.seq is not None:
+            # The scheduler has finished with it: only the hand-over held its pages.
+            self._engine.publish_end(handover.seq, finish)
+            self._engine.end(handover.seq, keep=True)
+            return False
         return True
 
     def held(self) -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from diptych.engine.loop import Engine
-from diptych.sched.commit import ChunkDone, Sampled
+from diptych.sched.events import ChunkDone, Sampled
 from diptych.sched.queue import add
 from diptych.sched.state import Seq
-from diptych.types import Request, Stats
+from diptych.types import Finish, Request, Stats
 
 
 class UnifiedRole:
@@ -28,7 +28,7 @@ class UnifiedRole:
     def finished(self, seq: Seq, event: Sampled) -> bool:
         return True
 
-    def abort(self, rid: str, message: str) -> bool:
+    def abort(self, rid: str, finish: Finish) -> bool:
         return False
 
     def held(self) -> list[str]:
