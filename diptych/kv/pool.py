@@ -53,7 +53,7 @@ class PagePool:
         return pages
 
     def share(self, pages: Collection[int], holder: Holder) -> None:
-        """One more holder of each page. Raises AuditError, and changes nothing, if one is free or held by it already."""
+        """One more holder of each page. Raises AuditError, and changes nothing, if one is free or its already."""
         if not pages:
             return
         held = self.leases.get(holder, set())
@@ -68,7 +68,7 @@ class PagePool:
         self.leases.setdefault(holder, set()).update(wanted)
 
     def release(self, pages: Sequence[int], holder: Holder) -> None:
-        """End `holder`'s leases; pages without holders are free. Raises AuditError, and changes nothing, if it lacks one."""
+        """End these leases; pages without holders are free. Raises AuditError, and changes nothing, if it lacks one."""
         if not pages:
             return
         held = self.leases.get(holder, set())

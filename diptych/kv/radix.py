@@ -72,15 +72,15 @@ class RadixTree:
 
         Splits the node in which the match ends, so that a lock covers what was matched and no more.
         """
-        keys = self._keys(tokens, limit)
         node = self._roots.get(namespace) or self._new_node(namespace, None, [], [])
         self._ticks += 1
+        most = max(0, min(len(tokens), limit)) // self.page_size
         pages: list[int] = []
-        while len(pages) < len(keys):
-            child = node.children.get(keys[len(pages)])
+        while len(pages) < most:
+            child = node.children.get(self._key(tokens, len(pages)))
             if child is None:
                 break
-            same = _common(child.keys, keys, len(pages))
+            same = self._common(child, tokens, len(pages), most)
             if same < len(child.keys):
                 child = self._split(child, same)
             node = child
@@ -93,13 +93,13 @@ class RadixTree:
         node = self._roots.get(namespace)
         if node is None:
             return 0, 0
-        keys = self._keys(tokens, limit)
+        most = max(0, min(len(tokens), limit)) // self.page_size
         matched = unlocked = 0
-        while matched < len(keys):
-            child = node.children.get(keys[matched])
+        while matched < most:
+            child = node.children.get(self._key(tokens, matched))
             if child is None:
                 break
-            same = _common(child.keys, keys, matched)
+            same = self._common(child, tokens, matched, most)
             matched += same
             unlocked += 0 if child.locks else same
             if same < len(child.keys):
@@ -155,7 +155,7 @@ class RadixTree:
             self.pool.share(fresh, TREE)
             if match.node.parent is None:
                 self._roots[namespace] = match.node
-            keys = self._keys(tokens, len(tokens))[known:]
+            keys = self._keys(tokens, known, len(pages))
             leaf = self._new_node(namespace, match.node, keys, fresh)
             match.node.children[keys[0]] = leaf
             self.evictable_pages += len(fresh)
@@ -184,16 +184,30 @@ class RadixTree:
 
     # ---- inside ----
 
-    def _keys(self, tokens: Sequence[int], limit: int) -> list[PageKey]:
-        num_pages = max(0, min(len(tokens), limit)) // self.page_size
-        return list(zip(*[iter(tokens[: num_pages * self.page_size])] * self.page_size, strict=True))
+    def _key(self, tokens: Sequence[int], page: int) -> PageKey:
+        return tuple(tokens[page * self.page_size : (page + 1) * self.page_size])
+
+    def _keys(self, tokens: Sequence[int], start: int, stop: int) -> list[PageKey]:
+        """The keys of pages `start` to `stop`, all of them whole."""
+        part = tokens[start * self.page_size : stop * self.page_size]
+        return list(zip(*[iter(part)] * self.page_size, strict=True))
+
+    def _common(self, node: Node, tokens: Sequence[int], start: int, stop: int) -> int:
+        """How many of the node's keys equal those of pages `start` to `stop` of `tokens`; the first is known to."""
+        if len(node.keys) == 1:
+            return 1
+        query = self._keys(tokens, start, min(stop, start + len(node.keys)))
+        if query == node.keys:
+            return len(query)
+        pairs = zip(query, node.keys, strict=False)
+        return next((same for same, (mine, theirs) in enumerate(pairs) if mine != theirs), len(query))
 
     def _new_node(self, namespace: str, parent: Node | None, keys: list[PageKey], pages: list[int]) -> Node:
         self._serials += 1
         return Node(namespace, parent, keys, pages, self._ticks, self._serials)
 
     def _split(self, node: Node, at: int) -> Node:
-        """Put a new node in front of `node` that takes its first `at` pages. Handles keep pointing at the end, `node`."""
+        """Put a new node in front of `node` that takes its first `at` pages. Handles still point at the end, `node`."""
         assert node.parent is not None
         upper = self._new_node(node.namespace, node.parent, node.keys[:at], node.pages[:at])
         upper.last_used = node.last_used
@@ -240,15 +254,3 @@ class RadixTree:
         self._enqueue(parent)
         if parent.parent is None and not parent.children:
             del self._roots[parent.namespace]
-
-
-def _common(keys: list[PageKey], query: list[PageKey], start: int) -> int:
-    """How many of `keys` equal those of `query` from `start` on."""
-    if query[start : start + len(keys)] == keys:
-        return len(keys)
-    same = 0
-    for mine, theirs in zip(keys, query[start:], strict=False):
-        if mine != theirs:
-            break
-        same += 1
-    return same

@@ -11,7 +11,7 @@ from diptych.sched.rows import build
 from diptych.sched.state import SchedState, Seq
 from diptych.types import Plan
 
-LPM_WINDOW = 64  # waiting requests whose cached prefixes are compared
+LPM_WINDOW = 32  # waiting requests whose cached prefixes are compared
 LPM_PATIENCE = 16  # admissions the first of the queue lets pass before it is next itself
 
 
@@ -38,7 +38,7 @@ def schedule(state: SchedState, now: float) -> Plan | None:
     budget = _prefill_budget(state, len(decoding))
     chunks: list[tuple[Seq, int]] = []
     if len(decoding) < len(state.running):
-        budget = _continue_prompts(state, decoding, budget, chunks)
+        budget = _continue_prompts(state, budget, chunks)
     if state.waiting and budget > 0 and state.counters.retractions == retractions:
         _admit(state, now, budget, chunks)
     if not decoding and not chunks:
@@ -82,7 +82,7 @@ def _prefill_budget(state: SchedState, num_decoding: int) -> int:
     return max(state.config.chunk_tokens - num_decoding, state.config.page_size)
 
 
-def _continue_prompts(state: SchedState, decoding: list[Seq], budget: int, chunks: list[tuple[Seq, int]]) -> int:
+def _continue_prompts(state: SchedState, budget: int, chunks: list[tuple[Seq, int]]) -> int:
     """Add a chunk for each prompt already begun. Returns the budget that is left."""
     for seq in state.running:
         if budget <= 0:
@@ -96,8 +96,11 @@ def _admit(state: SchedState, now: float, budget: int, chunks: list[tuple[Seq, i
     """Admit, and add first chunks, until budget, places or pages are used up. Nobody jumps one that lacks pages."""
     free_places = state.config.max_running - len(state.running) - len(state.transferring)
     while state.waiting and budget > 0 and free_places > 0:
+        reserve = headroom(state)
+        if state.pool.num_free + state.tree.evictable_pages <= reserve:
+            return  # everyone needs a page of its own: no use in asking the tree about each
         seq = _next(state)
-        if not fits(state, seq, headroom(state)):
+        if not fits(state, seq, reserve):
             return
         if seq is not state.waiting[0]:
             state.waiting[0].num_passed_over += 1
