@@ -56,15 +56,14 @@ def _audit_free(pool: PagePool) -> None:
 
 def _audit_tree(tree: RadixTree, matches: Iterable[Match] | None) -> None:
     seen: set[int] = set()
-    evictable = 0
+    num_pages = evictable = 0
     for node in tree.nodes():
-        _audit_node(tree, node)
-        _check(
-            seen.isdisjoint(node.pages) and len(set(node.pages)) == len(node.pages),
-            f"a page is twice in the tree: {node.pages[:8]}",
-        )
+        fault = _fault(tree, node)
+        _check(fault is None, f"the radix tree's node with pages {node.pages[:8]} {fault}")
         seen.update(node.pages)
+        num_pages += len(node.pages)
         evictable += 0 if node.locks else len(node.pages)
+    _check(len(seen) == num_pages, f"{num_pages - len(seen)} pages are twice in the tree")
     _check(
         evictable == tree.evictable_pages, f"{evictable} pages are evictable, the tree counts {tree.evictable_pages}"
     )
@@ -74,25 +73,20 @@ def _audit_tree(tree: RadixTree, matches: Iterable[Match] | None) -> None:
         _check(not wrong, f"nodes with pages {wrong[:4]} are not locked as often as their users say")
 
 
-def _audit_node(tree: RadixTree, node: Node) -> None:
-    _check(
-        bool(node.pages) and len(node.keys) == len(node.pages),
-        f"a node has {len(node.keys)} keys, {len(node.pages)} pages",
-    )
-    _check(
-        all(len(key) == tree.page_size for key in node.keys), f"a key of pages {node.pages[:8]} is not one page long"
-    )
-    _check(
-        node.locks >= sum(child.locks for child in node.children.values()),
-        "a node is locked less often than its children",
-    )
-    for key, child in node.children.items():
-        _check(
-            child.parent is node and child.keys[:1] == [key], f"pages {child.pages[:8]} hang on the wrong node or key"
-        )
-        _check(child.namespace == node.namespace, f"pages {child.pages[:8]} are in two namespaces")
-    leaf = not node.children and not node.locks
-    _check(not leaf or node.queued, f"evictable pages {node.pages[:8]} are not queued for eviction")
+def _fault(tree: RadixTree, node: Node) -> str | None:
+    """What is wrong with a node by itself."""
+    if not node.pages or len(node.keys) != len(node.pages):
+        return f"has {len(node.keys)} keys, {len(node.pages)} pages"
+    if any(len(key) != tree.page_size for key in node.keys):
+        return "has a key that is not one page long"
+    if not (node.children or node.locks or node.queued):
+        return "is evictable but not queued for eviction"
+    if node.locks < sum(child.locks for child in node.children.values()):
+        return "is locked less often than its children"
+    parent = node.parent
+    if parent is None or parent.children.get(node.keys[0]) is not node:
+        return "hangs on the wrong node or key"
+    return None if parent.namespace == node.namespace else "is in two namespaces"
 
 
 def _path(match: Match) -> Iterable[Node]:

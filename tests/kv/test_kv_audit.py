@@ -17,7 +17,7 @@ SEQ, WRITER = ("seq", "a"), ("writer", 3)
 
 @dataclass
 class Ledger:
-    """A pool of 12 pages: a tree of three nodes (pages 0-3), the first locked by SEQ, which shares it and holds 4-5, WRITER on 5."""
+    """12 pages: a tree of three nodes (0-3), the first locked and shared by SEQ, which holds 4-5, and WRITER on 5."""
 
     pool: PagePool
     tree: RadixTree

@@ -185,7 +185,7 @@ tokens_of = st.lists(st.integers(0, 1), max_size=6).map(lambda bits: [token for 
 
 
 class RadixMachine(RuleBasedStateMachine):
-    """Any sequence of calls: the tree and a dictionary of prefixes agree on matches, locks, and on each page evicted."""
+    """Any sequence of calls: the tree and a dictionary of prefixes agree on matches, locks and each page evicted."""
 
     def __init__(self) -> None:
         super().__init__()
