@@ -1,0 +1,175 @@
+"""What a decode rank is willing to take: the rooms it expects, and the checks before a frame is written.
+
+The order matters: a frame is refused unless its room is live, its epoch and each page's generation are the reserved
+ones, and its checksum is right; only then does it reach the store. No page is written twice, none after Cancel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import numpy as np
+
+from diptych.errors import CorruptTransfer
+from diptych.transfer import wire
+from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Expect, Expecting, Received, TransferFailed
+
+if TYPE_CHECKING:
+    from diptych.kv.store import PageStore
+
+T = TypeVar("T")
+
+
+class Counters(msgspec.Struct):
+    """Of one rank's data plane. They only grow."""
+
+    pages_sent: int = 0
+    bytes_sent: int = 0
+    pages_received: int = 0
+    bytes_received: int = 0
+    stale_frames: int = 0  # refused: unknown, cancelled or superseded room, or pages of another generation
+    duplicate_frames: int = 0  # refused: already here
+    corrupt_frames: int = 0
+    protocol_errors: int = 0  # links closed because of what came over them
+    failures: int = 0  # rooms failed on this rank
+
+
+async def offload(executor: Executor | None, work: Callable[..., T], *args: object) -> T:
+    """`work(*args)` in `executor`, or here and now without one."""
+    if executor is None:
+        return work(*args)
+    return await asyncio.get_running_loop().run_in_executor(executor, functools.partial(work, *args))
+
+
+class _Expected:
+    """One live room. `pending[i, h]`: head h of this rank of the room's i-th page is still to come."""
+
+    def __init__(self, command: Expect, num_heads: int) -> None:
+        self.epoch = command.epoch
+        self.index = {page: i for i, page in enumerate(command.pages)}
+        self.generations = command.generations
+        self.pending = np.ones((len(command.pages), num_heads), np.bool_)
+        self.num_missing = self.pending.size  # not yet in the store
+        self.next_sequence: dict[int, int] = {}  # of each source
+        self.num_bytes = 0
+        self.num_writing = 0
+        self.live = True  # not cancelled
+        self.failed = False
+
+    def rows_of(self, frame: wire.Frame) -> list[int] | None:
+        """Where the frame's pages are in `pending`, or None if one of them is not expected with that generation."""
+        rows = [self.index.get(page, -1) for page in frame.pages]
+        if any(
+            row < 0 or self.generations[row] != generation
+            for row, generation in zip(rows, frame.generations, strict=True)
+        ):
+            return None
+        return rows
+
+
+class Incoming:
+    """`head_start` is the first of this rank's kv heads in the whole model's numbering."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        head_start: int,
+        counters: Counters,
+        on_event: Callable[[AnyEvent], None],
+        executor: Executor | None,
+    ) -> None:
+        self._store = store
+        self._head_start = head_start
+        self._counters = counters
+        self._on_event = on_event
+        self._executor = executor
+        self._rooms: dict[int, _Expected] = {}
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    def expect(self, command: Expect) -> None:
+        old = self._rooms.get(command.room)
+        if old is not None:
+            self.cancel(Cancel(command.room, old.epoch))
+        room = _Expected(command, self._store.num_heads)
+        self._rooms[command.room] = room
+        self._on_event(Expecting(command.room, command.epoch))
+        if not room.num_missing:
+            self._complete(command.room, room)
+
+    def cancel(self, command: Cancel) -> bool:
+        """False if the room is not one of ours. Answers Cancelled at once, or when the write in progress has ended."""
+        room = self._rooms.get(command.room)
+        if room is None or room.epoch != command.epoch:
+            return False
+        del self._rooms[command.room]
+        room.live = False
+        if not room.num_writing:
+            self._on_event(Cancelled(command.room, command.epoch))
+        return True
+
+    async def take(self, header: bytes, payload: memoryview) -> None:
+        """One frame, as it came. Raises ProtocolError or CorruptTransfer if the link it came over cannot be trusted."""
+        frame = wire.unpack_frame(header)
+        room = self._rooms.get(frame.room)
+        rows = room.rows_of(frame) if room and room.epoch == frame.epoch and not room.failed else None
+        if room is None or rows is None:
+            self._counters.stale_frames += 1
+            return
+        expected = room.next_sequence.get(frame.source, 0)
+        if frame.sequence < expected:
+            self._counters.duplicate_frames += 1
+            return
+        try:
+            if frame.sequence > expected:
+                raise CorruptTransfer("KV corruption: a data frame is missing")
+            room.next_sequence[frame.source] = expected + 1
+            await self._write(frame, room, rows, payload)
+        except CorruptTransfer as error:
+            self._counters.corrupt_frames += 1
+            self._fail(frame.room, room, error)
+
+    async def _write(self, frame: wire.Frame, room: _Expected, rows: list[int], payload: memoryview) -> None:
+        start, stop = frame.head_start - self._head_start, frame.head_stop - self._head_start
+        if start < 0 or stop > self._store.num_heads:
+            raise CorruptTransfer(f"KV corruption: heads {frame.head_start}:{frame.head_stop} are not this rank's")
+        if len(payload) != len(rows) * (stop - start) * self._store.head_bytes:
+            raise CorruptTransfer(f"KV corruption: {len(payload)} bytes for {len(rows)} pages of {stop - start} heads")
+        if not room.pending[rows, start:stop].all() or len(set(rows)) != len(rows):
+            raise CorruptTransfer("KV corruption: a page came twice")
+        room.num_writing += 1  # from here to its end, a Cancel waits for us
+        try:
+            if await offload(self._executor, wire.crc, payload) != frame.payload_crc:
+                raise CorruptTransfer("KV corruption: pages do not match their checksum")
+            if not room.live:
+                self._counters.stale_frames += 1
+                return
+            room.pending[rows, start:stop] = False
+            await offload(self._executor, self._store.write, frame.pages, start, stop, payload)
+        finally:
+            room.num_writing -= 1
+            if not room.live and not room.num_writing:
+                self._on_event(Cancelled(frame.room, frame.epoch))
+        self._counters.pages_received += len(rows)
+        self._counters.bytes_received += len(payload)
+        room.num_bytes += len(payload)
+        room.num_missing -= len(rows) * (stop - start)
+        if room.live and not room.failed and not room.num_missing:
+            self._complete(frame.room, room)
+
+    def _complete(self, number: int, room: _Expected) -> None:
+        del self._rooms[number]
+        self._on_event(Received(number, room.epoch, sum(room.next_sequence.values()), room.num_bytes))
+
+    def _fail(self, number: int, room: _Expected, error: CorruptTransfer) -> None:
+        """Nothing more is taken for the room, but it is rank 0 that ends it, with a Cancel."""
+        if room.live and not room.failed:
+            self._counters.failures += 1
+            room.failed = True
+            self._on_event(TransferFailed(number, room.epoch, error.message, error.code))

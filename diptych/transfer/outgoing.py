@@ -1,0 +1,215 @@
+"""What a prefill rank sends: for each room a task that gathers pages into frames and hands them to the data links."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, NamedTuple
+
+from diptych.errors import DiptychError, TransferError
+from diptych.transfer import wire
+from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Connect, Send, Sent, TransferFailed
+from diptych.transfer.heads import HeadSlice, slices_to_send
+from diptych.transfer.incoming import Counters, offload
+from diptych.transfer.link import LinkClosed, Transport
+from diptych.transfer.pool import LinkPool
+from diptych.transfer.tasks import Tasks
+
+if TYPE_CHECKING:
+    from diptych.kv.store import PageStore
+
+
+class Cut(NamedTuple):
+    """Items [start, stop) of a command's pages, heads [head_start, head_stop): what one frame holds."""
+
+    start: int
+    stop: int
+    head_start: int
+    head_stop: int
+
+
+def cuts(num_pages: int, head_start: int, head_stop: int, head_bytes: int, frame_bytes: int) -> Iterator[Cut]:
+    """Frames of about `frame_bytes`, never less than one head of one page."""
+    heads = max(1, min(head_stop - head_start, frame_bytes // head_bytes))
+    pages = max(1, frame_bytes // (heads * head_bytes))
+    for head in range(head_start, head_stop, heads):
+        for start in range(0, num_pages, pages):
+            yield Cut(start, min(start + pages, num_pages), head, min(head + heads, head_stop))
+
+
+class _Room:
+    """A room that is being sent from this rank."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.commands: asyncio.Queue[Send] = asyncio.Queue()
+        self.frames: list[int] = []  # so far, to each decode rank
+        self.num_bytes = 0
+        self.task: asyncio.Task[None] | None = None
+
+
+class Outgoing:
+    """`heads` are this rank's, numbered over the whole model of `num_kv_heads`."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        transports: Sequence[Transport],
+        *,
+        rank: int,
+        world: int,
+        num_kv_heads: int,
+        heads: range,
+        secret: str,
+        rng: random.Random,
+        counters: Counters,
+        on_event: Callable[[AnyEvent], None],
+        executor: Executor | None,
+        send_timeout_s: float,
+        idle_timeout_s: float,
+    ) -> None:
+        self._store = store
+        self._rank, self._world, self._num_kv_heads, self._heads = rank, world, num_kv_heads, heads
+        self._counters = counters
+        self._on_event = on_event
+        self._executor = executor
+        self._send_timeout_s = send_timeout_s
+        self._rooms: dict[int, _Room] = {}
+        self._tasks = Tasks()
+        self._pool = LinkPool(
+            transports,
+            secret,
+            rng,
+            self._link_broke,
+            connect_timeout_s=send_timeout_s,
+            idle_timeout_s=idle_timeout_s,
+        )
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    @property
+    def num_links(self) -> int:
+        return len(self._pool)
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self._tasks)
+
+    def connect(self, command: Connect) -> None:
+        for piece in self._slices(len(command.peers)):
+            self._pool.prepare(tuple(command.peers[piece.rank]))
+
+    def send(self, command: Send) -> None:
+        room = self._rooms.get(command.room)
+        if room is None:
+            room = self._rooms[command.room] = _Room(command.epoch)
+            room.frames = [0] * len(command.peers)
+            room.task = self._tasks.spawn(self._run(command.room, room), f"send-{command.room}")
+        room.commands.put_nowait(command)
+
+    def cancel(self, command: Cancel) -> bool:
+        """False if the room is not one of ours. What is already with a link still arrives, and is refused there."""
+        room = self._rooms.get(command.room)
+        if room is None or room.epoch != command.epoch:
+            return False
+        self._forget(command.room, room)
+        self._on_event(Cancelled(command.room, command.epoch))
+        return True
+
+    async def close(self) -> None:
+        await self._tasks.close()
+        await self._pool.close()
+        self._rooms.clear()
+
+    def _slices(self, decode_world: int) -> list[HeadSlice]:
+        return slices_to_send(self._num_kv_heads, self._world, self._rank, decode_world)
+
+    def _forget(self, number: int, room: _Room) -> None:
+        del self._rooms[number]
+        self._pool.leave(number)
+        if room.task is not None:
+            room.task.cancel()
+
+    def _fail(self, number: int, room: _Room, message: str, code: str) -> None:
+        if self._rooms.get(number) is room:
+            self._counters.failures += 1
+            self._forget(number, room)
+            self._on_event(TransferFailed(number, room.epoch, message, code))
+
+    def _link_broke(self, numbers: list[int], why: str) -> None:
+        for number in numbers:
+            if room := self._rooms.get(number):
+                self._fail(number, room, why, TransferError.code)
+
+    # ---- one room ----
+
+    async def _run(self, number: int, room: _Room) -> None:
+        """Carry the room's commands out until `last`. It stays known, so that a broken link fails it, until Cancel."""
+        try:
+            last = False
+            while not last:
+                command = await room.commands.get()  # ended by Cancel; rank 0 has the deadline
+                await self._send_pages(room, command)
+                last = command.last
+            self._on_event(Sent(number, room.epoch, room.frames, room.num_bytes))
+        except* DiptychError as group:
+            error = _first(group)
+            self._fail(number, room, error.message, error.code)
+
+    async def _send_pages(self, room: _Room, command: Send) -> None:
+        slices = self._slices(len(command.peers))
+        if not command.src_pages or not slices:
+            return
+        async with asyncio.TaskGroup() as group:
+            for piece in slices:
+                group.create_task(self._send_slice(room, command, piece))
+        self._counters.pages_sent += len(command.src_pages)
+
+    async def _send_slice(self, room: _Room, command: Send, piece: HeadSlice) -> None:
+        link = await self._pool.use(tuple(command.peers[piece.rank]), command.room)
+        num_pages = len(command.src_pages)
+        for cut in cuts(num_pages, piece.start, piece.stop, self._store.head_bytes, wire.FRAME_BYTES):
+            await link.turn.acquire()
+            try:
+                header, payload = await self._frame(room, command, piece.rank, cut)
+            except BaseException:
+                link.turn.release()
+                raise
+            delivery = self._tasks.spawn(link.deliver(header, payload, self._send_timeout_s), "frame")
+            await asyncio.shield(delivery)
+            if link.broken:
+                raise LinkClosed(link.broken)
+            room.num_bytes += len(payload)
+            self._counters.bytes_sent += len(payload)
+
+    async def _frame(self, room: _Room, command: Send, destination: int, cut: Cut) -> tuple[bytes, memoryview]:
+        start, stop = cut.head_start - self._heads.start, cut.head_stop - self._heads.start
+        payload, crc = await offload(self._executor, self._gather, command.src_pages[cut.start : cut.stop], start, stop)
+        frame = wire.Frame(
+            room=command.room,
+            epoch=command.epoch,
+            source=self._rank,
+            sequence=room.frames[destination],
+            pages=command.dst_pages[cut.start : cut.stop],
+            generations=command.generations[cut.start : cut.stop],
+            head_start=cut.head_start,
+            head_stop=cut.head_stop,
+            payload_crc=crc,
+        )
+        room.frames[destination] += 1
+        return wire.pack_frame(frame), payload
+
+    def _gather(self, pages: list[int], head_start: int, head_stop: int) -> tuple[memoryview, int]:
+        payload = self._store.read(pages, head_start, head_stop).cast("B")
+        return payload, wire.crc(payload)
+
+
+def _first(group: BaseExceptionGroup[DiptychError]) -> DiptychError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, DiptychError)
+    return error

@@ -1,0 +1,139 @@
+"""The data plane of one rank: carries out what rank 0's hubs command, and says what became of it.
+
+The same object sends (on a prefill rank) and receives (on a decode rank).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING
+
+from diptych.errors import ConfigError, DiptychError, ProtocolError
+from diptych.transfer import auth, wire
+from diptych.transfer.commands import AnyCommand, AnyEvent, Cancel, Cancelled, Connect, Expect, Send
+from diptych.transfer.heads import head_range
+from diptych.transfer.incoming import Counters, Incoming
+from diptych.transfer.link import Link, LinkClosed, Listener, Transport
+from diptych.transfer.outgoing import Outgoing
+from diptych.transfer.pool import DATA_PURPOSE
+from diptych.transfer.tasks import Tasks
+
+if TYPE_CHECKING:
+    from diptych.kv.store import PageStore
+
+MAX_LINKS = 1024  # taken from others; beyond that a caller is turned away
+
+
+class DataPlane:
+    """Moves pages between `store` and other servers.
+
+    `executor` runs gathering, checksums and scattering; without one they run on the event loop, 2 MiB at a time.
+    `transports` are in order of preference. Raises ConfigError if the store cannot be sent.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        transports: Sequence[Transport],
+        rank: int,
+        world: int,
+        num_kv_heads: int,
+        on_event: Callable[[AnyEvent], None],
+        *,
+        secret: str = "",
+        rng: random.Random | None = None,
+        executor: Executor | None = None,
+        send_timeout_s: float = 5.0,
+        idle_timeout_s: float = 60.0,
+    ) -> None:
+        heads = head_range(num_kv_heads, world, rank)
+        if len(heads) != store.num_heads:
+            raise ConfigError(f"rank {rank} holds {store.num_heads} kv heads, not {len(heads)}")
+        if store.head_bytes > wire.MAX_PAYLOAD_BYTES:
+            raise ConfigError(f"one kv head of a page has {store.head_bytes} bytes; choose a smaller --page-size")
+        self.counters = Counters()
+        self._transports = transports
+        self._secret = secret
+        self._rng = rng or random.SystemRandom()
+        self._timeout_s = send_timeout_s
+        self._on_event = on_event
+        self._listeners: list[Listener] = []
+        self._links: set[Link] = set()  # taken from others
+        self._tasks = Tasks()
+        self._incoming = Incoming(store, heads.start, self.counters, on_event, executor)
+        self._outgoing = Outgoing(
+            store,
+            transports,
+            rank=rank,
+            world=world,
+            num_kv_heads=num_kv_heads,
+            heads=heads,
+            secret=secret,
+            rng=self._rng,
+            counters=self.counters,
+            on_event=on_event,
+            executor=executor,
+            send_timeout_s=send_timeout_s,
+            idle_timeout_s=idle_timeout_s,
+        )
+
+    async def start(self, host: str) -> list[str]:
+        """Listen (decode). Returns the addresses at which this rank receives, in order of preference."""
+        for transport in self._transports:
+            self._listeners.append(await transport.listen(host, self._on_link))
+        return [listener.address for listener in self._listeners]
+
+    def execute(self, command: AnyCommand) -> None:
+        """Begin to carry a command out; returns at once. Events follow, some of them before this returns."""
+        match command:
+            case Send():
+                self._outgoing.send(command)
+            case Expect():
+                self._incoming.expect(command)
+            case Connect():
+                self._outgoing.connect(command)
+            case Cancel():
+                if not self._incoming.cancel(command) and not self._outgoing.cancel(command):
+                    self._on_event(Cancelled(command.room, command.epoch))
+
+    def snapshot(self) -> dict[str, int]:
+        """What is held: all zero once everything has ended and idle links have been closed."""
+        return {
+            "rooms": len(self._incoming) + len(self._outgoing),
+            "links": len(self._links) + self._outgoing.num_links,
+            "tasks": self._outgoing.num_tasks,
+        }
+
+    async def close(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        await self._outgoing.close()
+        await self._tasks.close()
+
+    def _on_link(self, link: Link) -> None:
+        if len(self._links) >= MAX_LINKS:
+            link.close()
+            return
+        self._links.add(link)
+        self._tasks.spawn(self._take_frames(link), "data-link-in")
+
+    async def _take_frames(self, link: Link) -> None:
+        try:
+            await auth.answer(link, DATA_PURPOSE, self._secret, self._rng, self._timeout_s)
+            while True:
+                header, payload = await link.recv()
+                await self._incoming.take(header, payload)
+                await asyncio.sleep(0)  # a sender that never pauses must not keep the loop from others
+        except LinkClosed:
+            return
+        except (ProtocolError, auth.AuthError):
+            self.counters.protocol_errors += 1
+        except DiptychError:
+            self.counters.corrupt_frames += 1
+        finally:
+            self._links.discard(link)
+            link.close()

@@ -1,0 +1,140 @@
+"""The data links of one prefill rank: opened on demand, shared by rooms, closed when broken or long idle."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+from diptych.errors import ProtocolError
+from diptych.transfer import auth
+from diptych.transfer.auth import AuthError
+from diptych.transfer.link import Link, LinkClosed, Transport
+from diptych.transfer.tasks import Tasks
+
+DATA_PURPOSE = "kv data"
+_FRAMES_IN_HAND = 2  # of one link: one on its way while the next is gathered; bounds memory when the other side is slow
+
+Addresses = tuple[str, ...]  # of one rank, in order of preference
+
+
+class DataLink:
+    """One open link and the rooms that have frames on it. `turn` is taken before a frame is gathered."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.turn = asyncio.Semaphore(_FRAMES_IN_HAND)
+        self.rooms: set[int] = set()
+        self.idle: asyncio.TimerHandle | None = None
+        self.broken = ""  # why
+
+    async def deliver(self, header: bytes, payload: memoryview, timeout_s: float) -> None:
+        """Send a frame and give its turn back. Never cancelled for one room's sake: half a frame would end the link
+        for all. A link that takes nothing for `timeout_s` is closed."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.link.send(header, payload)
+        except TimeoutError:
+            self.broken = f"the decode server took no KV pages for {timeout_s:g} s"
+            self.link.close()
+        except LinkClosed as error:
+            self.broken = self.broken or error.message
+        finally:
+            self.turn.release()
+
+
+class LinkPool:
+    """`on_broken(rooms, why)` is called when a link breaks while rooms use it."""
+
+    def __init__(
+        self,
+        transports: Sequence[Transport],
+        secret: str,
+        rng: random.Random,
+        on_broken: Callable[[list[int], str], None],
+        *,
+        connect_timeout_s: float,
+        idle_timeout_s: float,
+    ) -> None:
+        self._transports = {transport.scheme: transport for transport in transports}
+        self._secret = secret
+        self._rng = rng
+        self._on_broken = on_broken
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._links: dict[Addresses, asyncio.Future[DataLink]] = {}
+        self._tasks = Tasks()
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def prepare(self, addresses: Addresses) -> asyncio.Future[DataLink]:
+        """Begin to open the link if it is not there."""
+        opening = self._links.get(addresses)
+        if opening is None:
+            opening = self._links[addresses] = asyncio.get_running_loop().create_future()
+            self._tasks.spawn(self._keep(addresses, opening), "data-link")
+        return opening
+
+    async def use(self, addresses: Addresses, room: int) -> DataLink:
+        """The link to a rank, for `room` until `leave`. Raises LinkClosed, AuthError or ProtocolError."""
+        found = await asyncio.shield(self.prepare(addresses))
+        found.rooms.add(room)
+        if found.idle is not None:
+            found.idle.cancel()
+            found.idle = None
+        return found
+
+    def leave(self, room: int) -> None:
+        for opening in self._links.values():
+            if opening.done() and room in (link := opening.result()).rooms:
+                link.rooms.discard(room)
+                self._rest(link)
+
+    async def close(self) -> None:
+        await self._tasks.close()
+
+    async def _keep(self, addresses: Addresses, opening: asyncio.Future[DataLink]) -> None:
+        """Open the link, hand it to whoever waits, notice when it breaks. The other side says nothing on it."""
+        found: DataLink | None = None
+        try:
+            found = DataLink(await self._dial(addresses))
+            opening.set_result(found)
+            self._rest(found)
+            await found.link.recv()
+            raise ProtocolError("a message on a link that only takes frames")
+        except (LinkClosed, AuthError, ProtocolError) as error:
+            if not opening.done():
+                opening.set_exception(error)
+                opening.exception()  # nobody may be waiting for it
+            elif rooms := list(opening.result().rooms):
+                self._on_broken(rooms, opening.result().broken or error.message)
+        finally:
+            if self._links.get(addresses) is opening:
+                del self._links[addresses]
+            if not opening.done():
+                opening.cancel()
+            if found is not None:
+                found.link.close()
+                if found.idle is not None:
+                    found.idle.cancel()
+
+    def _rest(self, link: DataLink) -> None:
+        """Close the link later, unless a room uses it again. Its task notices and does the rest."""
+        if not link.rooms and link.idle is None:
+            link.idle = asyncio.get_running_loop().call_later(self._idle_timeout_s, link.link.close)
+
+    async def _dial(self, addresses: Addresses) -> Link:
+        """The first address that answers. Raises what the last one raised."""
+        error: LinkClosed | AuthError | ProtocolError = LinkClosed("no transport in common")
+        for address in addresses:
+            transport = self._transports.get(address.partition("://")[0])
+            if transport is None:
+                continue
+            try:
+                link = await transport.connect(address, self._connect_timeout_s)
+                await auth.call(link, DATA_PURPOSE, self._secret, self._rng, self._connect_timeout_s)
+                return link
+            except (LinkClosed, AuthError, ProtocolError) as failure:
+                error = failure
+        raise error

@@ -1,0 +1,101 @@
+"""What a Sender and a Receiver have in common: the states a room goes through, its deadline, its timing."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+
+import msgspec
+
+from diptych.errors import DeadlineExceeded, TransferError
+from diptych.types import Finish
+
+
+class KVPoll(enum.IntEnum):
+    """States of a room. They only move up; Failed and Success are the end."""
+
+    Failed = 0
+    Bootstrapping = 1
+    WaitingForInput = 2
+    Transferring = 3
+    Success = 4
+
+
+class HubOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Deadlines and the secret, as in ServerConfig."""
+
+    secret: str = ""
+    bootstrap_timeout_s: float = 300.0
+    heartbeat_timeout_s: float = 5.0
+
+
+class Timing(msgspec.Struct):
+    """Where a room's time went. 0 until known."""
+
+    bootstrap_ms: float = 0.0  # opened -> the two sides have met
+    alloc_ms: float = 0.0  # decode: met -> pages reserved
+    latency_ms: float = 0.0  # prefill: first page handed over -> decode has all; decode: pages reserved -> all here
+    num_bytes: int = 0
+
+    @property
+    def speed_gb_s(self) -> float:
+        return self.num_bytes / self.latency_ms / 1e6 if self.latency_ms else 0.0
+
+
+def failure(message: str, code: str, status: int = TransferError.status) -> Finish:
+    return Finish(type="abort", message=message, status=status, code=code)
+
+
+class RoomEnd:
+    """One side of one room. `on_change(room)` is called from the loop, never from within a call of the owner's.
+
+    Each state but the last two may last `timeout_s`; then the room fails.
+    """
+
+    def __init__(self, room: int, on_change: Callable[[int], None], timeout_s: float) -> None:
+        self.room = room
+        self.state = KVPoll.Bootstrapping
+        self.error: Finish | None = None  # why it failed
+        self.timing = Timing()
+        self._loop = asyncio.get_running_loop()
+        self._on_change = on_change
+        self._timeout_s = timeout_s
+        self._entered_at = self._loop.time()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._extend()
+
+    @property
+    def ended(self) -> bool:
+        return self.state in (KVPoll.Failed, KVPoll.Success)
+
+    def _changed(self) -> None:
+        self._loop.call_soon(self._on_change, self.room)
+
+    def _enter(self, state: KVPoll) -> float:
+        """Move on, unless the room has ended. Returns the milliseconds spent in the state that is left."""
+        now = self._loop.time()
+        spent_ms = (now - self._entered_at) * 1e3
+        self.state, self._entered_at = state, now
+        self._extend()
+        self._changed()
+        return spent_ms
+
+    def _extend(self) -> None:
+        """Start the deadline over; none once the room has ended."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if self.ended else self._loop.call_later(self._timeout_s, self._expire)
+
+    def _expire(self) -> None:
+        waited_for = {
+            KVPoll.Bootstrapping: "the other server to meet in the room",
+            KVPoll.WaitingForInput: "this server to begin the transfer",
+            KVPoll.Transferring: "the KV transfer to end",
+        }[self.state]
+        message = f"waited {self._timeout_s:g} s for {waited_for} (--disaggregation-bootstrap-timeout)"
+        self._fail(failure(message, DeadlineExceeded.code, DeadlineExceeded.status))
+
+    def _fail(self, error: Finish) -> None:
+        """End the room and tell whoever must know."""
+        raise NotImplementedError

@@ -1,0 +1,267 @@
+"""All rooms of a prefill server (rank 0): listens for decode servers and brings each room's two halves together."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diptych.errors import DeadlineExceeded, DiptychError, Overloaded, TransferError
+from diptych.transfer import auth, wire
+from diptych.transfer.commands import AnyCommand, AnyEvent, Connect
+from diptych.transfer.control import CONTROL_PURPOSE, Conversation, disagreement, hear, say
+from diptych.transfer.link import Link, Listener, Transport
+from diptych.transfer.room import HubOptions, failure
+from diptych.transfer.sender import NobodySender, Sender
+from diptych.transfer.tasks import Tasks
+
+MAX_EARLY = 8192  # rooms that decode knows and prefill does not (yet)
+MAX_REMEMBERED = 16384  # rooms that are over
+MAX_CONVERSATIONS = 256
+
+
+@dataclass
+class _Early:
+    """A room that decode opened first."""
+
+    conversation: Conversation
+    epoch: int
+    deadline: asyncio.TimerHandle
+    reserve: wire.Reserve | None = None
+
+
+@dataclass
+class _Ended:
+    """A room that is over, remembered for what may still be said about it."""
+
+    at: float
+    epoch: int | None  # None: decode had not been heard of
+    abort: wire.Abort | None  # None: it succeeded
+    opened: bool  # False: decode gave it up before its request reached us
+
+
+class SendHub:
+    """`broadcast` hands a command to the data plane of every rank; their events come back through `handle_event`.
+
+    `on_change(room)` is called from the loop whenever a Sender's state has changed.
+    """
+
+    def __init__(
+        self,
+        terms: wire.Terms,
+        tp_size: int,
+        broadcast: Callable[[AnyCommand], None],
+        on_change: Callable[[int], None],
+        *,
+        boot_id: str,
+        options: HubOptions | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.terms = terms
+        self.tp_size = tp_size
+        self.broadcast = broadcast
+        self.options = options or HubOptions()
+        self.boot_id = boot_id
+        self._on_change = on_change
+        self._rng = rng or random.SystemRandom()
+        self._rooms: dict[int, Sender] = {}
+        self._early: dict[int, _Early] = {}
+        self._ended: OrderedDict[int, _Ended] = OrderedDict()  # oldest first
+        self._conversations: set[Conversation] = set()
+        self._tasks = Tasks()
+        self._listener: Listener | None = None
+
+    async def start(self, transport: Transport, host: str) -> str:
+        """Listen for decode servers. Returns the control address to register with the bootstrap service."""
+        self._listener = await transport.listen(host, self._on_link)
+        return self._listener.address
+
+    def open(self, room: int, num_pages: int, *, nobody: bool = False) -> Sender:
+        """Begin to hand over a prompt of `num_pages` pages. `nobody`: the request's bootstrap host is the fake one.
+
+        Raises TransferError if the room is in use. If decode gave the room up first, the Sender has failed already.
+        """
+        if nobody:
+            return NobodySender(self, room, num_pages, self._on_change)
+        if room in self._rooms:
+            raise TransferError(f"room {room} is in use; draw a new bootstrap_room for each request")
+        ended = self._ended.pop(room, None)
+        sender = self._rooms[room] = Sender(self, room, num_pages, self._on_change)
+        early = self._early.pop(room, None)
+        if early is not None:
+            early.deadline.cancel()
+            sender.attach(early.conversation, early.epoch)
+            if early.reserve is not None:
+                sender.reserve(early.reserve)
+        elif ended is not None and not ended.opened and ended.abort is not None:
+            sender.fail(failure(ended.abort.message, ended.abort.code))
+        return sender
+
+    def handle_event(self, rank: int, event: AnyEvent) -> None:
+        """What rank `rank`'s data plane reports. Events of rooms that have ended are ignored."""
+        sender = self._rooms.get(event.room)
+        if sender is not None:
+            sender.handle_event(rank, event)
+
+    def snapshot(self) -> dict[str, int]:
+        """What is held. `rooms` is zero after quiescence; `links` counts decode servers that are connected."""
+        return {
+            "rooms": len(self._rooms) + len(self._early),
+            "links": len(self._conversations),
+            "tasks": len(self._tasks),
+        }
+
+    async def close(self) -> None:
+        """Fail what is left and disconnect."""
+        if self._listener is not None:
+            self._listener.close()
+        for sender in list(self._rooms.values()):
+            sender.abort("the prefill server is stopping")
+        for early in self._early.values():
+            early.deadline.cancel()
+        self._early.clear()
+        self._ended.clear()
+        await self._tasks.close()
+
+    # ---- called by Sender ----
+
+    def ended(self, sender: Sender, epoch: int | None, abort: wire.Abort | None) -> None:
+        del self._rooms[sender.room]
+        self._remember(sender.room, _Ended(self._now(), epoch, abort, opened=True))
+
+    def _remember(self, room: int, ended: _Ended) -> None:
+        """Long enough for the other half of the request to arrive, if it ever does."""
+        self._ended[room] = ended
+        self._ended.move_to_end(room)
+        while self._ended:
+            oldest_room, oldest = next(iter(self._ended.items()))
+            if oldest.at + self.options.bootstrap_timeout_s > ended.at and len(self._ended) <= MAX_REMEMBERED:
+                break
+            del self._ended[oldest_room]
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    # ---- decode servers ----
+
+    def _on_link(self, link: Link) -> None:
+        if len(self._tasks) >= MAX_CONVERSATIONS:
+            link.close()
+            return
+        self._tasks.spawn(self._converse(link), "control-link")
+
+    async def _converse(self, link: Link) -> None:
+        try:
+            conversation = await self._meet(link)
+            if conversation is None:
+                return
+            self._conversations.add(conversation)
+            self.broadcast(Connect(conversation.addresses))
+            why = await conversation.run()
+            self._conversations.discard(conversation)
+            self._lost(conversation, why)
+        except DiptychError:
+            return  # whoever called has been told, or is gone
+        finally:
+            link.close()
+
+    async def _meet(self, link: Link) -> Conversation | None:
+        """The handshake. None if the two servers do not fit; then decode says so to its rooms."""
+        timeout_s = self.options.heartbeat_timeout_s
+        await auth.answer(link, CONTROL_PURPOSE, self.options.secret, self._rng, timeout_s)
+        attach = await hear(link, timeout_s)
+        if not isinstance(attach, wire.Attach) or not attach.addresses:
+            return None
+        await say(link, wire.Welcome(self.boot_id, self.terms, self.tp_size), timeout_s)
+        if disagreement(self.terms, attach.terms):
+            await hear(link, timeout_s)  # until decode has read the welcome and hangs up
+            return None
+        conversation = Conversation(link, timeout_s, self._on_message)
+        conversation.boot_id, conversation.addresses = attach.boot_id, attach.addresses
+        return conversation
+
+    def _lost(self, conversation: Conversation, why: str) -> None:
+        error = failure(f"lost the decode server: {why}", TransferError.code)
+        for sender in [s for s in self._rooms.values() if s.speaks_with(conversation)]:
+            sender.fail(error)
+        for room, early in list(self._early.items()):
+            if early.conversation is conversation:
+                early.deadline.cancel()
+                del self._early[room]
+
+    # ---- messages ----
+
+    def _on_message(self, conversation: Conversation, message: wire.ControlMessage) -> None:
+        match message:
+            case wire.Open():
+                self._on_open(conversation, message.room, message.epoch)
+            case wire.Reserve():
+                self._on_reserve(conversation, message)
+            case wire.Done():
+                sender = self._rooms.get(message.room)
+                if sender is not None and sender.speaks_with(conversation, message.epoch):
+                    sender.done()
+            case wire.Abort():
+                self._on_abort(conversation, message)
+            case _:
+                return  # what only prefill says: nothing to do for it
+
+    def _on_open(self, conversation: Conversation, room: int, epoch: int) -> None:
+        """Decode has the room's request, before us or after us, or after we have given it up."""
+        sender = self._rooms.get(room)
+        if sender is not None:
+            if not sender.attached:
+                sender.attach(conversation, epoch)
+            elif not sender.speaks_with(conversation, epoch):
+                self._answer_abort(conversation, room, epoch, f"room {room} is in use", TransferError.code)
+            return
+        ended = self._ended.get(room)
+        if ended is not None and ended.epoch in (epoch, None):
+            if ended.abort is not None:
+                self._answer_abort(conversation, room, epoch, ended.abort.message, ended.abort.code)
+            return
+        if room not in self._early:
+            self._keep_early(conversation, room, epoch)
+
+    def _keep_early(self, conversation: Conversation, room: int, epoch: int) -> None:
+        if len(self._early) >= MAX_EARLY:
+            message = "too many rooms wait for requests that have not reached the prefill server"
+            self._answer_abort(conversation, room, epoch, message, Overloaded.code)
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(self.options.bootstrap_timeout_s, self._too_early, room)
+        self._early[room] = _Early(conversation, epoch, deadline)
+
+    def _too_early(self, room: int) -> None:
+        early = self._early.pop(room)
+        message = f"the prefill server got no request for the room within {self.options.bootstrap_timeout_s:g} s"
+        self._answer_abort(early.conversation, room, early.epoch, message, DeadlineExceeded.code)
+
+    def _on_reserve(self, conversation: Conversation, message: wire.Reserve) -> None:
+        self._on_open(conversation, message.room, message.epoch)  # does nothing more if it was opened before
+        sender, early = self._rooms.get(message.room), self._early.get(message.room)
+        if sender is not None and sender.speaks_with(conversation, message.epoch):
+            sender.reserve(message)
+        elif early is not None and early.conversation is conversation and early.epoch == message.epoch:
+            early.reserve = message
+
+    def _on_abort(self, conversation: Conversation, message: wire.Abort) -> None:
+        sender, early = self._rooms.get(message.room), self._early.get(message.room)
+        if sender is not None:
+            if not sender.attached:
+                sender.attach(conversation, message.epoch)
+            if sender.speaks_with(conversation, message.epoch):
+                sender.fail(failure(message.message, message.code))
+        elif early is None or (early.conversation is conversation and early.epoch == message.epoch):
+            if early is not None:
+                early.deadline.cancel()
+                del self._early[message.room]
+            if message.room not in self._ended:
+                self._remember(message.room, _Ended(self._now(), message.epoch, message, opened=False))
+
+    @staticmethod
+    def _answer_abort(conversation: Conversation, room: int, epoch: int, message: str, code: str) -> None:
+        conversation.post(wire.Abort(room, epoch, message, code))
