@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
 from diptych.errors import ConfigError
-from diptych.group.pod import Container, Volume, gpus_wanted, probes
+from diptych.group.pod import Container, gpus_wanted, probes
 from diptych.group.spec import Manifest, Role, Unmodelled
 
 _REFUSED = {
@@ -49,7 +49,7 @@ def refuse(manifest: Manifest, claims: Mapping[str, str], gpus: int) -> None:
     """Raises ConfigError with a line for each thing without which the pods would not work."""
     problems = [f"{each.path}: {_REFUSED[each.field]}" for each in manifest.unmodelled if each.field in _REFUSED]
     for i, role in enumerate(manifest.group.spec.roles):
-        problems += _role_problems(role, f"spec.roles[{i}]", claims)
+        problems += _role_problems(role, f"spec.roles[{i}]")
     for service in manifest.services:
         problems += [
             f"Service {service.name}: protocol {port.protocol} is not forwarded; only TCP is"
@@ -61,6 +61,10 @@ def refuse(manifest: Manifest, claims: Mapping[str, str], gpus: int) -> None:
         f"--claim {name}: no volume claims it; claimed are: {', '.join(sorted(used)) or 'none'}"
         for name in claims
         if name not in used
+    ]
+    problems += [
+        f"which folder is the claim {name} (roles {', '.join(_users(name, manifest))})? Add --claim {name}=DIR"
+        for name in sorted(used - set(claims))
     ]
     problems += gpu_problems(manifest.group.spec.roles, {}, gpus)
     if problems:
@@ -84,7 +88,11 @@ def gpu_problems(roles: tuple[Role, ...], replicas: Mapping[str, int], gpus: int
     ]
 
 
-def _role_problems(role: Role, path: str, claims: Mapping[str, str]) -> Iterator[str]:
+def _users(claim: str, manifest: Manifest) -> list[str]:
+    return [role.name for role in manifest.group.spec.roles if claim in claimed(role)]
+
+
+def _role_problems(role: Role, path: str) -> Iterator[str]:
     if role.leader_worker_set is not None and role.leader_worker_set.size > 1:
         yield f"{path}.leaderWorkerSet.size: roles of several pods an instance do not run locally; use size 1"
     for i, container in enumerate(role.template.spec.containers):
@@ -95,15 +103,9 @@ def _role_problems(role: Role, path: str, claims: Mapping[str, str]) -> Iterator
             if not probe.actions:
                 yield f"{where}.{field}: needs exec, tcpSocket or httpGet"
     for i, volume in enumerate(role.template.spec.volumes):
-        yield from _volume_problems(volume, f"{path}.template.spec.volumes[{i}]", claims)
-
-
-def _volume_problems(volume: Volume, path: str, claims: Mapping[str, str]) -> Iterator[str]:
-    if volume.persistent_volume_claim is None and volume.empty_dir is None:
-        yield f"{path}: volume {volume.name} must be a persistentVolumeClaim or an emptyDir to run locally"
-    elif volume.persistent_volume_claim and volume.persistent_volume_claim.claim_name not in claims:
-        name = volume.persistent_volume_claim.claim_name
-        yield f"{path}: which folder is the claim {name}? Add --claim {name}=DIR"
+        if volume.persistent_volume_claim is None and volume.empty_dir is None:
+            where = f"{path}.template.spec.volumes[{i}]"
+            yield f"{where}: volume {volume.name} must be a persistentVolumeClaim or an emptyDir to run locally"
 
 
 def notes(manifest: Manifest, claims: Mapping[str, str], gpus: int) -> list[str]:

@@ -47,7 +47,7 @@ class PodSetup(msgspec.Struct, frozen=True):
 class LocalPod:
     """A pod from its first start to its last end. `changed` is called whenever something below has changed.
 
-    `phase` is `running` until all containers have ended; then `exited`, and it may be run again, or `gone` if it was
+    `reason`: why it last ended. `phase` is `running` until all containers have ended; then `exited`, and it may be run again, or `gone` if it was
     stopped. `started_at` and `ended_at` are the loop's times, `since` is Unix time for people.
     """
 
@@ -108,7 +108,7 @@ class LocalPod:
         self.been_ready = False
         self._ready = {container.name: False for container in self.setup.spec.containers}
         self.started_at = asyncio.get_running_loop().time()
-        self._set("running", "")
+        self._set("running", self.reason)  # why it ended before is worth knowing while it runs again
 
     def stop(self) -> None:
         """Asks a running pod to end; its keepers kill it after the grace period."""

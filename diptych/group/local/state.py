@@ -11,7 +11,7 @@ PodStatus = Literal["starting", "ready", "not ready", "stopping", "restarting"]
 
 
 class PodView(msgspec.Struct, frozen=True):
-    """`restarts`: how often it was started again; `failures`: ends in a row; `reason`: of the last change."""
+    """`restarts`: how often it was started again; `failures`: ends in a row; `reason`: why it last ended."""
 
     name: str
     role: str
@@ -80,7 +80,8 @@ def changes(before: Snapshot | None, after: Snapshot) -> list[str]:
 
 def _pod_line(pod: PodView) -> str:
     details = [f"GPU {','.join(pod.gpus)}"] if pod.gpus and pod.status == "starting" else []
-    details += [pod.reason] if pod.reason else []
+    if pod.reason and pod.status != "ready":
+        details.append(f"restart {pod.restarts}: {pod.reason}" if pod.status == "starting" else pod.reason)
     where = f" at {pod.ip}" if pod.status == "starting" else ""
     return f"{pod.name} {pod.status}{where}" + (f" ({'; '.join(details)})" if details else "")
 

@@ -1,0 +1,147 @@
+"""The manifest: what is read, and that each mistake names its field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from diptych.errors import ConfigError
+from diptych.group import spec
+from diptych.group.pod import Probe, TcpSocketAction
+from group_manifests import EXAMPLES, group, role, service, shell, text
+
+SEED = (EXAMPLES / "seed" / "sglang_pd.yaml").read_text()
+
+
+def test_the_seed_manifest() -> None:
+    manifest = spec.parse(SEED)
+    assert [(each.name, each.replicas, each.dependencies) for each in manifest.group.spec.roles] == [
+        ("scheduler", 1, ("decode", "prefill")),
+        ("prefill", 2, ()),
+        ("decode", 1, ()),
+    ]
+    prefill = manifest.group.role("prefill").template.spec.containers[0]
+    assert prefill.readiness_probe == Probe(
+        tcp_socket=TcpSocketAction(port=8000), initial_delay_seconds=30, period_seconds=10
+    )
+    assert prefill.resources.limits == {"nvidia.com/gpu": "2", "aliyun/erdma": 1, "memory": "16Gi", "cpu": "4"}
+    assert [each.name for each in manifest.services] == ["sglang-pd"]
+    assert manifest.other_objects == ()
+
+
+def test_other_kinds_are_reported() -> None:
+    claims = (EXAMPLES / "seed" / "llm-model.yaml").read_text()
+    manifest = spec.parse(SEED + "\n---\n" + claims)
+    assert manifest.other_objects == (
+        ("Secret", "oss-secret"),
+        ("PersistentVolume", "llm-model"),
+        ("PersistentVolumeClaim", "llm-model"),
+    )
+
+
+def _changed(path: str, value: Any) -> str:
+    """The seed's group with one field set (or deleted, for ...)."""
+    documents = list(yaml.safe_load_all(SEED))
+    *parents, last = path.replace("[", ".").replace("]", "").split(".")
+    where = documents[0]
+    for name in parents:
+        where = where[int(name)] if isinstance(where, list) else where[name]
+    if value is ...:
+        del where[last]
+    else:
+        where[last] = value
+    return yaml.safe_dump_all(documents)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("spec.roles[1].replicas", -1, "spec.roles[1].replicas: expected int >= 0"),
+        ("spec.roles[1].replicas", "2", "spec.roles[1].replicas: expected int, got str"),
+        ("spec.roles[0].dependencies", ["decod"], "spec.roles[0].dependencies[0]: there is no role decod"),
+        ("spec.roles[2].name", "prefill", "spec.roles[2].name: prefill is already used"),
+        ("spec.roles[2].name", "Decode", "spec.roles[2].name: expected str matching regex"),
+        ("spec.roles[2].name", "d" * 60, "spec.roles[2].name: makes pod names longer than 63 characters"),
+        ("spec.roles[1].dependencies", ["scheduler"], "spec.roles: dependencies go in a circle: scheduler -> "),
+        ("spec.roles[1].restartPolicy", "Always", "spec.roles[1].restartPolicy: invalid enum value 'Always'"),
+        ("spec.roles[1].template", ..., "spec.roles[1].template: is required"),
+        ("spec.roles[1].template.spec.containers", [], "spec.roles[1].template.spec.containers: expected"),
+        (
+            "spec.roles[1].template.spec.containers[0].readinesProbe",
+            {},
+            "spec.roles[1].template.spec.containers[0].readinesProbe: unknown field; did you mean readinessProbe?",
+        ),
+        (
+            "spec.roles[1].template.spec.containers[0].volumeMounts[1].name",
+            "shm",
+            "spec.roles[1].template.spec.containers[0].volumeMounts[1].name: no volume is called shm",
+        ),
+        (
+            "spec.roles[1].template.spec.containers[0].volumeMounts[1].subPath",
+            "../x",
+            "volumeMounts[1].subPath: must be relative",
+        ),
+        (
+            "spec.roles[1].template.spec.containers[0].readinessProbe.tcpSocket.port",
+            "grpc",
+            "spec.roles[1].template.spec.containers[0].readinessProbe: no port of the container is called grpc",
+        ),
+        ("spec.roles[1].workload", {"apiVersion": "v1", "kind": "Pod"}, "spec.roles[1].workload: must be one of"),
+        ("metadata.name", "../x", "metadata.name: '../x' must be lower-case"),
+        ("apiVersion", "workloads.x-k8s.io/v1alpha2", "apiVersion: must be workloads.x-k8s.io/v1alpha1"),
+        ("kind", "RoleBasedGroups", "needs exactly one RoleBasedGroup, has 0"),
+    ],
+)
+def test_mistakes_name_the_field(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        spec.parse(_changed(path, value))
+    assert message in error.value.message
+
+
+def test_all_mistakes_at_once() -> None:
+    broken = yaml.safe_load(_changed("spec.roles[1].replicas", -1).split("---")[0])
+    broken["spec"]["roles"][2]["restartPolicy"] = "Never"
+    broken["spec"]["rolez"] = []
+    with pytest.raises(ConfigError) as error:
+        spec.parse(yaml.safe_dump(broken))
+    assert len(error.value.message.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("a: 1\na: 2", "line 1: the key a is written twice"),
+        ("a: [1", "no valid YAML"),
+        ("- 1", "document 1: needs apiVersion and kind"),
+        ("!!python/object/apply:os.system [true]", "no valid YAML"),
+        ("", "needs exactly one RoleBasedGroup, has 0"),
+    ],
+)
+def test_what_is_no_manifest(broken: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spec.parse(broken)
+
+
+def test_fields_of_later_versions_are_accepted() -> None:
+    later = role("a", shell("true"), minReadySeconds=3, annotations={"x": "y"}, rolloutStrategy={"type": "RollingUpdate"})
+    manifest = spec.parse(text(group(later, coordination=[{"name": "c", "roles": ["a"]}], podGroupPolicy={})))
+    assert {each.field for each in manifest.unmodelled} == {
+        "minReadySeconds",
+        "annotations",
+        "rolloutStrategy",
+        "coordination",
+        "podGroupPolicy",
+    }
+
+
+def test_a_null_is_the_default() -> None:
+    document = group(role("a", shell("true"), replicas=None))
+    assert spec.parse(text(document)).group.spec.roles[0].replicas == 1
+
+
+def test_a_service_names_itself_in_errors() -> None:
+    broken = service("a")
+    broken["spec"]["ports"][0]["port"] = 0
+    with pytest.raises(ConfigError, match=r"Service toy: spec.ports\[0\].port: expected int >= 1"):
+        spec.parse(text(group(role("a", shell("true"))), broken))
