@@ -1,0 +1,265 @@
+"""One try to serve a request: a pair of servers that meet in new rooms, or one server that does both phases.
+
+Until the first part of decode's answer is here, nothing has reached the client: a failure of either side up to then can
+be told with its own status, or tried again elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import msgspec
+
+from diptych.errors import DiptychError, UpstreamError
+from diptych.router import logprobs
+from diptych.router.body import Ask
+from diptych.router.exchange import Client, Exchange, Headers, ServerLost, Upstream, read_all
+from diptych.router.fleet import Leg, Server
+from diptych.router.headers import to_client
+from diptych.router.replies import JSON, error_body, error_event
+from diptych.router.retry import STATUSES
+
+VERDICT_S = 0.1  # how long a failed decode side waits to learn whether prefill's failure was the cause
+LINGER_S = 5.0  # how long prefill's answer may outlast decode's
+
+_SSE = b"text/event-stream"
+_ERROR_EVENT = b'data: {"error"'
+_TRANSFER_FAILED = re.compile(rb"kv_transfer|KVTransferError|transfer failed", re.IGNORECASE)
+
+
+class Reply(msgspec.Struct):
+    """A server's answer: whole, or its beginning if `exchange` is there to read the rest from."""
+
+    status: int
+    headers: Headers
+    data: bytes
+    exchange: Exchange | None = None
+
+
+class Failure(msgspec.Struct):
+    """Why an attempt failed. `guilty` is None when the hand-over failed and nobody can say which side's fault it is."""
+
+    reply: Reply  # what the client gets if this was the last attempt
+    guilty: Server | None
+    lost: ServerLost | None = None
+
+    @property
+    def retryable(self) -> bool:
+        return self.lost is not None or self.reply.status in STATUSES
+
+
+class Attempt:
+    """`run` it once. The servers' loads and circuit breakers are told how their parts ended."""
+
+    def __init__(
+        self, upstream: Upstream, ask: Ask, prefill: Leg | None, decode: Leg, *, max_bytes: int, headers: Headers
+    ) -> None:
+        self._upstream = upstream
+        self._ask = ask
+        self._prefill = prefill
+        self._decode = decode
+        self._max_bytes = max_bytes
+        self._extra = headers  # for the client, besides the servers' own
+        self._loop = asyncio.get_running_loop()
+        self._complete = False
+        self.first_at: float | None = None  # when decode's answer began
+        self.broken: ServerLost | None = None  # why a stream that had begun did not reach its end
+
+    async def run(self, method: str, path: str, headers: Headers, body: bytes, client: Client) -> Failure | None:
+        """Send the request and answer `client`. Returns why that failed if nothing has reached the client."""
+        decode = self._loop.create_task(self._begin(self._decode, method, path, headers, body))
+        prefill = None
+        if self._prefill is not None:
+            prefill = self._loop.create_task(self._finish(self._prefill, method, path, headers, body))
+        try:
+            failure = await self._race(prefill, decode)
+            if failure is None:
+                await self._answer(client, decode.result(), prefill)
+                self._complete = True
+            return failure
+        finally:
+            self._end(prefill, decode)
+
+    # the two sides
+
+    async def _open(self, leg: Leg, method: str, path: str, headers: Headers, body: bytes) -> Exchange:
+        leg.task = asyncio.current_task()
+        try:
+            leg.exchange = await self._upstream.open(leg.server.address, method, path, headers, body)
+        except asyncio.CancelledError:
+            if leg.given_up:
+                raise ServerLost("it does not answer health checks", sent=True) from None
+            raise
+        return leg.exchange
+
+    async def _begin(self, leg: Leg, method: str, path: str, headers: Headers, body: bytes) -> Reply:
+        """Decode's answer: of a stream the first part, otherwise all of it."""
+        exchange = await self._open(leg, method, path, headers, body)
+        if exchange.status < 400 and _is_stream(exchange):
+            first = await exchange.read()
+            self.first_at = self._loop.time()
+            return _told_in_stream(first) or Reply(exchange.status, exchange.headers, first, exchange)
+        whole = await read_all(exchange, self._max_bytes)
+        self.first_at = self._loop.time()
+        return Reply(exchange.status, exchange.headers, whole)
+
+    async def _finish(self, leg: Leg, method: str, path: str, headers: Headers, body: bytes) -> Reply:
+        """Prefill's answer, read to its end. It is kept where it matters: an error, or logprobs of the prompt."""
+        exchange = await self._open(leg, method, path, headers, body)
+        if exchange.status >= 400 or self._ask.merges_logprobs:
+            data = await read_all(exchange, self._max_bytes)
+        else:
+            data = await exchange.read()
+            while await exchange.read():
+                pass
+        reply = _told_in_stream(data) if _is_stream(exchange) else None
+        return reply or Reply(exchange.status, exchange.headers, data)
+
+    # who failed
+
+    async def _race(self, prefill: asyncio.Task[Reply] | None, decode: asyncio.Task[Reply]) -> Failure | None:
+        """Wait until decode has begun to answer, or one side has failed."""
+        if prefill is None:
+            await asyncio.wait((decode,))
+            return self._judge(None, _failure(self._decode, decode), answered=False)
+        await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
+        if not decode.done() and _failure(self._prefill, prefill) is None:
+            await asyncio.wait((decode,))
+        if not prefill.done():
+            if _failure(self._decode, decode) is not None:
+                await asyncio.wait((prefill,), timeout=VERDICT_S)
+            elif self._ask.merges_logprobs:
+                await asyncio.wait((prefill,))
+        failed = _failure(self._decode, decode)
+        answered = decode.done() and failed is None and not self._ask.merges_logprobs
+        return self._judge(_failure(self._prefill, prefill), failed, answered)
+
+    def _judge(self, prefill: Failure | None, decode: Failure | None, answered: bool) -> Failure | None:
+        """Which failure counts: a server that was lost is the cause of the other's failure, never the reverse.
+
+        `answered`: decode has begun to answer well, so that nothing is left to lose with prefill.
+        """
+        failures = [failure for failure in (prefill, decode) if failure is not None]
+        failure = next((f for f in failures if f.lost), failures[0] if failures else None)
+        if failure is None or (answered and failure.lost):
+            return None
+        if failure.lost is None and _TRANSFER_FAILED.search(failure.reply.data):
+            failure.guilty = self._silent_side()
+        charged = not failure.lost.reused if failure.lost else failure.reply.status >= 500
+        now = self._loop.time()
+        for leg in (self._prefill, self._decode):
+            if leg is not None:
+                leg.end(now, True if charged and leg.server is failure.guilty else None)
+        return failure
+
+    def _silent_side(self) -> Server | None:
+        """Of a pair whose hand-over failed, the server that has said nothing, if the other has."""
+        silent = [leg.server for leg in (self._prefill, self._decode) if leg is not None and leg.exchange is None]
+        return silent[0] if len(silent) == 1 else None
+
+    # the answer
+
+    async def _answer(self, client: Client, reply: Reply, prefill: asyncio.Task[Reply] | None) -> None:
+        """Hand decode's answer on. From its first byte on the attempt cannot be repeated."""
+        merges = self._ask.merges_logprobs and prefill is not None and reply.status < 400
+        headers = to_client(reply.headers, self._extra)
+        if reply.exchange is None:
+            data = logprobs.merge(prefill.result().data, reply.data) if merges and prefill else reply.data
+            client.send(reply.status, headers, data)
+            self._decode.end(self._loop.time(), reply.status >= 500)
+            return
+        client.start(reply.status, headers)
+        try:
+            if merges and prefill:
+                await self._relay_merged(client, reply.exchange, reply.data, prefill.result().data)
+            else:
+                if not client.write(reply.data):
+                    await client.drain()
+                await reply.exchange.relay(client)
+        except ServerLost as lost:
+            # The place from which a later change moves the stream to another server.
+            self.broken = lost
+            self._decode.end(self._loop.time(), True)
+            client.write(error_event(_told(self._decode, lost)))
+        client.finish()
+        self._decode.end(self._loop.time(), False)
+
+    async def _relay_merged(self, client: Client, exchange: Exchange, data: bytes, prefill: bytes) -> None:
+        merger = logprobs.StreamMerger(prefill)
+        while data:
+            if (merged := merger.feed(data)) and not client.write(merged):
+                await client.drain()
+            data = await exchange.read()
+        if rest := merger.rest():
+            client.write(rest)
+
+    def _end(self, prefill: asyncio.Task[Reply] | None, decode: asyncio.Task[Reply]) -> None:
+        """Leave nothing running: prefill may end in peace if the client has its answer; otherwise both end at once."""
+        decode.cancel()
+        _when_done(self._decode, decode)
+        _close(self._decode, self._loop.time())
+        if prefill is None or self._prefill is None:
+            return
+        if self._complete and not prefill.done():
+            timer = self._loop.call_later(LINGER_S, prefill.cancel)
+            prefill.add_done_callback(lambda _: timer.cancel())
+        else:
+            prefill.cancel()
+        _when_done(self._prefill, prefill)
+
+
+def _when_done(leg: Leg, task: asyncio.Task[Reply]) -> None:
+    """Close a leg once its task has ended, and note how it went."""
+
+    def close(task: asyncio.Task[Reply]) -> None:
+        now = asyncio.get_running_loop().time()
+        failed = None if task.cancelled() else task.exception() is not None or task.result().status >= 500
+        _close(leg, now, failed)
+
+    if task.done():
+        close(task)
+    else:
+        task.add_done_callback(close)
+
+
+def _close(leg: Leg, now: float, failed: bool | None = None) -> None:
+    if leg.exchange is not None:
+        leg.exchange.close()
+    leg.end(now, failed)
+
+
+def _failure(leg: Leg | None, task: asyncio.Task[Reply]) -> Failure | None:
+    """What went wrong on one side, as far as is known."""
+    if leg is None or not task.done():
+        return None
+    error = task.exception()
+    if error is None:
+        reply = task.result()
+        return Failure(reply, leg.server) if reply.status >= 400 else None
+    if not isinstance(error, DiptychError):
+        raise error
+    told = _told(leg, error)
+    reply = Reply(told.status, [JSON], error_body(told))
+    return Failure(reply, leg.server, error if isinstance(error, ServerLost) else None)
+
+
+def _told(leg: Leg, error: DiptychError) -> UpstreamError:
+    return UpstreamError(f"the {leg.server.role} server failed: {error.message}")
+
+
+def _is_stream(exchange: Exchange) -> bool:
+    return any(name == b"content-type" and value.startswith(_SSE) for name, value in exchange.headers)
+
+
+def _told_in_stream(first: bytes) -> Reply | None:
+    """An error that a server tells as the first event of a stream with status 200, if trying elsewhere may help."""
+    if not first.startswith(_ERROR_EVENT):
+        return None
+    event = first[len(b"data: ") :].partition(b"\n\n")[0]
+    try:
+        code = msgspec.json.decode(event)["error"].get("code")
+    except (msgspec.DecodeError, AttributeError):
+        return None
+    status = code if isinstance(code, int) and not isinstance(code, bool) else 500
+    return Reply(status, [JSON], event) if status in STATUSES else None

@@ -1,0 +1,131 @@
+"""What the router reads in a request's body, and the three bootstrap fields that it adds.
+
+A body is parsed once, skipping what does not matter here. The fields go in front of its last brace, so that both
+servers see the client's bytes otherwise unchanged.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+
+from diptych.errors import BadRequest
+from diptych.router.config import ServerAddress
+
+MAX_ROOMS = 16384
+NUM_ROOMS_BITS = 63  # rooms are drawn from [0, 2**63)
+
+_BOOTSTRAP = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+
+
+class _Fields(msgspec.Struct):
+    """The members that matter, still as JSON text: their types are the servers' to judge."""
+
+    stream: msgspec.Raw = msgspec.Raw()
+    n: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    text: msgspec.Raw = msgspec.Raw()
+    input_ids: msgspec.Raw = msgspec.Raw()
+    sampling_params: msgspec.Raw = msgspec.Raw()
+    return_logprob: msgspec.Raw = msgspec.Raw()
+    echo: msgspec.Raw = msgspec.Raw()
+    logprobs: msgspec.Raw = msgspec.Raw()
+    bootstrap_host: msgspec.Raw = msgspec.Raw()
+    bootstrap_port: msgspec.Raw = msgspec.Raw()
+    bootstrap_room: msgspec.Raw = msgspec.Raw()
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """A body, understood as far as routing needs."""
+
+    head: bytes  # the body up to its last brace, with a comma where more members may follow
+    key: bytes  # the prompt as sent, for cache-aware routing; b"" if there is none
+    num_rooms: int | None  # how many rooms a batch or n > 1 needs, None: one, not in a list
+    stream: bool
+    merges_logprobs: bool  # the prompt's logprobs are in the prefill server's answer and must be moved to decode's
+
+
+_decoder = msgspec.json.Decoder(_Fields)
+
+
+def read_body(body: bytes) -> Ask:
+    """Understand a body. Raises BadRequest when it is no JSON object or asks for too many sequences."""
+    try:
+        found = _decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"the body must be a JSON object: {error}") from None
+    if found.bootstrap_host or found.bootstrap_port or found.bootstrap_room:
+        body = _without_bootstrap(body)
+    head = body.rstrip()[:-1].rstrip()
+    return Ask(
+        head=head if head.endswith(b"{") else head + b",",
+        key=bytes(found.messages or found.prompt or found.text or found.input_ids),
+        num_rooms=_num_rooms(found),
+        stream=bytes(found.stream) == b"true",
+        merges_logprobs=_is_set(found.return_logprob) or (_is_set(found.echo) and _is_set(found.logprobs)),
+    )
+
+
+def add_rooms(ask: Ask, prefill: ServerAddress, rng: random.Random) -> bytes:
+    """The body for both servers of a pair: the client's, and where they meet. Every call draws new rooms."""
+    host: Any = prefill.bootstrap_host
+    port: Any = prefill.bootstrap_port
+    if ask.num_rooms is None:
+        room: Any = rng.getrandbits(NUM_ROOMS_BITS)
+    else:
+        host, port = [host] * ask.num_rooms, [port] * ask.num_rooms
+        room = [rng.getrandbits(NUM_ROOMS_BITS) for _ in range(ask.num_rooms)]
+    return ask.head + msgspec.json.encode(dict(zip(_BOOTSTRAP, (host, port, room), strict=True)))[1:]
+
+
+def _without_bootstrap(body: bytes) -> bytes:
+    """A client's own bootstrap fields are replaced, never sent twice."""
+    members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    return msgspec.json.encode({name: value for name, value in members.items() if name not in _BOOTSTRAP})
+
+
+def _num_rooms(found: _Fields) -> int | None:
+    """One room a sequence: prompts times n. Values of a wrong type count as one; the servers refuse them."""
+    batch = _batch_size(found.prompt or found.text or found.input_ids, ids=not (found.prompt or found.text))
+    copies = _copies(found.n) or _copies_of_params(found.sampling_params) or 1
+    if batch is None and copies == 1:
+        return None
+    total = (batch or 1) * copies
+    if total > MAX_ROOMS:
+        raise BadRequest(f"the request asks for {total} sequences; at most {MAX_ROOMS} fit in one", param="n")
+    return total
+
+
+def _batch_size(prompt: msgspec.Raw, *, ids: bool) -> int | None:
+    """How many prompts a list of texts or of token lists holds; None for one text or one list of tokens."""
+    text = bytes(prompt)
+    if text[:1] != b"[":
+        return None
+    first = text[1:].lstrip()[:1]
+    if first not in ((b"[",) if ids else (b"[", b'"')):
+        return None
+    return len(msgspec.json.decode(text, type=list[msgspec.Raw]))
+
+
+def _copies(n: msgspec.Raw) -> int | None:
+    text = bytes(n)
+    return max(int(text), 1) if text.isdigit() and len(text) < 10 else None
+
+
+def _copies_of_params(params: msgspec.Raw) -> int | None:
+    """n of `/generate`: in sampling_params, or in the first of a list of them."""
+    text = bytes(params)
+    if text[:1] == b"[":
+        listed = msgspec.json.decode(text, type=list[msgspec.Raw])
+        text = bytes(listed[0]) if listed else b""
+    if text[:1] != b"{":
+        return None
+    return _copies(msgspec.json.decode(text, type=dict[str, msgspec.Raw]).get("n", msgspec.Raw()))
+
+
+def _is_set(value: msgspec.Raw) -> bool:
+    """Whether a member asks for something: present, and neither null, false nor an empty list."""
+    return bytes(value) not in (b"", b"null", b"false", b"[]")

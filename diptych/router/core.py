@@ -1,0 +1,114 @@
+"""Serves one inference request: picks servers, and tries again elsewhere while nothing has reached the client."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+
+from diptych.errors import DeadlineExceeded
+from diptych.router.attempt import Attempt, Failure
+from diptych.router.body import Ask, add_rooms, read_body
+from diptych.router.config import RouterConfig
+from diptych.router.exchange import Client, ClientRequest, Headers, Upstream
+from diptych.router.fleet import Fleet, Leg, Server
+from diptych.router.headers import to_client, to_server
+from diptych.router.limits import Gate
+from diptych.router.metrics import RouterMetrics
+from diptych.router.replies import error_event
+from diptych.router.retry import MAX_LOST, RetryBudget, backoff_s
+
+log = logging.getLogger(__name__)
+
+
+class Core:
+    """Independent of sockets: `upstream` is the way to the servers, time is the loop's, randomness is `rng`'s."""
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, upstream: Upstream, rng: random.Random, metrics: RouterMetrics
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._upstream = upstream
+        self._rng = rng
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._budget = RetryBudget(self._loop.time())
+        self.gate = Gate(config)
+
+    async def serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
+        """Answer `client`. `extra`: headers for servers and client. Raises DiptychError, mostly before any answer."""
+        limit_s = self._config.request_timeout_secs
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.gate.enter()
+                try:
+                    await self._serve(request, client, extra)
+                finally:
+                    self.gate.leave()
+        except TimeoutError:
+            late = DeadlineExceeded(f"the request took longer than {limit_s:g} s")
+            if not client.started:
+                raise late from None
+            client.write(error_event(late))
+            client.finish()
+
+    async def _serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
+        ask = read_body(request.body)
+        self._budget.earn()
+        arrived_at = self._loop.time()
+        headers = to_server(request.headers, self._config.key, extra)
+        avoid: set[Server] = set()
+        num_lost = 0
+        for retry in itertools.count():
+            attempt, body = self._prepare(request, ask, avoid, extra)
+            failure = await attempt.run(request.method, request.path, headers, body, client)
+            if failure is None:
+                self._metrics.served(request.route, attempt, arrived_at, self._loop.time())
+                return
+            num_lost += failure.lost is not None and failure.lost.sent
+            self._note(failure, avoid)
+            if not self._may_retry(failure, retry, num_lost):
+                client.send(failure.reply.status, to_client(failure.reply.headers, extra), failure.reply.data)
+                return
+            self._metrics.retries += 1
+            if failure.lost is None:
+                await asyncio.sleep(backoff_s(self._config, retry, self._rng))
+
+    def _prepare(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, bytes]:
+        """Choose who serves, and where they meet."""
+        now, size = self._loop.time(), len(request.body)
+        if not self._config.disaggregated:
+            worker = Leg(self._fleet.choose("worker", ask.key, avoid), size, now)
+            prefill, decode, body = None, worker, request.body
+        else:
+            chosen = self._fleet.choose("prefill", ask.key, avoid)
+            decode = Leg(self._fleet.choose("decode", ask.key, avoid), size, now)
+            prefill, body = Leg(chosen, size, now), add_rooms(ask, chosen.address, self._rng)
+        limit = self._config.max_payload_size
+        return Attempt(self._upstream, ask, prefill, decode, max_bytes=limit, headers=extra), body
+
+    def _note(self, failure: Failure, avoid: set[Server]) -> None:
+        """Remember who failed, for this request and for others."""
+        server, lost = failure.guilty, failure.lost
+        status = failure.reply.status
+        log.info("%s failed with status %d", f"{server.role} {server.address.url}" if server else "a pair", status)
+        if server is None:
+            return
+        if lost is None or not lost.reused:  # a kept connection that had ended is no reason to go elsewhere
+            avoid.add(server)
+        if lost is not None:
+            self._fleet.suspect(server, gone=not lost.sent)
+
+    def _may_retry(self, failure: Failure, retry: int, num_lost: int) -> bool:
+        """A lost server's requests may all move, as it is lost once; other failures share the budget."""
+        if not failure.retryable or self._config.disable_retries:
+            return False
+        if retry >= self._config.retry_max_retries or num_lost > MAX_LOST:
+            self._metrics.retries_exhausted += 1
+            return False
+        if failure.lost is not None or self._budget.spend(self._loop.time()):
+            return True
+        self._metrics.retries_over_budget += 1
+        return False

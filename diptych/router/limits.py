@@ -1,0 +1,61 @@
+"""How many requests are served at a time, and who waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from diptych.errors import DeadlineExceeded, Overloaded
+from diptych.router.config import RouterConfig
+
+
+class QueueTimeout(DeadlineExceeded):
+    """The request has waited in the router's queue for too long."""
+
+    status = 408
+    code = "queue_timeout"
+
+
+class Gate:
+    """Lets `max_concurrent_requests` through; others wait in line, at most `queue_size` of them."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._limit = config.max_concurrent_requests
+        self._queue_size = config.queue_size
+        self._timeout_s = config.queue_timeout_secs
+        self._line: deque[asyncio.Future[None]] = deque()
+        self.num_inside = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._line)
+
+    async def enter(self) -> None:
+        """Wait for a place; whoever gets one calls `leave`. Raises Overloaded when the line is full, QueueTimeout."""
+        if self._limit < 0 or (self.num_inside < self._limit and not self._line):
+            self.num_inside += 1
+            return
+        if len(self._line) >= self._queue_size:
+            raise Overloaded(f"{self.num_inside} requests are being served and {len(self._line)} wait; try again later")
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.append(place)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await place
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if place.done() and not place.cancelled():  # it came at the same moment: hand it on
+                self.leave()
+            else:
+                self._line.remove(place)
+            if isinstance(error, TimeoutError):
+                raise QueueTimeout(f"the request waited {self._timeout_s:g} s for its turn; try again later") from None
+            raise
+
+    def leave(self) -> None:
+        """Give the place to the next in line, if there is one."""
+        while self._line:
+            place = self._line.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self.num_inside -= 1

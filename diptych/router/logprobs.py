@@ -1,0 +1,121 @@
+"""The prompt's log-probabilities are in the prefill server's answer; they are moved into decode's.
+
+`/generate`: lists in `meta_info`, prefill's in front of decode's. `/v1/completions` with echo: the prompt's part of
+each choice's `logprobs`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from diptych.errors import UpstreamError
+
+_META = ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs")
+_ECHO = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+_DATA = b"data: "
+_DONE = b"[DONE]"
+
+Json = dict[str, Any]
+
+
+def merge(prefill: bytes, decode: bytes) -> bytes:
+    """Decode's whole answer with the prompt's logprobs. Raises UpstreamError when the answers do not fit together."""
+    theirs, ours = _parse(prefill), _parse(decode)
+    if isinstance(ours, list) != isinstance(theirs, list) or (isinstance(ours, list) and len(ours) != len(theirs)):
+        raise UpstreamError("the prefill and the decode server answered a batch differently")
+    for given, item in zip(theirs, ours, strict=True) if isinstance(ours, list) else [(theirs, ours)]:
+        prompts = _Prompts()
+        prompts.learn(given)
+        prompts.add_to(item)
+    return msgspec.json.encode(ours)
+
+
+class StreamMerger:
+    """Puts the prompt's logprobs into the events of decode's stream. `feed` takes any parts, `rest` ends it."""
+
+    def __init__(self, prefill: bytes) -> None:
+        self._prompts = _Prompts()
+        for event in prefill.split(b"\n\n"):
+            if _has_json(event):
+                self._prompts.learn(_parse(event[len(_DATA) :]))
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that are complete now."""
+        *events, self._held = (self._held + data).split(b"\n\n")
+        return b"".join(self._merged(event) + b"\n\n" for event in events)
+
+    def rest(self) -> bytes:
+        """What was left when the stream ended; nothing, if it ended well."""
+        rest, self._held = self._held, b""
+        return rest
+
+    def _merged(self, event: bytes) -> bytes:
+        if not _has_json(event):
+            return event
+        item = _parse(event[len(_DATA) :])
+        self._prompts.add_to(item)
+        return _DATA + msgspec.json.encode(item)
+
+
+class _Prompts:
+    """The prompts' logprobs by index of the sequence."""
+
+    def __init__(self) -> None:
+        self._meta: dict[int, Json] = {}
+        self._echo: dict[int, Json] = {}
+
+    def learn(self, item: Any) -> None:
+        """From an answer or event of the prefill server."""
+        if not isinstance(item, dict):
+            return
+        meta = item.get("meta_info")
+        if isinstance(meta, dict):
+            self._meta[item.get("index", 0)] = {name: meta[name] for name in _META if meta.get(name)}
+        for choice in item.get("choices") or ():
+            if isinstance(choice.get("logprobs"), dict) and choice.get("index", 0) not in self._echo:
+                self._echo[choice.get("index", 0)] = _prompt_part(choice["logprobs"])
+
+    def add_to(self, item: Any) -> None:
+        """To an answer or event of the decode server."""
+        if not isinstance(item, dict):
+            return
+        meta = item.get("meta_info")
+        if isinstance(meta, dict):
+            for name, values in self._meta.get(item.get("index", 0), {}).items():
+                meta[name] = values + (meta.get(name) or [])
+        for choice in item.get("choices") or ():
+            echo = self._echo.pop(choice.get("index", 0), None)  # once: later events carry new tokens only
+            if echo is not None and isinstance(choice.get("logprobs"), dict):
+                _prepend(choice["logprobs"], echo)
+
+
+def _prompt_part(logprobs: Json) -> Json:
+    """All but the last token, which is the one that a prefill server samples."""
+    return {name: logprobs[name][:-1] for name in _ECHO if isinstance(logprobs.get(name), list)}
+
+
+def _prepend(logprobs: Json, prompt: Json) -> None:
+    """In place of the prompt's tokens where decode lists them without logprobs, else in front."""
+    count = len(prompt.get("tokens", ()))
+    listed = (
+        logprobs.get("tokens", [])[:count] == prompt.get("tokens")
+        and len(logprobs.get("token_logprobs", ())) >= count
+        and all(value is None for value in logprobs["token_logprobs"][:count])
+    )
+    for name, values in prompt.items():
+        if isinstance(logprobs.get(name), list):
+            logprobs[name] = values + logprobs[name][count if listed else 0 :]
+
+
+def _has_json(event: bytes) -> bool:
+    return event.startswith(_DATA) and event[len(_DATA) :] != _DONE
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        raise UpstreamError("a server's answer is no JSON, so that its logprobs cannot be merged") from None
