@@ -48,7 +48,7 @@ class EngineClient(Protocol):
 
 
 class _Stream:
-    """Outputs of one request on their way to its handler: a queue with one reader and no limit but the request's own."""
+    """Outputs of one request on their way to its handler: a queue with one reader."""
 
     __slots__ = ("_items", "_waiter", "dead")
 

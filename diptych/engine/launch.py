@@ -20,7 +20,7 @@ import msgspec
 from diptych.config import ServerConfig
 from diptych.engine.channel import Channel
 from diptych.engine.client import EngineLink
-from diptych.errors import ConfigError, DeadlineExceeded, DiptychError
+from diptych.errors import ConfigError, DeadlineExceeded
 from diptych.types import Failed, FromEngine, Ready
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ def _die_with_parent() -> None:
 class EngineProcesses:
     """The processes of one engine. `link` is what the API uses once `start` has returned."""
 
-    def __init__(self, config: ServerConfig, *, bootstrap_url: str = "", bootstrap_host: str = "") -> None:
+    def __init__(self, config: ServerConfig, *, bootstrap: tuple[str, int] = ("", 0)) -> None:
         self._config = config
-        self._bootstrap = bootstrap_url, bootstrap_host
+        self._bootstrap = bootstrap  # host and port of the bootstrap service in this process
         self._processes: list[asyncio.subprocess.Process] = []
         self._directory = ""
         self._channel: Channel | None = None
@@ -53,20 +53,19 @@ class EngineProcesses:
         self.on_death: Callable[[], None] = lambda: None
 
     async def start(self) -> EngineLink:
-        """Spawn all ranks and wait until the engine can serve. Raises ConfigError or DiptychError with the engine's reason."""
+        """Spawn all ranks and wait until the engine can serve. Raises ConfigError with the engine's reason."""
         self._ready = asyncio.get_running_loop().create_future()
         self._directory = tempfile.mkdtemp(prefix="diptych-")
         ours, leader = socket.socketpair()
         pairs = [socket.socketpair() for _ in range(1, self._config.tp_size)]
         store = str(Path(self._directory) / "ranks")
-        url, host = self._bootstrap
         with leader:
             fds = [pair[0].fileno() for pair in pairs]
-            await self._spawn(0, leader, [pair[0] for pair in pairs], store, fds, url, host)
+            await self._spawn(0, leader, [pair[0] for pair in pairs], store, fds)
         for rank, (near, far) in enumerate(pairs, start=1):
             near.close()
             with far:
-                await self._spawn(rank, far, [], store, [], "", "")
+                await self._spawn(rank, far, [], store, [])
         self._channel = Channel(FromEngine, self._receive, self._closed)
         await self._channel.open(ours.detach())
         try:
@@ -84,8 +83,6 @@ class EngineProcesses:
         inherited: list[socket.socket],
         store: str,
         fds: list[int],
-        url: str,
-        host: str,
     ) -> None:
         spec = {
             "config": self._config,
@@ -93,8 +90,8 @@ class EngineProcesses:
             "store_path": store,
             "leader_fd": sock.fileno(),
             "follower_fds": fds,
-            "bootstrap_url": url,
-            "bootstrap_host": host,
+            "bootstrap_host": self._bootstrap[0],
+            "bootstrap_port": self._bootstrap[1],
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -171,6 +168,3 @@ class EngineProcesses:
         if self.link is not None:
             self.link.died()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-__all__ = ["DiptychError", "EngineProcesses"]

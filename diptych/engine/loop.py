@@ -1,7 +1,7 @@
 """The engine loop: plan, run, commit, publish. One asyncio task; everything between two steps happens here.
 
-What arrives while a step runs (new requests, aborts, control) waits in the inbox until the step is committed, so no page
-changes its owner under a running forward pass. The three roles differ only in the hooks of `Role`.
+What arrives while a step runs (new requests, aborts, control) waits in the inbox until the step is committed, so no
+page changes its owner under a running forward pass. The three roles differ only in the hooks of `Role`.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Role(Protocol):
 class Engine:
     """Runs one scheduler over one runner.
 
-    `compute` runs a plan and returns its result; `emit` takes messages for the API process; `disturb`, if given, may change
-    the scheduler's state before each step (fault injection in tests).
+    `compute` runs a plan and returns its result; `emit` takes messages for the API process; `disturb`, if given, may
+    change the scheduler's state before each step (fault injection in tests).
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class Engine:
             raise DiptychError(f"a step took longer than --watchdog-timeout ({self._watchdog_s:g} s)") from None
         except Exception:
             log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
-            drop(self.state, plan, asyncio.get_running_loop().time())
+            drop(self.state, plan, self.now())
             for row in plan.rows:
                 self._fail(
                     row.rid, Finish("abort", message="the model failed on this step", status=500, code="step_failed")
                 )
             return None
         for rid, error in refused:
-            self._fail(rid, Finish("abort", message=error.message, status=error.status, code=error.code))
+            self._fail(rid, _ended_by(error))
         return result
 
     def _fill_masks(self, plan: Plan) -> list[tuple[str, DiptychError]]:
@@ -234,20 +234,26 @@ class Engine:
             )
         )
 
-    def refuse(self, rid: str, error: DiptychError) -> None:
+    def refuse(self, rid: str, finish: Finish) -> None:
         """End a request that never became a sequence."""
-        finish = Finish("abort", message=error.message, status=error.status, code=error.code)
-        self._grammar_of.pop(rid, None)
+        self.forget(rid)
         self._outputs.append(Output(rid=rid, finish=finish))
+
+    def forget(self, rid: str) -> None:
+        """Drop what the loop itself keeps of a request."""
+        self._grammar_of.pop(rid, None)
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def end(self, seq: Seq, *, keep: bool) -> None:
         """Give the sequence's pages back; with `keep` its prefix stays in the cache."""
-        self._grammar_of.pop(seq.rid, None)
+        self.forget(seq.rid)
         release(self.state, seq, keep=keep)
 
     def end_early(self, rid: str, finish: Finish) -> bool:
         """Take a sequence out of the scheduler, wherever it is, and publish why. False if there is none."""
-        seq = abort(self.state, rid, asyncio.get_running_loop().time())
+        seq = abort(self.state, rid, self.now())
         if seq is None:
             return False
         self.end(seq, keep=False)
@@ -276,14 +282,13 @@ class Engine:
                 self._grammar_of[request.rid] = GrammarState(request.sampling, self._grammars)
             self.role.admit(request, now)
         except DiptychError as error:
-            self.refuse(request.rid, error)
+            self.refuse(request.rid, _ended_by(error))
 
     def _fail(self, rid: str, finish: Finish) -> None:
         """End a request wherever it is: in the role's hands, in the scheduler, in both. Unknown ones are ignored."""
         held = self.role.abort(rid, finish)
         if not self.end_early(rid, finish) and held:
-            self._grammar_of.pop(rid, None)
-            self._outputs.append(Output(rid=rid, finish=finish))
+            self.refuse(rid, finish)
 
     def _control(self, message: Control) -> None:
         try:
@@ -329,7 +334,7 @@ class Engine:
             "ok": True,
             "pages": pool.num_pages,
             "free": pool.num_free,
-            "cached": tree.num_pages,
+            "cached": sum(len(node.pages) for node in tree.nodes()),
             "requests": len(self.state.seqs),
             "held": len(self.role.held()),
             "grammars": len(self._grammar_of),
@@ -353,3 +358,7 @@ class Engine:
             self._stats_at = now
         self._emit(Outputs(self._outputs, report))
         self._outputs = []
+
+
+def _ended_by(error: DiptychError) -> Finish:
+    return Finish("abort", message=error.message, status=error.status, code=error.code)

@@ -1,16 +1,18 @@
-"""The tensor-parallel ranks of one engine, seen from rank 0: every rank runs every plan and moves its own heads' pages."""
+"""The tensor-parallel ranks of an engine, as rank 0 leads them: each runs every plan and moves its own heads' pages."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import msgspec
 
 from diptych.engine.channel import Channel
 from diptych.model.runner import Runner
-from diptych.transfer.plane import Command, DataPlane, Event
+from diptych.transfer.commands import AnyCommand, AnyEvent
+from diptych.transfer.plane import DataPlane
 from diptych.types import Plan, StepResult
 
 
@@ -23,7 +25,7 @@ class RunPlan(msgspec.Struct, tag="run"):
 class MovePages(msgspec.Struct, tag="move"):
     """Rank 0 → follower: a command for its data plane."""
 
-    command: Command
+    command: AnyCommand
 
 
 class RankReady(msgspec.Struct, tag="ready"):
@@ -35,7 +37,7 @@ class RankReady(msgspec.Struct, tag="ready"):
 class PagesMoved(msgspec.Struct, tag="moved"):
     """Follower → rank 0: its data plane's news."""
 
-    event: Event
+    event: AnyEvent
 
 
 ToRank = RunPlan | MovePages
@@ -43,9 +45,11 @@ FromRank = RankReady | PagesMoved
 
 
 class Ranks:
-    """Rank 0's hold on all ranks. `on_event(rank, event)` hears from every data plane; `on_death` that a follower died."""
+    """Rank 0's hold on all ranks. `on_event(rank, event)` hears from every data plane, `on_death(rank)` of deaths."""
 
-    def __init__(self, runner: Runner, on_event: Callable[[int, Event], None], on_death: Callable[[int], None]) -> None:
+    def __init__(
+        self, runner: Runner, on_event: Callable[[int, AnyEvent], None], on_death: Callable[[int], None]
+    ) -> None:
         self.runner = runner
         self.plane: DataPlane | None = None  # set by the worker when this server hands over
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -60,7 +64,7 @@ class Ranks:
         loop = asyncio.get_running_loop()
         for rank, fd in enumerate(fds, start=1):
             self._ready.append(loop.create_future())
-            channel = Channel(FromRank, lambda m, r=rank: self._hear(r, m), lambda r=rank: self._on_death(r))
+            channel: Channel = Channel(FromRank, partial(self._hear, rank), partial(self._on_death, rank))
             await channel.open(fd)
             self._channels.append(channel)
         async with asyncio.timeout(timeout_s):
@@ -78,7 +82,7 @@ class Ranks:
             channel.send(RunPlan(plan))
         return await asyncio.get_running_loop().run_in_executor(self.thread, self.runner.run, plan)
 
-    def broadcast(self, command: Command) -> None:
+    def broadcast(self, command: AnyCommand) -> None:
         """Give a command to every rank's data plane."""
         for channel in self._channels:
             channel.send(MovePages(command))

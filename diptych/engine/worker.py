@@ -1,4 +1,4 @@
-"""An engine process: `python -m diptych.engine.worker`, one for each tensor-parallel rank, with its Spec on standard input.
+"""An engine process: `python -m diptych.engine.worker`, one a tensor-parallel rank, its Spec on standard input.
 
 Rank 0 talks to the API process, plans, and leads the other ranks; they run what they are told. A worker ends when the
 channel to its leader closes, so none outlives its server.
@@ -11,36 +11,42 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from random import SystemRandom
+from secrets import token_hex
 
 import msgspec
 import torch
 import uvloop
 
-from diptych import mounts, net
+from diptych import mounts
 from diptych.config import ServerConfig
 from diptych.engine.channel import Channel
+from diptych.engine.handover import Site, attach_decode, attach_prefill
 from diptych.engine.loop import Engine
-from diptych.engine.ranks import FromRank, MovePages, PagesMoved, RankReady, Ranks, RunPlan, ToRank
-from diptych.engine.roles.decode import DecodeRole
-from diptych.engine.roles.prefill import PrefillRole
+from diptych.engine.ranks import PagesMoved, RankReady, Ranks, RunPlan, ToRank
 from diptych.engine.roles.unified import UnifiedRole
 from diptych.errors import DiptychError
 from diptych.model import parallel
 from diptych.model.runner import Runner
-from diptych.obs.logs import setup_logging
+from diptych.obs import logs
 from diptych.sched.state import SchedConfig, new_state
 from diptych.text.grammar import GrammarCompiler
-from diptych.transfer.bootstrap import register
-from diptych.transfer.plane import DataPlane, Event
-from diptych.transfer.receiver import ReceiveHub
-from diptych.transfer.select import transports
-from diptych.transfer.sender import SendHub
+from diptych.transfer.bootstrap import Registration, fetch_route, register
+from diptych.transfer.commands import AnyEvent
+from diptych.transfer.plane import DataPlane
+from diptych.transfer.receive_hub import ReceiveHub
+from diptych.transfer.room import HubOptions
+from diptych.transfer.send_hub import SendHub
+from diptych.transfer.tcp import TcpTransport
+from diptych.transfer.transports import data_transports
 from diptych.types import Failed, FromEngine, Ready, ToEngine
 
 log = logging.getLogger(__name__)
 
+REGISTER_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 1800.0  # the followers' weights come from the same store as ours
 
 
@@ -52,8 +58,8 @@ class Spec(msgspec.Struct):
     store_path: str  # file store of the rank group
     leader_fd: int  # to the API process (rank 0) or to rank 0
     follower_fds: list[int] = []  # rank 0 only: to ranks 1…
-    bootstrap_url: str = ""  # prefill, rank 0: where to register
-    bootstrap_host: str = ""  # prefill, rank 0: address under which decode finds this server
+    bootstrap_host: str = ""  # prefill, rank 0: where to register
+    bootstrap_port: int = 0
 
 
 def load(spec: Spec) -> Runner:
@@ -87,7 +93,7 @@ async def follow(spec: Spec, runner: Runner) -> None:
 
     channel = Channel(ToRank, hear, gone.set)
     plane = make_plane(spec, runner, lambda event: channel.send(PagesMoved(event)))
-    addresses = await plane.start(net.bind_address(spec.config.host)) if plane else []
+    addresses = await plane.start(spec.config.host) if plane else []
     await channel.open(spec.leader_fd)
     channel.send(RankReady(addresses))
     await gone.wait()
@@ -98,17 +104,19 @@ async def follow(spec: Spec, runner: Runner) -> None:
         raise failure[0]
 
 
-def make_plane(spec: Spec, runner: Runner, on_event: object) -> DataPlane | None:
+def make_plane(spec: Spec, runner: Runner, on_event: Callable[[AnyEvent], None]) -> DataPlane | None:
     """This rank's data plane, or None on a server that hands nothing over."""
     if spec.config.disaggregation_mode == "null":
         return None
     return DataPlane(
         runner.store,
-        transports(spec.config.disaggregation_transfer_backend),
-        rank=spec.rank,
-        world=spec.config.tp_size,
-        num_kv_heads=runner.info.num_kv_heads,
-        on_event=on_event,  # type: ignore[arg-type]
+        data_transports(spec.config.disaggregation_transfer_backend),
+        spec.rank,
+        spec.config.tp_size,
+        runner.info.num_kv_heads,
+        on_event,
+        secret=spec.config.pd_secret,
+        send_timeout_s=spec.config.disaggregation_heartbeat_timeout,
     )
 
 
@@ -120,7 +128,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     hub: SendHub | ReceiveHub | None = None
     lost: list[int] = []
 
-    def on_event(rank: int, event: Event) -> None:
+    def on_event(rank: int, event: AnyEvent) -> None:
         assert hub is not None
         hub.handle_event(rank, event)
 
@@ -149,13 +157,12 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     if config.grammar_backend != "none":
         tokenizer = mounts.resolve(config.tokenizer_path or config.model_path)
         grammars = GrammarCompiler(tokenizer, runner.info.vocab_size, runner.info.eos_token_ids)
-    send: object = channel.send
     engine = Engine(state, ranks.compute, channel.send, grammars=grammars, watchdog_s=config.watchdog_timeout)
     engine.facts = {"exact": runner.exact, "fingerprint": runner.info.fingerprint}
 
     await ranks.connect(spec.follower_fds, LOAD_TIMEOUT_S)
     if ranks.plane is not None:
-        ranks.addresses.insert(0, await ranks.plane.start(net.bind_address(config.host)))
+        ranks.addresses.insert(0, await ranks.plane.start(config.host))
     hub = await attach_role(spec, runner, engine, ranks)
     await channel.open(spec.leader_fd)
     pool_tokens = runner.num_pages * config.page_size
@@ -184,7 +191,33 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
 
 async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) -> SendHub | ReceiveHub | None:
     """Give the engine its role, and start the hand-over's control plane."""
-    raise DiptychError("not wired")
+    config, plane = spec.config, ranks.plane
+    if plane is None:
+        UnifiedRole(engine)
+        return None
+    site = Site(
+        info=runner.info,
+        layout=runner.store.layout,
+        page_size=config.page_size,
+        addresses=ranks.addresses,
+        broadcast=ranks.broadcast,
+        counters=plane.counters,
+        transport=TcpTransport(),
+        options=HubOptions(
+            secret=config.pd_secret,
+            bootstrap_timeout_s=config.disaggregation_bootstrap_timeout,
+            heartbeat_timeout_s=config.disaggregation_heartbeat_timeout,
+        ),
+        boot_id=token_hex(16),
+        rng=SystemRandom(),
+    )
+    if config.disaggregation_mode == "decode":
+        return attach_decode(engine, site, fetch_route, fake=config.disaggregation_transfer_backend == "fake")
+
+    async def announce(registration: Registration) -> None:
+        await register(spec.bootstrap_host, spec.bootstrap_port, registration, config.pd_secret, REGISTER_TIMEOUT_S)
+
+    return await attach_prefill(engine, site, config.host, config.port, announce)
 
 
 def main() -> None:
@@ -193,7 +226,7 @@ def main() -> None:
     # The server process decides when its engines end: signals to the process group (Ctrl-C) are not for them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    setup_logging(spec.config.log_level, f"engine{spec.rank}" if spec.config.tp_size > 1 else "engine")
+    logs.set_up(spec.config.log_level, f"engine{spec.rank}" if spec.config.tp_size > 1 else "engine")
     started = time.monotonic()
     try:
         runner = load(spec)

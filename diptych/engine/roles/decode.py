@@ -1,7 +1,8 @@
-"""The decode side: reserves pages for a prompt, has them filled by the prefill server of the room, and goes on from there.
+"""The decode side: reserves pages for a prompt, has prefill fill them, and goes on from there.
 
 Queues in order of a request's life: `prealloc` (shaking hands, then waiting for free pages, first come first served),
-`transfer` (pages reserved, being filled), then the scheduler's running batch. A request without a bootstrap is computed here.
+`transfer` (pages reserved, being filled), then the scheduler's running batch. A room that failed is `draining` until no
+rank can write to its pages any more. A request without a bootstrap is computed here from the start.
 """
 
 from __future__ import annotations
@@ -9,97 +10,112 @@ from __future__ import annotations
 import msgspec
 
 from diptych.engine.loop import Engine
-from diptych.errors import DiptychError
+from diptych.engine.roles.figures import HandoverFigures
 from diptych.sched.events import ChunkDone, Sampled
-from diptych.sched.queue import add, check_request, join, reserve
+from diptych.sched.queue import abort, add, check_request, join, release, reserve
 from diptych.sched.state import Seq
-from diptych.transfer.receiver import Receiver, ReceiveHub
-from diptych.transfer.states import KVPoll
+from diptych.transfer.incoming import Counters
+from diptych.transfer.receive_hub import ReceiveHub
+from diptych.transfer.receiver import Receiver
+from diptych.transfer.room import KVPoll, failure
 from diptych.types import Finish, Request, Stats
+
+UNKNOWN_FAILURE = failure("the hand-over from the prefill server failed", "kv_transfer_failed")
 
 
 class _Arrival(msgspec.Struct):
-    """One request's way in. `seq` is None until its pages are reserved."""
+    """One request with its pages reserved."""
 
-    request: Request
+    seq: Seq
     receiver: Receiver
-    seq: Seq | None = None
 
 
 class DecodeRole:
     """One Receiver a request."""
 
-    def __init__(self, engine: Engine, hub: ReceiveHub) -> None:
+    def __init__(self, engine: Engine, hub: ReceiveHub, counters: Counters) -> None:
         self._engine = engine
         self._hub = hub
-        self._prealloc: dict[str, _Arrival] = {}
+        self._figures = HandoverFigures(counters)
+        self._prealloc: dict[str, tuple[Request, Receiver]] = {}
         self._transfer: dict[str, _Arrival] = {}
+        self._draining: list[_Arrival] = []
         engine.role = self
 
     def admit(self, request: Request, now: float) -> None:
+        check_request(self._engine.state, request)
         if request.bootstrap is None:
             add(self._engine.state, request, now)
-            return
-        check_request(self._engine.state, request)
-        self._prealloc[request.rid] = _Arrival(request, self._hub.open(request.bootstrap))
+        else:
+            self._prealloc[request.rid] = request, self._hub.open(request.bootstrap)
 
     def advance(self, now: float) -> None:
-        self._advance_prealloc(now)
+        for arrival in [a for a in self._draining if a.receiver.drained]:
+            self._draining.remove(arrival)
+            release(self._engine.state, arrival.seq, keep=False)
         self._advance_transfer(now)
+        self._advance_prealloc(now)
+
+    def _advance_transfer(self, now: float) -> None:
+        for rid, arrival in list(self._transfer.items()):
+            receiver = arrival.receiver
+            if receiver.state == KVPoll.Success and receiver.first is not None:
+                del self._transfer[rid]
+                self._figures.succeeded(receiver.timing)
+                for event in join(self._engine.state, arrival.seq, receiver.first, now):
+                    self._engine.on_event(event)
+            elif receiver.state == KVPoll.Failed:
+                self._figures.failed(met=True)
+                self._give_up(rid, receiver.error or UNKNOWN_FAILURE, now)
 
     def _advance_prealloc(self, now: float) -> None:
         full = False
-        for rid, arrival in list(self._prealloc.items()):
-            receiver = arrival.receiver
+        for rid, (request, receiver) in list(self._prealloc.items()):
             if receiver.state == KVPoll.Failed:
                 del self._prealloc[rid]
-                self._engine.refuse(rid, receiver.error or DiptychError("the hand-over failed"))
+                self._figures.failed(met=False)
+                self._engine.refuse(rid, receiver.error or UNKNOWN_FAILURE)
             elif receiver.state == KVPoll.WaitingForInput and not full:
-                seq = reserve(self._engine.state, arrival.request, now)
+                seq = reserve(self._engine.state, request, now)
                 if seq is None:
                     full = True  # first come first served: nobody overtakes a request that waits for memory
                     continue
                 del self._prealloc[rid]
-                self._transfer[rid] = arrival
-                arrival.seq = seq
-                self._tell_pages(seq, receiver)
+                self._transfer[rid] = _Arrival(seq, receiver)
+                generation = self._engine.state.pool.generation
+                receiver.reserve(seq.pages, [generation[page] for page in seq.pages], seq.prefix_tokens)
 
-    def _tell_pages(self, seq: Seq, receiver: Receiver) -> None:
-        pool = self._engine.state.pool
-        pages = seq.pages[seq.prefix_tokens // pool.page_size :]
-        receiver.reserve(pages, [pool.generation[page] for page in pages], seq.prefix_tokens)
-
-    def _advance_transfer(self, now: float) -> None:
-        for rid, arrival in list(self._transfer.items()):
-            state, seq = arrival.receiver.state, arrival.seq
-            if state == KVPoll.Success and seq is not None and arrival.receiver.first is not None:
-                del self._transfer[rid]
-                for event in join(self._engine.state, seq, arrival.receiver.first, now):
-                    self._engine.on_event(event)
-            elif state == KVPoll.Failed:
-                del self._transfer[rid]
-                error = arrival.receiver.error or DiptychError("the hand-over failed")
-                self._engine.end_early(
-                    rid, Finish("abort", message=error.message, status=error.status, code=error.code)
-                )
+    def _give_up(self, rid: str, finish: Finish, now: float) -> None:
+        """A reserved request ends without its KV. Its pages come back when nobody can write to them any more."""
+        arrival = self._transfer.pop(rid)
+        abort(self._engine.state, rid, now)
+        self._engine.publish_end(arrival.seq, finish)
+        self._engine.forget(rid)
+        if arrival.receiver.drained:
+            release(self._engine.state, arrival.seq, keep=False)
+        else:
+            self._draining.append(arrival)
 
     def chunk_done(self, event: ChunkDone) -> None:
-        pass
+        """Pages computed here stay here."""
 
     def finished(self, seq: Seq, event: Sampled) -> bool:
         return True
 
     def abort(self, rid: str, finish: Finish) -> bool:
-        arrival = self._prealloc.pop(rid, None) or self._transfer.pop(rid, None)
-        if arrival is None:
-            return False
-        arrival.receiver.abort(finish.message, finish.code)
-        return True
+        waiting = self._prealloc.pop(rid, None)
+        if waiting is not None:
+            waiting[1].abort(finish.message, finish.code)
+            return True
+        if rid in self._transfer:
+            self._transfer[rid].receiver.abort(finish.message, finish.code)
+            self._give_up(rid, finish, self._engine.now())
+        return False
 
     def held(self) -> list[str]:
-        return [*self._prealloc, *self._transfer]
+        return [*self._prealloc, *self._transfer, *(arrival.seq.rid for arrival in self._draining)]
 
     def add_stats(self, report: Stats) -> None:
         report.num_decode_prealloc_queue_reqs = len(self._prealloc)
         report.num_decode_transfer_queue_reqs = len(self._transfer)
-        self._hub.add_stats(report)
+        self._figures.add_to(report)

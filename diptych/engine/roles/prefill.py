@@ -1,8 +1,8 @@
 """The prefill side: computes a prompt and its first token, and hands both to the decode server of the request's room.
 
-A request waits in `bootstrapping` (no pages yet) until decode has said where its pages are; then the scheduler computes it,
-and every finished chunk leaves while the next one runs. After the first token it stays `inflight`, pages held, until
-decode has everything.
+A request waits in the bootstrap queue (no pages yet) until decode has said where its pages are; then the scheduler
+computes it, and every finished chunk leaves while the next one runs. After the first token it stays in flight, pages
+held, until decode has everything.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 import msgspec
 
 from diptych.engine.loop import Engine
-from diptych.errors import BadRequest, DiptychError
+from diptych.engine.roles.figures import HandoverFigures
+from diptych.errors import BadRequest
 from diptych.sched.events import ChunkDone, Sampled
 from diptych.sched.queue import add, check_request
 from diptych.sched.state import Seq
-from diptych.transfer.sender import SendHub, Sender
-from diptych.transfer.states import KVPoll
-from diptych.types import Finish, FirstToken, Request, Stats
+from diptych.transfer.incoming import Counters
+from diptych.transfer.room import KVPoll, failure
+from diptych.transfer.send_hub import SendHub
+from diptych.transfer.sender import Sender
+from diptych.types import FAKE_BOOTSTRAP_HOST, Finish, FirstToken, Request, Stats
+
+UNKNOWN_FAILURE = failure("the hand-over to the decode server failed", "kv_transfer_failed")
 
 
 class _Handover(msgspec.Struct):
@@ -25,60 +30,53 @@ class _Handover(msgspec.Struct):
     request: Request
     sender: Sender
     seq: Seq | None = None
-    sent_pages: int = 0
     computed: bool = False  # the first token is there; only the transfer is still under way
 
 
 class PrefillRole:
     """One Sender a request."""
 
-    def __init__(self, engine: Engine, hub: SendHub) -> None:
+    def __init__(self, engine: Engine, hub: SendHub, counters: Counters) -> None:
         self._engine = engine
         self._hub = hub
+        self._figures = HandoverFigures(counters)
         self._handovers: dict[str, _Handover] = {}
         engine.role = self
 
     def admit(self, request: Request, now: float) -> None:
         if request.bootstrap is None:
             raise BadRequest(
-                "this is a prefill server: the request needs bootstrap_room (and bootstrap_host); send it through a router",
+                "this is a prefill server: a request needs bootstrap_host and bootstrap_room; send it through a router",
                 param="bootstrap_room",
             )
         # Prefill makes one token whatever was asked: the rest is decode's.
         sampling = msgspec.structs.replace(request.sampling, max_new_tokens=1)
         request = msgspec.structs.replace(request, sampling=sampling)
         check_request(self._engine.state, request)
+        bootstrap = request.bootstrap
+        assert bootstrap is not None
         num_pages = -(-len(request.prompt) // self._engine.state.config.page_size)
-        sender = self._hub.open(request.bootstrap, num_pages)
+        sender = self._hub.open(bootstrap.room, num_pages, nobody=bootstrap.host == FAKE_BOOTSTRAP_HOST)
         self._handovers[request.rid] = _Handover(request, sender)
 
     def advance(self, now: float) -> None:
         for rid, handover in list(self._handovers.items()):
             state = handover.sender.state
             if state == KVPoll.Failed:
-                self._fail(rid, handover)
+                self._lose(rid, handover)
             elif handover.seq is None and state >= KVPoll.WaitingForInput:
-                self._start(rid, handover, now)
-            elif handover.computed and state == KVPoll.Success:
-                self._complete(rid, handover)
-
-    def _start(self, rid: str, handover: _Handover, now: float) -> None:
-        try:
-            handover.seq = add(self._engine.state, handover.request, now)
-        except DiptychError as error:
-            handover.sender.abort(error.message, error.code)
-            del self._handovers[rid]
-            self._engine.refuse(rid, error)
-            return
-        handover.sent_pages = handover.sender.prefix_tokens // self._engine.state.config.page_size
+                handover.seq = add(self._engine.state, handover.request, now)
+            elif handover.computed and handover.seq is not None and state == KVPoll.Success:
+                del self._handovers[rid]
+                self._figures.succeeded(handover.sender.timing)
+                # How the request ends is decode's to say; this side's answer always ends by length, after one token.
+                self._engine.publish_end(handover.seq, Finish("length"))
+                self._engine.end(handover.seq, keep=True)
 
     def chunk_done(self, event: ChunkDone) -> None:
-        # The first chunk also carries the pages that this server had in its own cache.
         handover = self._handovers.get(event.seq.rid)
-        if handover is None or event.last_page <= handover.sent_pages:
-            return
-        handover.sender.send(event.seq.pages[handover.sent_pages : event.last_page], handover.sent_pages)
-        handover.sent_pages = event.last_page
+        if handover is not None:
+            handover.sender.send(event.seq.pages[event.first_page : event.last_page], event.first_page)
 
     def finished(self, seq: Seq, event: Sampled) -> bool:
         handover = self._handovers[seq.rid]
@@ -86,19 +84,13 @@ class PrefillRole:
         handover.computed = True
         return False
 
-    def _complete(self, rid: str, handover: _Handover) -> None:
+    def _lose(self, rid: str, handover: _Handover) -> None:
+        """The hand-over failed: the request ends here with its reason."""
         del self._handovers[rid]
-        assert handover.seq is not None
-        # Decode decides how the request ends; towards the router this side always ends by length, after one token.
-        self._engine.publish_end(handover.seq, Finish("length"))
-        self._engine.end(handover.seq, keep=True)
-
-    def _fail(self, rid: str, handover: _Handover) -> None:
-        del self._handovers[rid]
-        error = handover.sender.error or DiptychError("the hand-over failed")
-        finish = Finish("abort", message=error.message, status=error.status, code=error.code)
+        self._figures.failed(met=handover.seq is not None)
+        finish = handover.sender.error or UNKNOWN_FAILURE
         if handover.seq is None:
-            self._engine.refuse(rid, error)
+            self._engine.refuse(rid, finish)
         elif handover.computed:
             self._engine.publish_end(handover.seq, finish)
             self._engine.end(handover.seq, keep=True)
@@ -123,4 +115,4 @@ class PrefillRole:
     def add_stats(self, report: Stats) -> None:
         report.num_prefill_bootstrap_queue_reqs = sum(h.seq is None for h in self._handovers.values())
         report.num_prefill_inflight_queue_reqs = sum(h.computed for h in self._handovers.values())
-        self._hub.add_stats(report)
+        self._figures.add_to(report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diptych.engine.loop import Engine
 from diptych.sched.events import ChunkDone, Sampled
-from diptych.sched.queue import add
+from diptych.sched.queue import add, check_request
 from diptych.sched.state import Seq
 from diptych.types import Finish, Request, Stats
 
@@ -17,6 +17,7 @@ class UnifiedRole:
         engine.role = self
 
     def admit(self, request: Request, now: float) -> None:
+        check_request(self._engine.state, request)
         add(self._engine.state, request, now)
 
     def advance(self, now: float) -> None:

@@ -1,0 +1,42 @@
+"""What a hand-over cost, for Stats: timings since the last report, and what the data plane has counted."""
+
+from __future__ import annotations
+
+from diptych.transfer.incoming import Counters
+from diptych.transfer.room import Timing
+from diptych.types import Stats
+
+
+class HandoverFigures:
+    """`counters` are the data plane's own, which only grow."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._timings: list[Timing] = []
+        self._bootstrap_failures = 0
+        self._transfer_failures = 0
+
+    def succeeded(self, timing: Timing) -> None:
+        self._timings.append(timing)
+
+    def failed(self, *, met: bool) -> None:
+        """`met`: the two servers had found each other before it failed."""
+        if met:
+            self._transfer_failures += 1
+        else:
+            self._bootstrap_failures += 1
+
+    def add_to(self, report: Stats) -> None:
+        """Fill in the hand-over's part; timings are handed out once."""
+        timings, self._timings = self._timings, []
+        report.num_bootstrap_failed_reqs_total = self._bootstrap_failures
+        report.num_transfer_failed_reqs_total = self._transfer_failures
+        report.kv_pages_sent_total = self._counters.pages_sent
+        report.kv_pages_received_total = self._counters.pages_received
+        report.kv_bytes_sent_total = self._counters.bytes_sent
+        report.kv_bytes_received_total = self._counters.bytes_received
+        report.kv_transfer_bootstrap_ms = [t.bootstrap_ms for t in timings]
+        report.kv_transfer_alloc_ms = [t.alloc_ms for t in timings]
+        report.kv_transfer_latency_ms = [t.latency_ms for t in timings]
+        report.kv_transfer_speed_gb_s = [t.speed_gb_s for t in timings if t.num_bytes]
+        report.kv_transfer_total_mb = [t.num_bytes / 1e6 for t in timings]
