@@ -123,7 +123,7 @@ def _piece_rule(decoder: dict[str, Any] | None) -> tuple[bool, bool, int] | None
     if steps[0]["pattern"] != {"String": _SPACE} or steps[0]["content"] != " ":
         return None
     strip = steps[3] if len(steps) == 4 else {"content": " ", "start": 0, "stop": 0}
-    return (True, False, int(strip["start"])) if strip["content"] == " " and strip["stop"] == 0 else None
+    return (True, False, int(str(strip["start"]))) if strip["content"] == " " and strip["stop"] == 0 else None
 
 
 class _Pieces:

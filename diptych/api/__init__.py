@@ -1,0 +1,1 @@
+"""What clients speak: OpenAI's endpoints, SGLang's native ones, health, administration, metrics."""

@@ -1,0 +1,90 @@
+"""The HTTP application of a server, and how it is put on a socket."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import psutil
+from aiohttp import web
+
+from diptych.api import admin, health, info
+from diptych.api.auth import Keys
+from diptych.api.chat import chat_completions
+from diptych.api.completions import completions
+from diptych.api.context import CONTEXT, Context
+from diptych.api.edge import edge
+from diptych.api.generate import generate
+from diptych.api.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
+from diptych.api.sampling import Defaults, Seeds
+from diptych.api.service import Service
+from diptych.config import ServerConfig
+from diptych.engine.client import EngineClient, EngineLink
+from diptych.obs.metrics import ServerMetrics
+from diptych.text.template import ChatTemplate
+from diptych.text.tokenizer import Tokenizer
+
+KEEPALIVE_S = 75.0  # longer than the pools of usual clients and proxies keep a connection
+
+
+def build_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer | None = None) -> web.Application:
+    """The application, ready to serve. Reads the tokenizer's files unless given one; raises ConfigError that names
+    what is wrong.
+    """
+    tokenizer = tokenizer or Tokenizer.load(config.tokenizer_path or config.model_path, config.chat_template)
+    tokenizer.check_model(engine.model.vocab_size)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special) if tokenizer.chat_template else None
+    metrics = _metrics(config, engine) if config.enable_metrics else None
+    app = web.Application(middlewares=[edge], client_max_size=MAX_BODY_BYTES)
+    app[CONTEXT] = Context(
+        config=config,
+        service=Service(engine, tokenizer, metrics),
+        tokenizer=tokenizer,
+        template=template,
+        defaults=Defaults.load(config),
+        seeds=Seeds(config.random_seed),
+        keys=Keys.of(config),
+        metrics=metrics,
+    )
+    app.router.add_post("/v1/chat/completions", chat_completions)
+    app.router.add_post("/v1/completions", completions)
+    app.router.add_post("/generate", generate)
+    for group in (health, admin, info):
+        group.add_routes(app)
+    return app
+
+
+def _metrics(config: ServerConfig, engine: EngineClient) -> ServerMetrics:
+    mode = config.disaggregation_mode
+    metrics = ServerMetrics(config.metrics_prefix, config.model_name, "unified" if mode == "null" else mode)
+    metrics.update(engine.stats)
+    metrics.started(engine.model, time.time() - psutil.Process().create_time())
+    if isinstance(engine, EngineLink):
+        engine.on_stats = metrics.update
+    return metrics
+
+
+def begin_drain(app: web.Application) -> None:
+    """From now on /health and /ready say 503 and new requests are refused; running ones go on.
+
+    The caller waits with `app[CONTEXT].service.idle()` under its own deadline.
+    """
+    app[CONTEXT].draining = True
+
+
+async def start_site(app: web.Application, sock: socket.socket) -> web.AppRunner:
+    """Serve `app` on a listening socket. The caller ends it with `await runner.cleanup()`.
+
+    A client that goes away cancels its handler, which aborts its requests in the engine.
+    """
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=KEEPALIVE_S,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+    )
+    await runner.setup()
+    await web.SockSite(runner, sock).start()
+    return runner

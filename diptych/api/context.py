@@ -1,0 +1,60 @@
+"""What every endpoint needs, in one object on the application."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from diptych.api.auth import Keys
+from diptych.api.sampling import Defaults, Room, Seeds
+from diptych.api.service import Service
+from diptych.config import ServerConfig
+from diptych.errors import Unavailable
+from diptych.obs.metrics import ServerMetrics
+from diptych.text.template import ChatTemplate
+from diptych.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Context:
+    config: ServerConfig
+    service: Service
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    defaults: Defaults
+    seeds: Seeds
+    keys: Keys
+    metrics: ServerMetrics | None
+    draining: bool = False  # finishes what runs, takes nothing new
+    paused: bool = False
+    probe: asyncio.Task[None] | None = None  # the running /health_generate, shared by its callers
+    started_at: float = field(default_factory=time.time)  # for people: /v1/models
+    ids: random.Random = field(default_factory=random.SystemRandom)
+
+    @property
+    def room(self) -> Room:
+        engine = self.service.engine
+        return Room(engine.model.vocab_size, min(engine.model.context_len, engine.max_total_num_tokens))
+
+    def new_id(self) -> str:
+        """32 hexadecimal digits, as request ids are shown."""
+        return f"{self.ids.getrandbits(128):032x}"
+
+    def trouble(self) -> str:
+        """Why this server cannot serve now; "" when it can."""
+        if not self.service.engine.alive:
+            return "the engine of this server has stopped"
+        return "this server is draining" if self.draining else ""
+
+    def check_serving(self) -> None:
+        """Raise Unavailable unless new requests may be taken."""
+        trouble = self.trouble()
+        if trouble:
+            raise Unavailable(f"{trouble}; send the request to another server, or later")
+
+
+CONTEXT = web.AppKey("context", Context)

@@ -1,0 +1,180 @@
+"""Bodies and prompts to jobs: what all generating endpoints do in the same way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
+
+import msgspec
+
+from diptych.api.context import Context
+from diptych.api.limits import MAX_BATCH, MAX_RID_CHARS, MAX_SALT_CHARS
+from diptych.api.pd import bootstraps
+from diptych.api.sampling import make_sampling, max_new_tokens, num_choices, seed_from, seed_of
+from diptych.api.schemas import OpenAIFields, Pairing, Usage, refuse_unsupported
+from diptych.api.service import Job, Result
+from diptych.errors import BadRequest
+from diptych.text.grammar import validate
+from diptych.types import Bootstrap, Grammar, LogprobSpec, Request, Sampling
+
+MAX_PRIORITY = 1 << 31
+
+
+def check_count(count: int) -> None:
+    if count > MAX_BATCH:
+        raise BadRequest(f"one request must not ask for more than {MAX_BATCH} sequences (prompts times n), not {count}")
+
+
+def check_prompt(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raise BadRequest for an empty prompt, or one with ids that the model does not have."""
+    if not ids:
+        raise BadRequest("the prompt must have at least one token", param=param)
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise BadRequest(f"the prompt has token ids outside 0 to {vocab_size - 1}", param=param)
+
+
+def request_ids(rid: str | list[str] | None, count: int, ctx: Context) -> tuple[str, list[str]]:
+    """(id of the reply, id of each sequence)."""
+    given = rid if isinstance(rid, list) else [rid] if rid else []
+    for text in given:
+        if not text or len(text) > MAX_RID_CHARS or not text.isprintable():
+            raise BadRequest(f"rid must be 1 to {MAX_RID_CHARS} printable characters", param="rid")
+    if isinstance(rid, list):
+        if len(rid) != count:
+            raise BadRequest(f"rid must have one entry for each of the {count} sequences, not {len(rid)}", param="rid")
+        return rid[0], rid
+    base = rid or ctx.new_id()
+    return base, [base] if count == 1 else [f"{base}-{index}" for index in range(count)]
+
+
+def namespace_of(cache_salt: str | None, extra_key: str | None) -> str:
+    """The radix cache's namespace: prefixes are shared only within one."""
+    for name, value in (("cache_salt", cache_salt), ("extra_key", extra_key)):
+        if value is not None and len(value) > MAX_SALT_CHARS:
+            raise BadRequest(f"{name} must not have more than {MAX_SALT_CHARS} characters", param=name)
+    return "\0".join(value for value in (cache_salt, extra_key) if value)
+
+
+def priority_of(priority: int | None) -> int:
+    if priority is not None and not -MAX_PRIORITY <= priority < MAX_PRIORITY:
+        raise BadRequest("priority must fit 32 bits", param="priority")
+    return priority or 0
+
+
+def pairs_of(fields: Pairing, count: int, ctx: Context) -> list[Bootstrap | None]:
+    config = ctx.config
+    return bootstraps(fields, config.disaggregation_mode, config.disaggregation_bootstrap_port, count)
+
+
+@lru_cache(maxsize=256)
+def _is_valid(grammar: Grammar) -> bool:
+    validate(grammar)
+    return True
+
+
+async def check_grammar(grammar: Grammar | None, ctx: Context) -> None:
+    """Raise BadRequest for a grammar that the engine would refuse. Known good ones are remembered."""
+    if grammar is None:
+        return
+    if ctx.config.grammar_backend == "none":
+        raise BadRequest("this server runs with --grammar-backend none: no structured output", param="response_format")
+    await asyncio.to_thread(_is_valid, grammar)
+
+
+def make_job(
+    ctx: Context,
+    *,
+    rid: str,
+    prompt: list[int],
+    sampling: Sampling,
+    bootstrap: Bootstrap | None,
+    namespace: str,
+    priority: int,
+    logprobs: LogprobSpec | None,
+    skip_special: bool | None,
+    keep_stop: bool | None,
+) -> Job:
+    """One sequence. max_new_tokens 0 becomes a token that is thrown away; a prefill server makes exactly one."""
+    discard = sampling.max_new_tokens == 0
+    if discard or ctx.config.disaggregation_mode == "prefill":
+        stop = () if ctx.config.disaggregation_mode == "prefill" else sampling.stop
+        sampling = msgspec.structs.replace(sampling, max_new_tokens=1, stop=stop)
+    request = Request(
+        rid=rid,
+        prompt=prompt,
+        sampling=sampling,
+        namespace=namespace,
+        logprobs=logprobs,
+        bootstrap=bootstrap,
+        priority=priority,
+    )
+    return Job(request, skip_special is not False, bool(keep_stop), discard)
+
+
+def openai_jobs(
+    body: OpenAIFields,
+    prompts: Sequence[list[int]],
+    ctx: Context,
+    *,
+    max_tokens: int | None,
+    max_tokens_name: str,
+    default_max_tokens: int | None,
+    grammar: Grammar | None,
+    grammar_after: int | None = None,
+    logprobs: LogprobSpec | None = None,
+) -> tuple[str, list[Job]]:
+    """(id of the reply, jobs): for each prompt its n choices. Raises BadRequest that names the field."""
+    refuse_unsupported(body)
+    n = num_choices(body.n)
+    count = n * len(prompts)
+    check_count(count)
+    room = ctx.room
+    reply_id, rids = request_ids(body.rid, count, ctx)
+    pairs = pairs_of(body, count, ctx)
+    namespace, priority = namespace_of(body.cache_salt, body.extra_key), priority_of(body.priority)
+    base = seed_from(body.seed, ctx.seeds, "seed")
+    jobs = []
+    for index in range(count):
+        prompt = prompts[index // n]
+        sampling = make_sampling(
+            body,
+            ctx.defaults,
+            room,
+            max_new=max_new_tokens(max_tokens, default_max_tokens, len(prompt), room, max_tokens_name),
+            min_new=body.min_tokens,
+            seed=seed_of(base, index % n),
+            grammar=grammar,
+            grammar_after=grammar_after,
+        )
+        jobs.append(
+            make_job(
+                ctx,
+                rid=rids[index],
+                prompt=prompt,
+                sampling=sampling,
+                bootstrap=pairs[index],
+                namespace=namespace,
+                priority=priority,
+                logprobs=logprobs,
+                skip_special=body.skip_special_tokens,
+                keep_stop=body.no_stop_trim,
+            )
+        )
+    return reply_id, jobs
+
+
+def usage_of(results: Sequence[Result], n: int, ctx: Context) -> Usage:
+    """Tokens of all choices; a prompt with n choices counts once."""
+    prompts = results[::n]
+    return make_usage(
+        sum(result.prompt_tokens for result in prompts),
+        sum(result.completion_tokens for result in results),
+        sum(result.cached_tokens for result in prompts),
+        ctx,
+    )
+
+
+def make_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int, ctx: Context) -> Usage:
+    details = {"cached_tokens": cached_tokens} if ctx.config.enable_cache_report else None
+    return Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, details)

@@ -1,0 +1,346 @@
+"""Between the endpoints and the engine: words in, words out. Knows nothing of HTTP.
+
+A `Job` is one sequence to generate; a `Delta` is what one step of the engine added to it, as text. Stop strings are
+found here, token by token: the tokens that completed the match count, later ones do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from diptych.api.wire import EngineRefusal, is_failure
+from diptych.engine.client import EngineClient
+from diptych.errors import Unavailable
+from diptych.obs.metrics import ServerMetrics
+from diptych.text.stops import StopMatcher
+from diptych.text.tokenizer import Tokenizer
+from diptych.types import Finish, Output, Request, TokenLogprob
+
+LONG_TEXT_CHARS = 8192  # longer texts are tokenized in a thread, so that other streams go on
+
+
+@dataclass(slots=True, frozen=True)
+class Job:
+    """One sequence to generate. With `discard` the one token that the engine makes is not part of the answer."""
+
+    request: Request
+    skip_special: bool = True
+    keep_stop: bool = False
+    discard: bool = False
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a step added. Counts are of the whole sequence so far; the last Delta of a sequence has `finish`."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob] | None
+    finish: Finish | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    num_retractions: int
+
+
+@dataclass(slots=True)
+class Result:
+    """A whole sequence."""
+
+    finish: Finish
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    num_retractions: int = 0
+    e2e_s: float = 0.0
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens)
+
+    def as_delta(self) -> Delta:
+        """The whole sequence as if one step had made it."""
+        return Delta(
+            self.text,
+            self.tokens,
+            self.logprobs,
+            self.prompt_logprobs,
+            self.finish,
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            self.num_retractions,
+        )
+
+
+class _Sequence:
+    """Turns the engine's outputs of one job into Deltas."""
+
+    __slots__ = ("_completion", "_detokenizer", "_job", "_prompt", "_stops")
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._job = job
+        self._detokenizer = tokenizer.detokenizer(skip_special=job.skip_special)
+        self._stops = StopMatcher(job.request.sampling.stop, keep_stop=job.keep_stop)
+        self._completion = 0
+        self._prompt = len(job.request.prompt)
+
+    def take(self, output: Output) -> Delta:
+        tokens, logprobs, finish = output.tokens, output.logprobs or [], output.finish
+        if self._job.discard:
+            tokens, logprobs = [], []
+            finish = Finish("length") if finish is not None and finish.type != "abort" else finish
+        silent = finish is not None and self._is_silent_stop(finish, tokens)
+        text = ""
+        for count, token in enumerate(tokens, start=1):
+            if silent and count == len(tokens):
+                break
+            text += self._stops.push(self._detokenizer.push(token))
+            if self._stops.matched is not None:
+                tokens, logprobs = tokens[:count], logprobs[:count]
+                finish = Finish("stop", matched=self._stops.matched)
+                break
+        if finish is not None and self._stops.matched is None:
+            text += self._stops.push(self._detokenizer.finish())
+            if self._stops.matched is not None:
+                finish = Finish("stop", matched=self._stops.matched)
+            else:
+                text += self._stops.finish()
+        self._completion += len(tokens)
+        return Delta(
+            text,
+            tokens,
+            logprobs,
+            output.prompt_logprobs,
+            finish,
+            output.prompt_tokens or self._prompt,
+            self._completion,
+            output.cached_tokens,
+            output.num_retractions,
+        )
+
+    def _is_silent_stop(self, finish: Finish, tokens: list[int]) -> bool:
+        """The last token ended the sequence and is not part of the text."""
+        if finish.type != "stop" or self._job.keep_stop or not tokens:
+            return False
+        return isinstance(finish.matched, int) and finish.matched == tokens[-1]
+
+
+class _Clock:
+    """Times of one job, for the metrics."""
+
+    __slots__ = ("_first", "_last", "_metrics", "_now", "_started")
+
+    def __init__(self, metrics: ServerMetrics | None) -> None:
+        self._metrics = metrics
+        self._now = asyncio.get_running_loop().time
+        self._started = self._last = self._now()
+        self._first: float | None = None
+
+    def tokens(self, count: int) -> None:
+        if self._metrics is None or not count:
+            return
+        now = self._now()
+        self._metrics.tokens(count, now - self._last, first=self._first is None)
+        self._first = self._first or now
+        self._last = now
+
+    def end(self, delta: Delta | None) -> None:
+        if self._metrics is None:
+            return
+        if delta is None or delta.finish is None or delta.finish.type == "abort":
+            self._metrics.failed()
+            return
+        e2e_s, decode_s = self._now() - self._started, self._last - (self._first or self._last)
+        self._metrics.finished(delta.prompt_tokens, delta.cached_tokens, delta.completion_tokens, e2e_s, decode_s)
+
+
+class Service:
+    """All running requests of a server."""
+
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, metrics: ServerMetrics | None = None) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self._running: dict[str, str] = {}  # engine's id of a sequence -> the id its client knows
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._progress = asyncio.Event()  # set, and replaced, when the engine has answered anything
+
+    # ---- in ----
+
+    async def encode(self, text: str, *, special: bool) -> list[int]:
+        """`text` as token ids; long texts in a thread."""
+        if len(text) <= LONG_TEXT_CHARS:
+            return self.tokenizer.encode(text, special=special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
+
+    # ---- running requests ----
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    async def idle(self) -> None:
+        """Return when no request is running. The caller sets the deadline."""
+        await self._idle.wait()
+
+    async def abort(self, rid: str, message: str) -> int:
+        """Abort the requests whose id begins with `rid`; "" means all. Returns how many there were."""
+        found = [engine_rid for engine_rid, known in self._running.items() if known.startswith(rid)]
+        if not rid:
+            await self.engine.abort("", message)
+        else:
+            for engine_rid in found:
+                await self.engine.abort(engine_rid, message)
+        return len(found)
+
+    async def progress(self) -> None:
+        """Return when the engine has answered anything, to any request. The caller sets the deadline."""
+        await self._progress.wait()
+
+    # ---- out ----
+
+    async def stream(self, job: Job) -> AsyncGenerator[Delta, None]:
+        """The job's deltas, the last with `finish`. Closing the generator early aborts the job.
+
+        Raises EngineRefusal when the engine ends it with an error, Unavailable when the engine dies.
+        """
+        request = self._admit(job.request)
+        sequence = _Sequence(job, self.tokenizer)
+        clock = _Clock(self.metrics)
+        delta: Delta | None = None
+        try:
+            async with aclosing(cast(Any, self.engine.generate(request))) as outputs:
+                async for output in outputs:
+                    self._mark_progress()
+                    if output.finish is not None and is_failure(output.finish):
+                        raise EngineRefusal(output.finish)
+                    delta = sequence.take(output)
+                    clock.tokens(len(delta.tokens))
+                    if delta.finish is not None:
+                        break
+                    yield delta
+        finally:
+            self._leave(request.rid)
+            clock.end(delta)
+        if delta is None or delta.finish is None:
+            raise Unavailable("the engine ended the request without a result; send it again")
+        yield delta
+
+    async def collect(self, job: Job) -> Result:
+        """The whole sequence. Raises as `stream` does."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        parts: list[str] = []
+        result = Result(Finish("abort"))
+        async with aclosing(self.stream(job)) as deltas:
+            async for delta in deltas:
+                parts.append(delta.text)
+                result.tokens += delta.tokens
+                result.logprobs += delta.logprobs
+                if delta.prompt_logprobs is not None:
+                    result.prompt_logprobs = delta.prompt_logprobs
+                if delta.finish is not None:
+                    result.finish = delta.finish
+                result.prompt_tokens, result.cached_tokens = delta.prompt_tokens, delta.cached_tokens
+                result.num_retractions = delta.num_retractions
+        result.text = "".join(parts)
+        result.e2e_s = loop.time() - started
+        return result
+
+    async def collect_all(self, jobs: Sequence[Job]) -> list[Result]:
+        """All jobs at once, in order. The first that fails aborts the others, and its error is raised."""
+        if len(jobs) == 1:
+            return [await self.collect(jobs[0])]
+        tasks = [asyncio.create_task(self.collect(job)) for job in jobs]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            await _end(tasks)
+
+    async def stream_all(self, jobs: Sequence[Job]) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """Deltas of all jobs with their indices, those of one step together. Closing it early aborts all."""
+        if len(jobs) == 1:
+            async with aclosing(self.stream(jobs[0])) as deltas:
+                async for delta in deltas:
+                    yield [(0, delta)]
+            return
+        ready: deque[tuple[int, Delta]] = deque()
+        wake = asyncio.Event()
+
+        async def pump(index: int, job: Job) -> None:
+            try:
+                async with aclosing(self.stream(job)) as deltas:
+                    async for delta in deltas:
+                        ready.append((index, delta))
+                        wake.set()
+            finally:
+                wake.set()
+
+        tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
+        try:
+            while True:
+                await wake.wait()
+                wake.clear()
+                over = all(task.done() for task in tasks)
+                if ready:
+                    batch = list(ready)
+                    ready.clear()
+                    yield batch
+                for task in tasks:
+                    if task.done() and (error := task.exception()) is not None:
+                        raise error
+                if over:
+                    return
+        finally:
+            await _end(tasks)
+
+    # ---- the ledger of running requests ----
+
+    def _admit(self, request: Request) -> Request:
+        """Note the request as running. An id that is in use gets a suffix: two clients may choose the same."""
+        rid, suffix = request.rid, 1
+        while rid in self._running:
+            suffix += 1
+            rid = f"{request.rid}~{suffix}"
+        self._running[rid] = request.rid
+        self._idle.clear()
+        return request if rid == request.rid else _with_rid(request, rid)
+
+    def _leave(self, rid: str) -> None:
+        del self._running[rid]
+        if not self._running:
+            self._idle.set()
+
+    def _mark_progress(self) -> None:
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+
+def _with_rid(request: Request, rid: str) -> Request:
+    return Request(
+        rid=rid,
+        prompt=request.prompt,
+        sampling=request.sampling,
+        namespace=request.namespace,
+        logprobs=request.logprobs,
+        bootstrap=request.bootstrap,
+        priority=request.priority,
+    )
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel what still runs and wait for it: aborts have been sent when this returns."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,56 @@
+"""Server-sent events: one write for each step of the engine, and clean ends whatever happens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from aiohttp import web
+
+from diptych.api.wire import encode, error_body
+from diptych.errors import DiptychError
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def event(value: object) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
+
+
+async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid: str) -> web.StreamResponse:
+    """Send what `events` yields, which ends with DONE. It is closed early, and so its jobs aborted, when the client
+    leaves.
+
+    What goes wrong before the first bytes is raised, and becomes an ordinary error reply; later it becomes an error
+    event.
+    """
+    async with aclosing(events):
+        first = await anext(events)
+        response = web.StreamResponse(headers=_HEADERS)
+        response.headers["X-Request-Id"] = rid
+        try:
+            await response.prepare(request)
+            await response.write(first)
+            await _rest(response, events, rid)
+            await response.write_eof()
+        except ConnectionError:
+            log.info("[%s] the client went away", rid)
+    return response
+
+
+async def _rest(response: web.StreamResponse, events: AsyncGenerator[bytes, None], rid: str) -> None:
+    try:
+        async for data in events:
+            await response.write(data)
+    except ConnectionError:
+        raise
+    except DiptychError as error:
+        log.info("[%s] ended with an error event: %s", rid, error.code)
+        await response.write(event(error_body(error)) + DONE)
+    except Exception:
+        log.exception("[%s] failed", rid)
+        await response.write(event(error_body(DiptychError("internal error; the server's log has the details"))) + DONE)

@@ -1,0 +1,97 @@
+"""JSON in, JSON out: reading bodies, writing replies and errors in OpenAI's envelope."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from diptych.api.limits import MAX_BODY_BYTES
+from diptych.errors import BadRequest, DiptychError, Overloaded, PayloadTooLarge
+from diptych.types import Finish
+
+T = TypeVar("T")
+encode = msgspec.json.Encoder().encode
+_AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
+
+
+async def read_body(request: web.Request, kind: type[T]) -> T:
+    """The request's JSON body as `kind`. Raises BadRequest that names the field, or PayloadTooLarge."""
+    if request.content_type != "application/json":
+        raise BadRequest("the Content-Type must be application/json", param="content-type")
+    try:
+        return decode(await request.read(), kind)
+    except web.HTTPRequestEntityTooLarge:
+        raise PayloadTooLarge(f"the body must not have more than {MAX_BODY_BYTES} bytes") from None
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """JSON as `kind`. Raises BadRequest that names the field."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadRequest(f"the body is not valid JSON: {reason}") from None
+
+
+def convert(value: Any, kind: type[T], param: str) -> T:
+    """Decoded JSON as `kind`. Raises BadRequest that names the field within `param`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(str(error), param) from None
+
+
+def _wrong_type(text: str, inside: str = "") -> BadRequest:
+    found = _AT.search(text)
+    path = found.group(1) if found else ""
+    missing = re.search(r"missing required field `([^`]*)`", text)
+    if missing:
+        path = f"{path}.{missing.group(1)}" if path else missing.group(1)
+    param = f"{inside}.{path}" if inside and path and not path.startswith("[") else inside + path
+    return BadRequest(_AT.sub("", text) + (f" at {param}" if param else ""), param=param[:200] or None)
+
+
+def error_body(error: DiptychError) -> dict[str, Any]:
+    """OpenAI's envelope."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_response(error: DiptychError) -> web.Response:
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif error.status == 503:
+        headers["Retry-After"] = "1"
+    elif error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(error_body(error), error.status, headers)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=encode(value), status=status, content_type="application/json", headers=headers)
+
+
+_TYPES = {400: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+
+
+class EngineRefusal(DiptychError):
+    """The engine ended a request with an error; status and code are the engine's."""
+
+    def __init__(self, finish: Finish) -> None:
+        super().__init__(finish.message or "the engine aborted the request")
+        self.status = finish.status if finish.status >= 400 else 500
+        self.code = finish.code or "aborted"
+        self.type = _TYPES.get(self.status, "server_error")
+
+
+def is_failure(finish: Finish) -> bool:
+    """Whether this end is an error. An abort that a client or an operator asked for (499) is not: what there is so
+    far is the answer.
+    """
+    return finish.type == "abort" and finish.status not in (200, 499)

@@ -1,0 +1,39 @@
+"""Logging: one line an event, with the request's id where there is one; never prompt or answer text."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+
+class RequestLog(logging.LoggerAdapter[logging.Logger]):
+    """Puts the request's id in front: `RequestLog(log, {"rid": rid})`."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        rid = (self.extra or {}).get("rid", "-")
+        return f"[{rid}] {msg}", kwargs
+
+
+class _OneLine(logging.Formatter):
+    """Line breaks within an event become visible marks, so that a client's text cannot forge a line; tracebacks stay
+    as they are.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def set_up(level: str, role: str) -> None:
+    """Log to standard error from `level` on (debug, info, warning, error); `role` names the process in each line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _OneLine(f"%(asctime)s.%(msecs)03d %(levelname).1s {role} %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    )
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    for noisy in ("asyncio", "aiohttp.access"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
