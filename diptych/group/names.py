@@ -12,9 +12,9 @@ def pod_name(group: str, role: str, index: int) -> str:
     return f"{group}-{role}-{index}"
 
 
-def role_service(group: str, role: str) -> str:
-    """The headless Service of a role (and its StatefulSet)."""
-    return f"{group}-{role}"
+def role_services(group: str, role: str) -> tuple[str, str]:
+    """The headless Service of a role: its name in v0.3 and v0.4, and in v0.5 and later."""
+    return f"{group}-{role}", f"s-{group}-{role}"
 
 
 def role_labels(namespace: str, group: str, role: str) -> dict[str, str]:

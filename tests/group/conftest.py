@@ -99,7 +99,7 @@ async def _run(text: str, **options: Any) -> AsyncIterator[RunningGroup]:
 
 @pytest.fixture
 def run_group() -> Callable[..., AbstractAsyncContextManager[RunningGroup]]:
-    """`async with run_group(manifest text, **launch) as running`: takes the group down and checks that nothing is left."""
+    """`async with run_group(manifest text, **launch) as running`: at its end the group is down and nothing is left."""
     return _run
 
 

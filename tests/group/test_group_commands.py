@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from group_manifests import group, role, service, shell, text, toy
+
+from diptych.cli import main
 from diptych.group.local.paths import GroupFolder
 from diptych.group.local.strays import find_strays
-from group_manifests import group, role, service, shell, text, toy
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
@@ -30,12 +32,18 @@ def command(*arguments: str) -> list[str]:
 
 
 @pytest.fixture
-def diptych(state_folder: Path) -> Iterator[Diptych]:
-    """Runs the command; takes every group down at the end."""
+def diptych(state_folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Diptych]:
+    """Runs the command: `up` as a process of its own, the others in this one. Takes every group down at the end."""
 
-    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        options = {"capture_output": True, "text": True, "timeout": WAIT_S, "cwd": ROOT} | options
-        return subprocess.run(command(*arguments), **options)
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        if arguments[0] == "up":
+            return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=WAIT_S, cwd=ROOT)
+        capsys.readouterr()
+        try:
+            status = main(arguments)
+        except SystemExit as usage:  # argparse
+            status = int(usage.code or 0)
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     yield run
     for state in state_folder.glob("*/state.json"):
@@ -81,7 +89,10 @@ def test_detached_from_up_to_down(diptych: Diptych, manifest: Path, state_folder
     assert shown.startswith("toy: ready") and "role a  2/2 ready" in shown and "toy-b-0" in shown
 
     again = up(diptych, manifest)
-    assert (again.returncode, again.stderr) == (2, "diptych: group toy is already running; `diptych down toy` ends it\n")
+    assert (again.returncode, again.stderr) == (
+        2,
+        "diptych: group toy is already running; `diptych down toy` ends it\n",
+    )
 
     assert diptych("scale", "toy/a", "1").returncode == 0
     assert [pod["name"] for pod in json.loads(diptych("status", "toy", "--json").stdout)["pods"]] == [

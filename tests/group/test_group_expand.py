@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from diptych.errors import ConfigError
 from diptych.group.expand import PodFacts, argv, container_environment, expand, field_value
 from diptych.group.pod import Container, EnvSource, EnvVar, FieldRef

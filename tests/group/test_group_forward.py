@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+
 from diptych.errors import ConfigError
 from diptych.group.local.forward import Forwarder
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from diptych.group.local import keeper
 from group_manifests import python, quoted, shell
+
+from diptych.group.local import keeper
 
 WAIT_S = 10.0
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -64,7 +65,8 @@ def test_a_command_that_is_not_there(start: Start) -> None:
 def test_sigterm_reaches_the_program_behind_a_shell(start: Start, tmp_path: Path) -> None:
     """A shell dies of SIGTERM at once; its child still gets to finish, and only then the keeper ends."""
     done, up = tmp_path / "done", tmp_path / "up"
-    script = f"(trap 'sleep 0.2; echo finished > {quoted(done)}; exit 0' TERM; echo up > {quoted(up)}; sleep 60 & wait); true"
+    trap = f"trap 'sleep 0.2; echo finished > {quoted(done)}; exit 0' TERM"
+    script = f"({trap}; echo up > {quoted(up)}; sleep 60 & wait); true"
     process = start(shell(script))
     appears(up)
     process.terminate()

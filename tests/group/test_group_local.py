@@ -14,10 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
+from group_manifests import PORT, group, python, role, service, shell, text, toy
+
 from diptych.errors import ConfigError
 from diptych.group.local.addresses import claim_slot
 from diptych.group.local.state import Snapshot, changes
-from group_manifests import PORT, group, python, role, service, shell, text, toy
 
 
 def status(name: str, wanted: str) -> Any:
@@ -80,8 +81,9 @@ async def test_a_pod_that_dies_is_restarted_with_back_off(run_group: Any, fetch:
             with pytest.raises(OSError, match=r".*"):
                 await fetch(running.address("toy-a-0") + "/exit?3")
             await running.until(
-                lambda snapshot, restarts=restarts: snapshot.status == "ready"
-                and running.pod("toy-a-0").restarts == restarts
+                lambda snapshot, restarts=restarts: (
+                    snapshot.status == "ready" and running.pod("toy-a-0").restarts == restarts
+                )
             )
         again = await fetch(running.address("toy-a-0"))
         assert again["pid"] != first["pid"]
@@ -167,11 +169,10 @@ async def test_what_a_pod_is_told(run_group: Any, fetch: Any, tmp_path: Path) ->
         assert env_seen["PYTHONPATH"].split(os.pathsep)[-1] == "/mine"
         mapped = dict(json.loads(env_seen["DIPTYCH_MOUNTS"]))
         assert mapped["/models/Qwen3-32B/"] == str(model)
-        assert Path(mapped["/scratch"]).is_dir() and Path(mapped["/scratch"]).is_relative_to(running.folder.path)
+        assert Path(mapped["/scratch"]) == running.folder.pods / "toy-a-1" / "volumes" / "tmp"
+        assert Path(mapped["/scratch"]) in running.folder.pods.glob("*/volumes/*")
         hosts = {
-            name: line.split()[0]
-            for line in running.folder.hosts.read_text().splitlines()
-            for name in line.split()[1:]
+            name: line.split()[0] for line in running.folder.hosts.read_text().splitlines() for name in line.split()[1:]
         }
         for suffix in ("", ".default", ".default.svc", ".default.svc.cluster.local"):
             assert hosts[f"toy-a-1.toy-a{suffix}"] == ip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from diptych.group.order import find_cycle, start_order
 from diptych.group.plan import (
     Action,

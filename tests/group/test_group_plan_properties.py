@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from diptych.group.plan import (
     Action,
     Backoff,
@@ -24,8 +27,6 @@ from diptych.group.plan import (
     restart_unit,
     role_ready,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BACKOFF = Backoff(base_s=10, cap_s=40, stable_s=100)
 POLICIES = ("None", "RecreateRBGOnPodRestart", "RecreateRoleInstanceOnPodRestart")

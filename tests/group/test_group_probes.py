@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
 from diptych.group.local.probes import Health, Probing, Target, ask
 from diptych.group.pod import (
     Container,
@@ -125,9 +126,8 @@ async def test_readiness_is_asked_at_once_and_fast_until_the_first_success() -> 
     """The manifest would wait 30 s and then ask every 60 s."""
     port = free_port()
     probe = Probe(tcp_socket=TcpSocketAction(port=port), initial_delay_seconds=30, period_seconds=60)
-    async with Seen(target(), probe).following() as seen:
-        async with http(b"", port):
-            assert await seen.events.get() is True
+    async with Seen(target(), probe).following() as seen, http(b"", port):
+        assert await seen.events.get() is True
 
 
 async def test_readiness_is_lost_after_failure_threshold() -> None:

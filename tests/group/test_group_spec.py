@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import yaml
+from group_manifests import EXAMPLES, group, role, service, shell, text
+
 from diptych.errors import ConfigError
 from diptych.group import spec
 from diptych.group.pod import Probe, TcpSocketAction
-from group_manifests import EXAMPLES, group, role, service, shell, text
 
 SEED = (EXAMPLES / "seed" / "sglang_pd.yaml").read_text()
 
@@ -124,7 +125,9 @@ def test_what_is_no_manifest(broken: str, message: str) -> None:
 
 
 def test_fields_of_later_versions_are_accepted() -> None:
-    later = role("a", shell("true"), minReadySeconds=3, annotations={"x": "y"}, rolloutStrategy={"type": "RollingUpdate"})
+    later = role(
+        "a", shell("true"), minReadySeconds=3, annotations={"x": "y"}, rolloutStrategy={"type": "RollingUpdate"}
+    )
     manifest = spec.parse(text(group(later, coordination=[{"name": "c", "roles": ["a"]}], podGroupPolicy={})))
     assert {each.field for each in manifest.unmodelled} == {
         "minReadySeconds",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from diptych.errors import ConfigError
 from diptych.mounts import resolve
 

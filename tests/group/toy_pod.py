@@ -1,6 +1,6 @@
 """A pod for tests: an HTTP server that tells about itself and ends when asked to.
 
-GET / answers with pid, environment and arguments; GET /exit?3 ends the process with status 3; GET /touch/NAME makes a file.
+GET / answers with pid, environment and interpreter; GET /exit?3 ends the process with status 3.
 `--when FILE` waits for the file before listening; `--log FILE` appends "start" and "stop" lines with the pod's name.
 """
 

@@ -59,7 +59,11 @@ def claim_slot() -> Slot:
         except OSError:
             hold.close()
             continue
-        _check_bindable(f"{PREFIX}.{number}.1")
+        try:
+            _check_bindable(f"{PREFIX}.{number}.1")
+        except ConfigError:
+            hold.close()
+            raise
         return Slot(number, hold)
     raise ConfigError(f"all {len(SLOTS)} address slots of this machine are taken; `diptych down` a group")
 

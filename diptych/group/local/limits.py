@@ -110,7 +110,8 @@ def _role_problems(role: Role, path: str) -> Iterator[str]:
 
 def notes(manifest: Manifest, claims: Mapping[str, str], gpus: int) -> list[str]:
     """One line for each thing that the local run leaves out, in the order of the manifest."""
-    lines = [_note(each) for each in manifest.unmodelled if each.field not in _SILENT]
+    fields = {each.field: each for each in reversed(manifest.unmodelled)}  # where each is first
+    lines = [_note(each) for each in reversed(fields.values()) if each.field not in _SILENT]
     for role in manifest.group.spec.roles:
         spec = role.template.spec
         for container in spec.containers:

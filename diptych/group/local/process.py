@@ -47,8 +47,8 @@ class PodSetup(msgspec.Struct, frozen=True):
 class LocalPod:
     """A pod from its first start to its last end. `changed` is called whenever something below has changed.
 
-    `reason`: why it last ended. `phase` is `running` until all containers have ended; then `exited`, and it may be run again, or `gone` if it was
-    stopped. `started_at` and `ended_at` are the loop's times, `since` is Unix time for people.
+    `phase` is `running` until all containers have ended; then `exited`, and it may be run again, or `gone` if it was
+    stopped. `reason`: why it last ended. `started_at` and `ended_at` are the loop's times, `since` is Unix time.
     """
 
     def __init__(self, setup: PodSetup, changed: Callable[[], None]) -> None:

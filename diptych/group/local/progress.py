@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from rich.console import Console
@@ -20,7 +21,8 @@ class Progress:
         self._live: Status | None = None
 
     def line(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # the terminal has gone: the group still has to end in order
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start_from(self, snapshot: Snapshot) -> None:
         """Takes what is already so as known."""

@@ -305,10 +305,11 @@ class Supervisor:
         lines = self._services.host_lines()
         for _, pod in sorted(self._pods.items()):
             facts = pod.setup.facts
-            service = names.role_service(facts.group, facts.role)
             hosts = [
-                *names.dns_names(f"{facts.name}.{service}", facts.namespace),
-                *names.dns_names(service, facts.namespace),
+                name
+                for service in names.role_services(facts.group, facts.role)
+                for host in (f"{facts.name}.{service}", service)
+                for name in names.dns_names(host, facts.namespace)
             ]
             lines.append(f"{facts.ip} {' '.join(hosts)}")
         text = "\n".join(lines) + "\n"

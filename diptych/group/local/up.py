@@ -40,11 +40,14 @@ def recover(folder: GroupFolder) -> str:
     """Cleans up after a supervisor that died; the caller holds the lock. Returns what to tell, empty if nothing."""
     if not folder.state.exists():
         return ""
-    before = msgspec.json.decode(folder.state.read_bytes(), type=Snapshot)
+    try:
+        process = f" (process {msgspec.json.decode(folder.state.read_bytes(), type=Snapshot).supervisor_pid})"
+    except msgspec.DecodeError:  # written by another version
+        process = ""
     count = end_strays(folder, STRAY_GRACE_S)
     folder.clear()
     left = f"; ended {count} processes it left" if count else "; its pods had ended with it"
-    return f"the supervisor of {folder.group} (process {before.supervisor_pid}) had died{left}"
+    return f"the supervisor of {folder.group}{process} had died{left}"
 
 
 def failure(snapshot: Snapshot, elapsed_s: float, timeout_s: float) -> tuple[str, PodView | None]:
