@@ -1,0 +1,250 @@
+"""Attention over pages: what a backend is, and ours for the CPU, whose results do not depend on the batch.
+
+Softmax attention of one query is a sum over keys. Here the keys come in fixed blocks of the sequence (block j holds
+positions [j * block, (j + 1) * block), whoever asks), and a query's result is
+
+    m = max over all keys of s,   l = Σ_j Σ_{k in j} 2^(s_k - m),   o = (Σ_j Σ_{k in j} 2^(s_k - m) v_k) / l
+
+where the inner sums are products of a fixed shape and the outer ones add blocks in order. A maximum has no order, and
+masked keys and blocks past a query's position add exact zeros. So a query gets the same bits as the one new token of a
+decode step, in a chunk of any size and in any company. Queries come in tiles: tokens × the query heads that share a
+key-value head, padded to a multiple of 4 rows (fewer rows take other kernels).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diptych.model.pool import KVPool
+from diptych.types import I32, I64, Plan
+
+BLOCK_TOKENS = 128  # keys of a block, about
+TILE_ROWS = 64  # query rows of a prefill tile, about
+GROUP_BYTES = 4 << 20  # keys that decode rows gather at once
+SCORE_BYTES = 2 << 20  # scores of a prefill tile above which heads go one by one, to stay in the cache
+
+
+class AttentionBackend(Protocol):
+    """Writes and reads the KV pool for a model's layers. One step: `begin`, then `attend` for each layer."""
+
+    def begin(self, plan: Plan) -> None:
+        """Prepare what all layers share."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store `k`, `v` `[rows, kv_heads, dim]` of the plan's tokens in their slots, then attend causally from `q`
+        `[rows, heads, dim]` to each sequence's pages: `[rows, heads * dim]`. Rows past the plan's tokens are padding.
+        """
+
+
+@dataclass(slots=True)
+class _Items:
+    """Pairs of (query tile, key block), ordered by block, then by tile; tiles come longest first, so that block j
+    belongs to the first `counts[j]` tiles."""
+
+    counts: list[int]
+    tile: Tensor  # [items] which tile
+    bias: Tensor  # [biased items, 1, 1 or rows, block] 0 or -inf, for the last items
+    num_items: int
+
+
+@dataclass(slots=True)
+class _Decode:
+    """Rows with one new token each."""
+
+    tokens: Tensor  # [tiles] index into the step's tokens
+    runs: Tensor  # [items * kv_heads * pages of a block] runs of the pool
+    items: _Items
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """One row with several new tokens, cut into tiles (first token, number of tokens, items)."""
+
+    runs: Tensor
+    num_blocks: int
+    tiles: list[tuple[int, int, _Items]]
+
+
+class PagedAttention:
+    """The CPU backend (plain torch; it runs on any device and is the reference for kernels).
+
+    `num_heads` query heads of this rank share the pool's key-value heads evenly; scores are q·k * scale.
+    """
+
+    def __init__(self, pool: KVPool, num_heads: int, scale: float) -> None:
+        self.pool = pool
+        self.group = num_heads // pool.num_heads
+        self.scale = scale * math.log2(math.e)
+        self.pages_per_block = _pages_per_block(pool.page_size)
+        self.block = self.pages_per_block * pool.page_size
+        self.tile_tokens = max(4, TILE_ROWS // self.group // 4 * 4)
+        self._jobs: list[_Decode | _Prefill] = []
+        self._buffers = (torch.empty(0), torch.empty(0))
+
+    # ---- once a step ---------------------------------------------------------------------------------------------
+
+    def begin(self, plan: Plan) -> None:
+        slots = torch.tensor(plan.slots)
+        self._page, self._slot = slots // self.pool.page_size, slots % self.pool.page_size
+        new_tokens = np.diff(plan.q_starts)
+        num_blocks = -(-plan.kv_lens // self.block)
+        table = _pad_columns(plan.pages, int(num_blocks.max()) * self.pages_per_block)
+        decode = np.flatnonzero(new_tokens == 1)
+        decode = decode[np.argsort(-num_blocks[decode], kind="stable")]
+        self._jobs = []
+        for rows in self._groups(decode, num_blocks):
+            self._jobs.append(self._plan_decode(plan, rows, num_blocks[rows], table))
+        for row in np.flatnonzero(new_tokens > 1):
+            self._jobs.append(self._plan_prefill(plan, int(row), int(num_blocks[row]), table))
+
+    def _groups(self, rows: I64, num_blocks: I32) -> list[I64]:
+        """Cut rows into groups whose keys fit GROUP_BYTES (or single rows)."""
+        key_bytes = self.pool.num_heads * self.block * self.pool.head_dim * self.pool.pages.element_size()
+        limit = max(1, GROUP_BYTES // key_bytes)
+        groups, start, size = [], 0, 0
+        for at, row in enumerate(rows.tolist()):
+            if size and size + num_blocks[row] > limit:
+                groups.append(rows[start:at])
+                start, size = at, 0
+            size += int(num_blocks[row])
+        if len(rows):
+            groups.append(rows[start:])
+        return groups
+
+    def _plan_decode(self, plan: Plan, rows: I64, num_blocks: I32, table: I64) -> _Decode:
+        owns = np.arange(num_blocks[0])[:, None] < num_blocks[None, :]  # [block, tile]
+        block, tile = np.nonzero(owns)
+        pages = table[rows].reshape(len(rows), -1, self.pages_per_block)[tile, block]
+        left = plan.kv_lens[rows][tile] - block * self.block  # keys of this item that count
+        bias = _bias(np.arange(self.block)[None, :] < left[:, None])
+        items = _Items(owns.sum(1).tolist(), torch.from_numpy(tile), bias.view(-1, 1, 1, self.block), len(tile))
+        return _Decode(torch.from_numpy(plan.q_starts[rows].astype(np.int64)), self._runs(pages), items)
+
+    def _plan_prefill(self, plan: Plan, row: int, num_blocks: int, table: I64) -> _Prefill:
+        first, stop = int(plan.q_starts[row]), int(plan.q_starts[row + 1])
+        cached = int(plan.kv_lens[row]) - (stop - first)
+        tiles = []
+        for start in range(first, stop, self.tile_tokens):
+            count = min(self.tile_tokens, stop - start)
+            position = cached + start - first
+            tiles.append((start, count, self._tile_items(position, count)))
+        pages = table[row].reshape(-1, self.pages_per_block)[:num_blocks]
+        return _Prefill(self._runs(pages), num_blocks, tiles)
+
+    def _tile_items(self, position: int, count: int) -> _Items:
+        """Items of one tile whose first of `count` tokens is at `position`; blocks that reach past it are masked."""
+        num_blocks = -(-(position + count) // self.block)
+        masked = position // self.block
+        keys = np.arange(masked * self.block, num_blocks * self.block).reshape(-1, 1, self.block)
+        queries = position + np.arange(self.tile_tokens).repeat(self.group)
+        bias = _bias(keys <= queries[None, :, None]).unsqueeze(1)
+        return _Items([1] * num_blocks, torch.zeros(num_blocks, dtype=torch.int64), bias, num_blocks)
+
+    def _runs(self, pages: I64) -> Tensor:
+        """Pool runs of `[items, pages of a block]` pages, in the order item, head, page."""
+        heads = np.arange(self.pool.num_heads)[None, :, None]
+        return torch.from_numpy((pages[:, None, :] * self.pool.num_heads + heads).reshape(-1))
+
+    # ---- once a layer --------------------------------------------------------------------------------------------
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        num_tokens = self._page.shape[0]
+        self.pool.write(layer, self._page, self._slot, k[:num_tokens], v[:num_tokens])
+        out = torch.zeros_like(q)
+        for job in self._jobs:
+            keys, values = self._gather(layer, job.runs)
+            if isinstance(job, _Decode):
+                self._decode(q, keys, values, job, out)
+            else:
+                self._prefill(q, keys, values, job, out)
+        return out.view(q.shape[0], -1)
+
+    def _gather(self, layer: int, runs: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the runs, `[items, kv_heads, block, dim]`; valid until the next call."""
+        pool = self.pool
+        size = runs.shape[0] * pool.page_size * pool.head_dim
+        if self._buffers[0].numel() < size:
+            self._buffers = (pool.pages.new_empty(size), pool.pages.new_empty(size))
+        keys, values = (buffer[:size].view(runs.shape[0], -1) for buffer in self._buffers)
+        pool.gather_keys(layer, runs, keys)
+        pool.gather_values(layer, runs, values)
+        shape = (-1, pool.num_heads, self.block, pool.head_dim)
+        return keys.view(shape), values.view(shape)
+
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, job: _Decode, out: Tensor) -> None:
+        heads, dim, group = self.pool.num_heads, self.pool.head_dim, self.group
+        count = job.tokens.shape[0]
+        tile = q.new_zeros(count, heads, -(-group // 4) * 4, dim)
+        torch.mul(q.index_select(0, job.tokens).view(count, heads, group, dim), self.scale, out=tile[:, :, :group])
+        result = attend_items(tile, keys, values, job.items)
+        out[job.tokens] = result[:, :, :group].reshape(count, heads * group, dim)
+
+    def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, job: _Prefill, out: Tensor) -> None:
+        heads, dim, group = self.pool.num_heads, self.pool.head_dim, self.group
+        rows = self.tile_tokens * group
+        for start, count, items in job.tiles:
+            used = count * group
+            tile = q.new_zeros(1, heads, rows, dim)
+            source = q[start : start + count].view(count, heads, group, dim).transpose(0, 1)
+            torch.mul(source, self.scale, out=tile.view(heads, self.tile_tokens, group, dim)[:, :count])
+            step = heads if items.num_items * heads * rows * self.block * 4 <= SCORE_BYTES else 1
+            for head in range(0, heads, step):
+                part = slice(head, head + step)
+                k, v = keys[: items.num_items, part], values[: items.num_items, part]
+                result = attend_items(tile[:, part], k, v, items).view(step, rows, dim)[:, :used]
+                target = out[start : start + count].view(count, heads, group, dim)[:, part]
+                target.copy_(result.view(step, count, group, dim).transpose(0, 1))
+
+
+def attend_items(q: Tensor, keys: Tensor, values: Tensor, items: _Items) -> Tensor:
+    """The formula at the top. `q` `[tiles, h, rows, dim]` scaled for base 2; `keys`, `values` `[items, h, block, dim]`,
+    where h is one or all of the heads in memory; returns `[tiles, h, rows, dim]`."""
+    num_items, heads, block, dim = keys.shape
+    batch, rows = num_items * heads, q.shape[2]
+    queries = q.index_select(0, items.tile).view(batch, rows, dim)
+    scores = torch.bmm(queries, keys.reshape(batch, block, dim).transpose(1, 2)).view(num_items, heads, rows, block)
+    scores[num_items - items.bias.shape[0] :] += items.bias
+    highest = _fold(scores.amax(-1), items.counts, torch.maximum)
+    scores -= highest.index_select(0, items.tile).unsqueeze(-1)
+    scores.exp2_()
+    total = _fold(scores.sum(-1), items.counts, torch.add)
+    mixed = torch.bmm(scores.view(batch, rows, block), values.reshape(batch, block, dim))
+    result = _fold(mixed.view(num_items, heads, rows, dim), items.counts, torch.add)
+    return result / total.unsqueeze(-1)
+
+
+def _fold(parts: Tensor, counts: list[int], combine: Callable[..., Any]) -> Tensor:
+    """Combine the items of each tile in the order of their blocks: `[items, …]` to `[tiles, …]`, in place."""
+    total = parts[: counts[0]]
+    at = counts[0]
+    for count in counts[1:]:
+        mine = total[:count]
+        combine(mine, parts[at : at + count], out=mine)
+        at += count
+    return total
+
+
+def _pages_per_block(page_size: int) -> int:
+    """Pages of a block: about BLOCK_TOKENS tokens, and a multiple of 8 of them, so that no vector is cut."""
+    step = 8 // math.gcd(8, page_size)
+    return max(BLOCK_TOKENS // page_size // step, 1) * step
+
+
+def _pad_columns(table: I32, columns: int) -> I64:
+    """The page table as int64 with `columns` columns; page 0 stands where there is none (its keys are masked)."""
+    out = np.zeros((table.shape[0], columns), np.int64)
+    width = min(columns, table.shape[1])
+    out[:, :width] = table[:, :width]
+    return out
+
+
+def _bias(visible: NDArray[np.bool_]) -> Tensor:
+    return torch.from_numpy(np.where(visible, np.float32(0), np.float32(-np.inf)))

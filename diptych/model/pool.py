@@ -1,0 +1,91 @@
+"""The KV pool of one rank: one tensor that attention writes and reads by page, and the transfer by head of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diptych.config import ServerConfig
+from diptych.errors import ConfigError
+
+DEFAULT_POOL_BYTES = 256 << 20
+MAX_DEFAULT_CONTEXTS = 64
+
+
+class KVPool:
+    """`pages` is `[page, kv_head, layer, 2, slot, dim]`, zeroed at first; index 0 of the fourth dimension are keys.
+
+    What is written is always finite (`nan_to_num`): attention multiplies the slots that a row does not own by zero, so
+    a not-a-number of one sequence must not get here, or it would reach others that share or later own a page.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_heads: int,
+        num_layers: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self.page_size, self.num_heads, self.num_layers, self.head_dim = page_size, num_heads, num_layers, head_dim
+        shape = (num_pages, num_heads, num_layers, 2, page_size, head_dim)
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        runs = self.pages.view(num_pages * num_heads, num_layers, 2, page_size * head_dim)
+        self._keys = [runs[:, layer, 0] for layer in range(num_layers)]
+        self._values = [runs[:, layer, 1] for layer in range(num_layers)]
+
+    def write(self, layer: int, page: Tensor, slot: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store the KV of tokens, `[tokens, kv_head, dim]` each, at `page[i]`, `slot[i]`."""
+        both = torch.stack((keys, values), 2).nan_to_num_()
+        self.pages[:, :, layer][page, :, :, slot] = both
+
+    def gather_keys(self, layer: int, runs: Tensor, out: Tensor) -> None:
+        """Copy runs (`page * num_heads + head`) of one layer's keys to `out`, `[len(runs), page_size * dim]`."""
+        torch.index_select(self._keys[layer], 0, runs, out=out)
+
+    def gather_values(self, layer: int, runs: Tensor, out: Tensor) -> None:
+        """As gather_keys."""
+        torch.index_select(self._values[layer], 0, runs, out=out)
+
+
+class CpuPageStore:
+    """The pool's bytes, without a copy in between; see diptych.kv.store.PageStore."""
+
+    def __init__(self, pool: KVPool) -> None:
+        num_pages, num_heads, num_layers, _, page_size, head_dim = pool.pages.shape
+        dtype = str(pool.pages.dtype).removeprefix("torch.")
+        self.num_pages, self.num_heads = num_pages, num_heads
+        self.head_bytes = num_layers * 2 * page_size * head_dim * pool.pages.element_size()
+        self.layout = f"page,head,layer,kv,slot,dim:{dtype}:{page_size}:{num_layers}:{head_dim}"
+        self._bytes = pool.pages.view(num_pages, num_heads, -1).view(torch.uint8).numpy()
+
+    def read(self, pages: Sequence[int], head_start: int, head_stop: int) -> memoryview:
+        """See PageStore.read."""
+        return self._bytes[np.asarray(pages), head_start:head_stop].reshape(-1).data
+
+    def write(self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview) -> None:
+        """See PageStore.write."""
+        shape = (len(pages), head_stop - head_start, self.head_bytes)
+        self._bytes[np.asarray(pages), head_start:head_stop] = np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def kv_page_bytes(num_heads: int, num_layers: int, head_dim: int, page_size: int, itemsize: int) -> int:
+    """Bytes of one page of `num_heads` KV heads."""
+    return num_heads * num_layers * 2 * page_size * head_dim * itemsize
+
+
+def pool_pages(config: ServerConfig, page_bytes: int, context_len: int) -> int:
+    """How many pages this rank's pool has: `--max-total-tokens`, or what 256 MiB hold, but one context at least and 64
+    at most. Raises ConfigError if the asked for pool cannot hold a single page."""
+    if config.max_total_tokens:
+        pages = config.max_total_tokens // config.page_size
+        if pages < 1:
+            raise ConfigError(f"--max-total-tokens {config.max_total_tokens} is less than a page of {config.page_size}")
+        return pages
+    per_context = -(-context_len // config.page_size)
+    return min(max(DEFAULT_POOL_BYTES // page_bytes, per_context), MAX_DEFAULT_CONTEXTS * per_context)

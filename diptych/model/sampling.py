@@ -1,0 +1,154 @@
+"""From logits to tokens. Each row depends on its own logits and request alone, never on the rows beside it.
+
+A token is drawn by the Gumbel-max trick: argmax of logit / temperature + noise, with noise a function of (seed,
+position, token id); that is a draw from the softmax (Gumbel 1954; Maddison, Tarlow, Minka, arXiv:1411.0030). Order of
+the changes: repetition, frequency and presence penalties, logit_bias, min_new_tokens, grammar mask; then greedy, or
+temperature, top_k, top_p (of what top_k left, renormalized), min_p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diptych.model.noise import gumbel, row_key
+from diptych.model.order import ordered_top
+from diptych.types import Row, Sampling
+
+FIRST_LOOK = 256  # candidates that top_p and min_p look at before they look at all tokens
+
+
+def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """The token of each row: `[rows]` int64. `logits` is float32 `[rows, vocab]` and is not changed."""
+    changed = [index for index, row in enumerate(rows) if _changes_logits(row)]
+    if changed:
+        logits = logits.clone()
+        for index in changed:
+            change_logits(rows[index], logits[index], eos_token_ids)
+    tokens: Tensor = logits.argmax(-1)  # the lowest id among equals
+    drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy]
+    if drawn:
+        where = torch.tensor(drawn, device=logits.device)
+        tokens[where] = _draw([rows[i] for i in drawn], logits.index_select(0, where))
+    return tokens
+
+
+# ---- changes of the logits ---------------------------------------------------------------------------------------
+
+
+def _changes_logits(row: Row) -> bool:
+    return bool(
+        row.mask is not None
+        or row.sampling.logit_bias
+        or row.num_output < row.sampling.min_new_tokens
+        or has_penalty(row.sampling)
+    )
+
+
+def has_penalty(sampling: Sampling) -> bool:
+    return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
+
+
+def change_logits(row: Row, logits: Tensor, eos_token_ids: Sequence[int]) -> None:
+    """Apply all that comes before temperature to one row `[vocab]`, in place."""
+    sampling = row.sampling
+    if has_penalty(sampling):
+        _penalize(row, logits)
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+    if row.num_output < sampling.min_new_tokens:
+        logits[[*eos_token_ids, *sampling.stop_token_ids]] = -torch.inf
+    if row.mask is not None:
+        logits.masked_fill_(~_allowed(row.mask, logits.shape[0]).to(logits.device), -torch.inf)
+
+
+def _penalize(row: Row, logits: Tensor) -> None:
+    """Repetition: logits of tokens seen in prompt or output are divided (if positive) or multiplied by the penalty
+    (Keskar et al., CTRL, arXiv:1909.05858; transformers' RepetitionPenaltyLogitsProcessor). Frequency and presence: the
+    count of the token in the output times the one, and the other once if it is there at all, are subtracted (OpenAI's
+    API reference, "frequency and presence penalties")."""
+    if row.history is None:
+        raise ValueError(f"row of {row.rid} has a penalty but no history")
+    history = torch.tensor(row.history, device=logits.device)
+    sampling = row.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = history.unique()
+        values = logits[seen]
+        penalty = sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        counts = torch.bincount(history[row.num_prompt :], minlength=logits.shape[0]).to(logits.dtype)
+        logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+
+
+def _allowed(mask: bytes, vocab_size: int) -> Tensor:
+    """Bit i of byte i // 8 (little-endian) allows token i; tokens past the mask's end are not allowed."""
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[:vocab_size]
+    allowed = np.zeros(vocab_size, np.bool_)
+    allowed[: len(bits)] = bits
+    return torch.from_numpy(allowed)
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------------
+
+
+def _draw(rows: Sequence[Row], logits: Tensor) -> Tensor:
+    """One draw a row: `[rows]`."""
+    device = logits.device
+    scaled = logits / torch.tensor([row.sampling.temperature for row in rows], device=device).unsqueeze(1)
+    keys = torch.tensor([row_key(row.sampling.seed, row.position) for row in rows], device=device).unsqueeze(1)
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
+    free = [i for i, row in enumerate(rows) if not _restricted(row.sampling, logits.shape[1])]
+    if free:
+        index = torch.tensor(free, device=device)
+        noise = gumbel(keys[index], torch.arange(logits.shape[1], device=device))
+        tokens[index] = (scaled[index] + noise).argmax(-1)
+    bound = [i for i, row in enumerate(rows) if _restricted(row.sampling, logits.shape[1])]
+    if bound:
+        index = torch.tensor(bound, device=device)
+        tokens[index] = _draw_restricted([rows[i].sampling for i in bound], scaled[index], keys[index])
+    return tokens
+
+
+def _restricted(sampling: Sampling, vocab_size: int) -> bool:
+    return 0 < sampling.top_k < vocab_size or sampling.top_p < 1.0 or sampling.min_p > 0.0
+
+
+def _draw_restricted(settings: Sequence[Sampling], scaled: Tensor, keys: Tensor) -> Tensor:
+    """Draw among the tokens that top_k, top_p and min_p leave. Looks at few candidates first; more of them give the
+    same result, because everything about a candidate depends on those before it alone."""
+    vocab_size = scaled.shape[1]
+    top_k = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in settings]
+    count = min(vocab_size, max(k if k < vocab_size else FIRST_LOOK for k in top_k))
+    limits = torch.tensor(top_k, device=scaled.device).unsqueeze(1)
+    top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=scaled.device).unsqueeze(1)
+    min_p = torch.tensor([s.min_p for s in settings], dtype=torch.float64, device=scaled.device).unsqueeze(1)
+    while True:
+        values, ids = ordered_top(scaled, count)
+        keep, complete = _keep(scaled, values, limits, top_p, min_p)
+        if count == vocab_size or complete:
+            break
+        count = vocab_size
+    scores = torch.where(keep, values + gumbel(keys, ids), -torch.inf)
+    return ids.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+
+
+def _keep(scaled: Tensor, values: Tensor, limits: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, bool]:
+    """Which candidates (`values`, in order) stay, and whether all that stay are among the candidates."""
+    count = values.shape[1]
+    highest = values[:, :1]
+    weights = (values - highest).exp().double()
+    mass = weights.cumsum(1)
+    everything = (scaled - highest).exp().double().sum(1, keepdim=True)
+    within = mass.gather(1, (limits - 1).clamp(max=count - 1))
+    total = torch.where(limits <= count, within, everything)
+    order = torch.arange(count, device=values.device)
+    # top_p: the shortest run from the top whose mass reaches top_p, so a token stays if the mass before it does not
+    keep = (order < limits) & ((mass - weights < top_p * total) | (top_p >= 1.0)) & (weights >= min_p)
+    keep[:, 0] = True
+    complete = ~keep[:, -1:] | (limits <= count)
+    return keep, bool(complete.all())

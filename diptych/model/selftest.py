@@ -1,0 +1,67 @@
+"""Whether this machine's arithmetic keeps the promise that a row's result does not depend on the batch.
+
+The promise rests on how the libraries below torch choose their kernels; so it is tried at each start, in a fraction of
+a second, and the answer is shown in /server_info and the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from diptych.model.attention import PagedAttention
+from diptych.model.layers import Linear, padded_rows
+from diptych.model.pool import KVPool
+from diptych.types import Plan
+
+ROWS = (1, 6, 16, 45, 130)
+MAX_WIDTH = 2048  # output columns tried; more of the same kernel
+TOKENS = 150  # of the attention's test: two key blocks, several tiles
+
+
+def products_are_exact(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str, *, pack: bool) -> bool:
+    """Whether a row of `x @ weight.T` is the same among any ROWS (padded). `shapes`: (inputs, outputs) of weights."""
+    generator = torch.Generator().manual_seed(0)
+    for width, outputs in set(shapes):
+        weight = torch.randn(min(outputs, MAX_WIDTH), width, generator=generator).to(device, dtype)
+        x = torch.randn(padded_rows(max(ROWS)), width, generator=generator).to(device, dtype)
+        linear = Linear(weight, pack=pack)
+        whole = linear(x)
+        for rows in map(padded_rows, ROWS):
+            first, last = linear(x[:rows].clone()), linear(x[-rows:].clone())
+            if not (torch.equal(first, whole[:rows]) and torch.equal(last, whole[-rows:])):
+                return False
+    return True
+
+
+def attention_is_exact(
+    heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, device: str
+) -> bool:
+    """Whether a token attends the same as one of a long prompt, and alone."""
+    num_pages = -(-TOKENS // page_size)
+    pool = KVPool(num_pages, page_size, kv_heads, 1, head_dim, dtype, device)
+    attention = PagedAttention(pool, heads, head_dim**-0.5)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (heads, kv_heads, kv_heads)
+    q, k, v = (torch.randn(TOKENS, n, head_dim, generator=generator).to(device, dtype) for n in sizes)
+    attention.begin(_plan(0, TOKENS, num_pages))
+    whole = attention.attend(0, q, k, v)
+    attention.begin(_plan(TOKENS - 1, TOKENS, num_pages))
+    return torch.equal(attention.attend(0, q[-1:], k[-1:], v[-1:]), whole[-1:])
+
+
+def _plan(start: int, stop: int, num_pages: int) -> Plan:
+    """One sequence in pages 0, 1, …; tokens [start, stop) are new."""
+    positions = np.arange(start, stop)
+    return Plan(
+        step=0,
+        rows=[],
+        token_ids=np.zeros(stop - start, np.int32),
+        positions=positions.astype(np.int32),
+        slots=positions.astype(np.int64),
+        q_starts=np.array([0, stop - start], np.int32),
+        kv_lens=np.array([stop], np.int32),
+        pages=np.arange(num_pages, dtype=np.int32)[None],
+    )

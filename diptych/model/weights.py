@@ -1,0 +1,171 @@
+"""Where tensors come from: safetensors files, or numbers made up from their names.
+
+A source hands out one tensor, or one slice of it, at a time; each rank of a tensor-parallel group reads only its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diptych.errors import ConfigError
+from diptych.model.noise import hash_text, uniform
+
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$")  # written by old converters; computed here
+FINGERPRINT_BYTES = 64  # looked at in each tensor, at its start, middle and end
+DUMMY_RANGE = 1e-3
+
+Slice = tuple[int, int]  # [start, stop)
+
+
+class WeightSource(Protocol):
+    num_parameters: int  # in the whole model, counted as they are handed out
+
+    def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
+        """The tensor `name`, which has `shape`; or its slice `part` along `dim`. Raises ConfigError."""
+
+    def finish(self, optional: Sequence[str] = ()) -> None:
+        """Call after the last `get`. Raises ConfigError naming tensors nobody asked for, `optional` ones excepted."""
+
+    def fingerprint(self) -> str:
+        """Equal for equal checkpoints, whatever the rank and the tensor-parallel size. Cheap."""
+
+
+class SafetensorsSource:
+    """`*.safetensors` of a folder: those its index names, else all there are."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._files = _find_files(folder)
+        self._handles = [_open(path) for path in self._files]
+        self._owner = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
+        self._taken: set[str] = set()
+        self.num_parameters = 0
+
+    def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
+        if name not in self._owner:
+            raise ConfigError(f"the checkpoint lacks tensor {name}")
+        view = self._owner[name].get_slice(name)
+        if list(view.get_shape()) != list(shape):
+            raise ConfigError(f"tensor {name} has shape {view.get_shape()}, config.json implies {list(shape)}")
+        if name not in self._taken:
+            self._taken.add(name)
+            self.num_parameters += _count(shape)
+        if part is None:
+            tensor = view[:]
+        elif dim == 0:
+            tensor = view[part[0] : part[1]]
+        else:
+            tensor = view[:, part[0] : part[1]]
+        return tensor.to(self._dtype).contiguous()
+
+    def finish(self, optional: Sequence[str] = ()) -> None:
+        extra = sorted(n for n in self._owner if n not in self._taken | set(optional) and not HARMLESS.search(n))
+        if extra:
+            shown = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+            raise ConfigError(f"the checkpoint has tensors that {_plural(extra)} no place in this model: {shown}")
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self._files:
+            for name, info, samples in _sample_tensors(path):
+                digest.update(f"{name} {info['dtype']} {info['shape']}\n".encode())
+                digest.update(samples)
+        return digest.hexdigest()[:16]
+
+
+class DummySource:
+    """Every tensor uniform(-1e-3, 1e-3), a function of the seed, the tensor's name and the place in it."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self._seed = seed
+        self._dtype = dtype
+        self._taken: dict[str, int] = {}
+        self.num_parameters = 0
+
+    def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
+        if name not in self._taken:
+            self._taken[name] = _count(shape)
+            self.num_parameters += _count(shape)
+        start, stop = part or (0, shape[0])
+        if dim == 1:
+            return self.get(name, shape)[:, start:stop].contiguous()
+        row = _count(shape[1:])
+        values = uniform(hash_text(f"{self._seed}/{name}"), start * row, stop * row)
+        return (values * (2 * DUMMY_RANGE) - DUMMY_RANGE).to(self._dtype).view(stop - start, *shape[1:])
+
+    def finish(self, optional: Sequence[str] = ()) -> None:
+        """Nothing can be left over."""
+
+    def fingerprint(self) -> str:
+        text = f"{self._seed} {sorted(self._taken.items())}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_weights(folder: Path, load_format: str, dtype: torch.dtype, seed: int) -> WeightSource:
+    """The source that `--load-format` asks for. Raises ConfigError if the folder has no usable weights."""
+    if load_format == "dummy":
+        return DummySource(seed, dtype)
+    return SafetensorsSource(folder, dtype)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _plural(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
+def _find_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError("the model folder has no *.safetensors; for random weights use --load-format dummy")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError("model.safetensors.index.json is no index of safetensors files") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"model.safetensors.index.json names {name!r}, which is no plain file name")
+        if not (folder / name).is_file():
+            raise ConfigError(f"model.safetensors.index.json names {name}, which is missing")
+    return [folder / name for name in names]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu").__enter__()
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path.name} is no readable safetensors file: {error}") from None
+
+
+def _sample_tensors(path: Path) -> list[tuple[str, dict[str, Any], bytes]]:
+    """Name, header entry and a few bytes of each tensor of a file, by name (format: 8 bytes of length, JSON, data)."""
+    found = []
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        for name, info in sorted(header.items()):
+            start, stop = info["data_offsets"]
+            samples = b""
+            for at in (start, (start + stop) // 2, stop - FINGERPRINT_BYTES):
+                file.seek(8 + header_size + max(start, at))
+                samples += file.read(min(FINGERPRINT_BYTES, stop - max(start, at)))
+            found.append((name, info, samples))
+    return found
