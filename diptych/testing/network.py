@@ -1,8 +1,8 @@
 """An in-memory network with faults, for tests and simulation: deterministic from a seed on a virtual-time loop.
 
 Endpoints are named; each has a Transport. Links are reliable and ordered, as TCP's are, so what a bad network does to
-them is what TCP makes of it: a lost packet is a pause, a dead route is a silent link, a reset is a broken one. On top of
-that come faults that no honest link shows (duplicates, flipped bits), since the protocol must survive those as well.
+them is what TCP makes of it: a lost packet is a pause, a dead route is a silent link, a reset is a broken one. On top
+of that come faults that no honest link shows (duplicates, flipped bits): the protocol must survive those as well.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Faults:
     delay_s: tuple[float, float] = (0.0001, 0.002)  # drawn for each message; order within a link is kept
     pause_p: float = 0.0  # a lost packet: the link stands still for `pause_s`
     pause_s: float = 0.3
-    duplicate_p: float = 0.0  # the message is delivered twice
+    duplicate_p: float = 0.0  # the message is delivered twice (once both ends are past the handshake)
     cut_p: float = 0.0  # the link breaks instead of delivering the message
     connect_fail_p: float = 0.0
     tamper: Callable[[Pair, Parcel], list[Parcel]] | None = None  # what arrives instead
@@ -74,6 +74,7 @@ class MemoryNetwork:
         self._num_addresses = 0
         self._stalled: set[Pair] = set()  # directions in which nothing moves
         self._dead: set[str] = set()
+        self._relaxed = asyncio.Event()  # a stall has ended, or an endpoint is back
 
     def transport(self, endpoint: str) -> MemoryTransport:
         return MemoryTransport(self, endpoint)
@@ -98,6 +99,7 @@ class MemoryNetwork:
     def resume(self, one: str, other: str) -> None:
         """End a stall; what was sent meanwhile arrives."""
         self._stalled -= {(one, other), (other, one)}
+        self._relaxed.set()
         for link in self._between(one, other):
             link.flush()
 
@@ -115,6 +117,7 @@ class MemoryNetwork:
     def revive(self, endpoint: str) -> None:
         """A new process under an old name."""
         self._dead.discard(endpoint)
+        self._relaxed.set()
 
     # ---- used by transports and links ----
 
@@ -139,7 +142,8 @@ class MemoryNetwork:
         to = address.removeprefix("mem://").rpartition("/")[0]
         await asyncio.sleep(2 * self.draw_delay())
         while self.is_stalled((endpoint, to)) or self.is_stalled((to, endpoint)) or endpoint in self._dead:
-            await asyncio.sleep(0.05)
+            self._relaxed.clear()
+            await self._relaxed.wait()
         listener = self._listeners.get(address)
         if listener is None or self.rng.random() < self.faults.connect_fail_p:
             raise LinkClosed("cannot connect (connection refused)")
@@ -272,6 +276,10 @@ class MemoryLink:
     def _loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
+    @property
+    def _past_handshake(self) -> bool:
+        return self.max_header_bytes > HANDSHAKE_HEADER_BYTES
+
     def _dispatch(self, parcel: Parcel) -> None:
         network, out, faults = self._network, self._out, self._network.faults
         network.num_messages += 1
@@ -279,7 +287,7 @@ class MemoryLink:
             self.break_both("the link broke (connection reset)")
             raise LinkClosed(self._closed)
         parcels = [parcel] if faults.tamper is None else faults.tamper(out.pair, parcel)
-        if network.rng.random() < faults.duplicate_p:
+        if network.rng.random() < faults.duplicate_p and self._past_handshake and self.other._past_handshake:
             parcels = [copy for copy in parcels for _ in range(2)]
         delay = network.draw_delay() + (faults.pause_s if network.rng.random() < faults.pause_p else 0.0)
         out.ready_at = max(out.ready_at, self._loop.time() + delay)

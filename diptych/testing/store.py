@@ -21,7 +21,7 @@ class ArrayStore:
         self.data[:] = np.random.default_rng(seed).integers(0, 256, self.data.shape, np.uint8)
 
     def read(self, pages: Sequence[int], head_start: int, head_stop: int) -> memoryview:
-        return memoryview(np.ascontiguousarray(self.data[list(pages), head_start:head_stop]))
+        return np.ascontiguousarray(self.data[list(pages), head_start:head_stop]).data
 
     def write(self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview) -> None:
         shape = (len(pages), head_stop - head_start, self.head_bytes)

@@ -7,7 +7,6 @@ nothing will ever end is an error instead of a hang.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -56,11 +55,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         except Exception as error:
             done.set_exception(error)
         return done
-
-    def call_soon_threadsafe(
-        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
-        return self.call_soon(callback, *args, context=context)
 
     def _process_events(self, event_list: list[Any]) -> None:
         return None

@@ -61,7 +61,7 @@ class DataPlane:
         self._timeout_s = send_timeout_s
         self._on_event = on_event
         self._listeners: list[Listener] = []
-        self._links: set[Link] = set()  # taken from others
+        self._links: dict[Link, None] = {}  # taken from others
         self._tasks = Tasks()
         self._incoming = Incoming(store, heads.start, self.counters, on_event, executor)
         self._outgoing = Outgoing(
@@ -113,12 +113,15 @@ class DataPlane:
         self._listeners.clear()
         await self._outgoing.close()
         await self._tasks.close()
+        for link in list(self._links):  # of tasks that never began
+            link.close()
+        self._links.clear()
 
     def _on_link(self, link: Link) -> None:
         if len(self._links) >= MAX_LINKS:
             link.close()
             return
-        self._links.add(link)
+        self._links[link] = None
         self._tasks.spawn(self._take_frames(link), "data-link-in")
 
     async def _take_frames(self, link: Link) -> None:
@@ -135,5 +138,5 @@ class DataPlane:
         except DiptychError:
             self.counters.corrupt_frames += 1
         finally:
-            self._links.discard(link)
+            self._links.pop(link, None)
             link.close()

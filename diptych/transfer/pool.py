@@ -93,6 +93,7 @@ class LinkPool:
 
     async def close(self) -> None:
         await self._tasks.close()
+        self._links.clear()
 
     async def _keep(self, addresses: Addresses, opening: asyncio.Future[DataLink]) -> None:
         """Open the link, hand it to whoever waits, notice when it breaks. The other side says nothing on it."""

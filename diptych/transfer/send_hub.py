@@ -69,7 +69,8 @@ class SendHub:
         self._rooms: dict[int, Sender] = {}
         self._early: dict[int, _Early] = {}
         self._ended: OrderedDict[int, _Ended] = OrderedDict()  # oldest first
-        self._conversations: set[Conversation] = set()
+        self._links: dict[Link, None] = {}
+        self._conversations: dict[Conversation, None] = {}
         self._tasks = Tasks()
         self._listener: Listener | None = None
 
@@ -109,7 +110,7 @@ class SendHub:
         """What is held. `rooms` is zero after quiescence; `links` counts decode servers that are connected."""
         return {
             "rooms": len(self._rooms) + len(self._early),
-            "links": len(self._conversations),
+            "links": len(self._links),
             "tasks": len(self._tasks),
         }
 
@@ -124,6 +125,9 @@ class SendHub:
         self._early.clear()
         self._ended.clear()
         await self._tasks.close()
+        for link in list(self._links):  # of tasks that never began
+            link.close()
+        self._links.clear()
 
     # ---- called by Sender ----
 
@@ -148,9 +152,10 @@ class SendHub:
     # ---- decode servers ----
 
     def _on_link(self, link: Link) -> None:
-        if len(self._tasks) >= MAX_CONVERSATIONS:
+        if len(self._links) >= MAX_CONVERSATIONS:
             link.close()
             return
+        self._links[link] = None
         self._tasks.spawn(self._converse(link), "control-link")
 
     async def _converse(self, link: Link) -> None:
@@ -158,14 +163,17 @@ class SendHub:
             conversation = await self._meet(link)
             if conversation is None:
                 return
-            self._conversations.add(conversation)
+            self._conversations[conversation] = None
             self.broadcast(Connect(conversation.addresses))
-            why = await conversation.run()
-            self._conversations.discard(conversation)
+            try:
+                why = await conversation.run()
+            finally:
+                self._conversations.pop(conversation, None)
             self._lost(conversation, why)
         except DiptychError:
             return  # whoever called has been told, or is gone
         finally:
+            self._links.pop(link, None)
             link.close()
 
     async def _meet(self, link: Link) -> Conversation | None:

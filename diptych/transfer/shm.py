@@ -85,7 +85,13 @@ class _ShmListener(SocketListener):
     def _begin(self, sock: socket.socket) -> None:
         task = asyncio.get_running_loop().create_task(self._finish(sock), name="shm-greeting")
         self._greetings.add(task)
-        task.add_done_callback(self._greetings.discard)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._greetings.discard(task)
+            if task.cancelled():  # perhaps before it began
+                sock.close()
+
+        task.add_done_callback(ended)
 
     async def _finish(self, sock: socket.socket) -> None:
         try:
@@ -95,9 +101,6 @@ class _ShmListener(SocketListener):
         except (LinkClosed, OSError, TimeoutError):  # not one of us: the caller is told by the closed socket
             sock.close()
             return
-        except BaseException:
-            sock.close()
-            raise
         self._on_link(link)
 
     def close(self) -> None:

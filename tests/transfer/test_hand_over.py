@@ -1,8 +1,8 @@
 """Whole hand-overs over every transport: what arrives is, bit for bit, what was sent, and nothing else changes."""
 
 import pytest
-
 from transfer_pair import Pair
+
 from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport
 
