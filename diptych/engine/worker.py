@@ -42,7 +42,7 @@ from diptych.transfer.room import HubOptions
 from diptych.transfer.send_hub import SendHub
 from diptych.transfer.tcp import TcpTransport
 from diptych.transfer.transports import data_transports
-from diptych.types import Failed, FromEngine, Ready, ToEngine
+from diptych.types import Failed, FromEngine, Ready, StepResult, ToEngine
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ async def follow(spec: Spec, runner: Runner) -> None:
             assert plane is not None
             plane.execute(message.command)
 
-    def check(future: asyncio.Future[object]) -> None:
+    def check(future: asyncio.Future[StepResult]) -> None:
         error = future.exception()
         if error is not None:
             failure.append(error)

@@ -27,7 +27,7 @@ class Server:
         self.breaker = Breaker(config)
         self.num_requests = 0
         self.prompt_bytes = 0
-        self.legs: set[Leg] = set()
+        self.legs: dict[Leg, None] = {}  # in order of opening, so that a simulation replays exactly
         self.suspected = asyncio.Event()  # wakes its health check before the time
         # counters for metrics
         self.num_selected = 0
@@ -58,7 +58,7 @@ class Leg:
         self._prompt_bytes = prompt_bytes
         self._trial = server.breaker.begin(now)
         self._open = True
-        server.legs.add(self)
+        server.legs[self] = None
         server.num_requests += 1
         server.prompt_bytes += prompt_bytes
         server.num_selected += 1
@@ -68,7 +68,7 @@ class Leg:
         if not self._open:
             return
         self._open = False
-        self.server.legs.discard(self)
+        self.server.legs.pop(self, None)
         self.server.num_requests -= 1
         self.server.prompt_bytes -= self._prompt_bytes
         self.server.num_failed += bool(failed)

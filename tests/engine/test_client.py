@@ -8,7 +8,19 @@ import pytest
 
 from diptych.engine.client import EngineLink
 from diptych.errors import BadRequest, Unavailable
-from diptych.types import Abort, Control, ControlReply, Finish, ModelInfo, Output, Outputs, Request, Sampling, Submit, ToEngine
+from diptych.types import (
+    Abort,
+    Control,
+    ControlReply,
+    Finish,
+    ModelInfo,
+    Output,
+    Outputs,
+    Request,
+    Sampling,
+    Submit,
+    ToEngine,
+)
 
 MODEL = ModelInfo(
     architecture="Mock",
