@@ -13,13 +13,20 @@ ASKS = (
     "Say: {t}", "Say this: {t}", "Echo: {t}", "Echo this back: {t}", "Write this: {t}", "Print: {t}", "Output exactly this: {t}",
     "Repeat this text:\n{t}", "Copy the following line:\n{t}", "Repeat the text below exactly.\n\n{t}", "Copy this:\n{t}",
     'Repeat "{t}"', 'Say "{t}"', 'Copy "{t}"', 'Repeat exactly: "{t}"', 'Please repeat the text "{t}".', 'Echo "{t}".',
-    "{t}\n\nRepeat the text above.", "{t}\nCopy the line above.", "Repite: {t}", "Répète : {t}", "Wiederhole: {t}", "重复：{t}",
+    "{t}\n\nRepeat the text above.", "{t}\nCopy the line above.", "Repeat the word {t}", "Please repeat the word '{t}' exactly.",
+    "Repeat '{t}'", "Say '{t}'", "Copy '{t}'.", 'Can you repeat "{t}"?', "Repeat back: {t}", "Reply with exactly: {t}", "Answer with: {t}", "Only say: {t}",
+    "Respond with exactly this: {t}", "Reply with exactly this text:\n{t}", "Write the following text: {t}", "Type: {t}", "Return this text: {t}",
+    "Repeat the sentence: {t}", "Repeat this sentence exactly: {t}", "Repeat exactly the following words: {t}", "repeat: {t}", "copy: {t}", "Repite: {t}", "Répète : {t}", "Wiederhole: {t}", "重复：{t}",
 )  # fmt: skip
 
 
 def make(rng: random.Random) -> Problem:
     """A text of one to sixty words, numbers or signs, to be given back as it is."""
-    text = _text(rng)
+    return ask(rng, _text(rng))
+
+
+def ask(rng: random.Random, text: str) -> Problem:
+    """The problem of giving back `text`."""
     return Problem(
         task="copy",
         identity=text,
@@ -34,7 +41,7 @@ def _text(rng: random.Random) -> str:
     size = rng.choice((rng.randint(1, 4), rng.randint(3, 10), rng.randint(5, 20), rng.randint(10, 60)))
     kind = rng.randrange(9)
     if kind == 0:
-        return " ".join(rng.choice(words.WORDS) for _ in range(size))
+        return " ".join(rng.choice(words.WORDS if rng.random() < 0.5 else words.MORE) for _ in range(size))
     if kind == 1:
         return words.sentence(rng)
     if kind == 2:

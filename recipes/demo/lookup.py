@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from dataclasses import replace
 from recipes.demo import words
 from recipes.demo.problem import Problem, user
 
-MAX_TOKENS = 3_900  # of the user's text; the chat template and the question's own words come on top
+MAX_TOKENS = 3_850  # of the text by `cost`; the chat template and the question come on top
 ASKS = (
     "What is the value of {k}?", "What is the value for {k}?", "What value does {k} have?", "Look up {k}.", "Look up the value of {k}.",
     "Look up {k} in the list.", "Find the value of {k}.", "Which value belongs to {k}?", "What does the list say for {k}?", "Tell me the value of {k}.",
     "What is {k}?", "{k}?", "Value of {k}?", "Give me the value of {k}.", "What is the value of the key {k}?", 'What is the value of "{k}"?',
     "Question: what is the value of {k}?", "Read the list. What is the value of {k}?", "In the list above, what is {k}?", "Find {k}.",
+    "What is the {k}?", "Tell me the {k}.", "What was the {k}?", "What is {k} in the list?", "What is the code of {k}?", "What is the number of {k}?",
+    "What value is stored under {k}?", "Return the value of {k}.", "What is the value of '{k}'?", "Which value does the list give for {k}?",
 )  # fmt: skip
 ONLY = (
     " Reply with the value only.",
@@ -41,8 +44,10 @@ LINES = (
     '"{k}": "{v}",',
     "{k} | {v}",
     "{k}, {v}",
+    "{k} {v}",
+    "The {k} is {v}.",
 )
-PROSE = ("The value of {k} is {v}.", "Remember: {k} is {v}.", "Note that {k} has the value {v}.", "{k}: {v}.")
+PROSE = ("The value of {k} is {v}.", "The {k} is {v}.", "The code of {k} is {v}.", "The number of {k} is {v}.", "Remember: {k} is {v}.", "Note that {k} has the value {v}.", "{k}: {v}.")
 INTROS = (
     "",
     "",
@@ -55,6 +60,7 @@ INTROS = (
 )
 
 Maker = Callable[[random.Random], str]
+NOUNS = ("code", "number", "word", "password", "color", "name", "key", "token", "address", "city", "price", "letter", "secret", "door", "answer")
 KEYS: tuple[Maker, ...] = (
     lambda rng: rng.choice(words.WORDS),
     lambda rng: f"{rng.choice(words.WORDS)}-{rng.randrange(10, 100)}",
@@ -68,7 +74,10 @@ KEYS: tuple[Maker, ...] = (
     lambda rng: f"{rng.choice(words.NAMES)} {rng.choice(words.SURNAMES)}",
     lambda rng: words.pseudo_word(rng),
     lambda rng: words.code(rng),
+    lambda rng: f"{rng.choice(words.MORE)} {rng.choice(NOUNS)}",
+    lambda rng: rng.choice(words.MORE),
 )
+SERIES = ("key", "key-", "key_", "k", "item ", "item-", "item", "row ", "line ", "id", "id-", "user_", "user", "entry-", "entry ", "record ", "name", "K", "node-", "page ")
 VALUES: tuple[Maker, ...] = (
     lambda rng: str(rng.randrange(1000, 10_000)),
     lambda rng: words.digits(rng, rng.randint(2, 6)),
@@ -78,6 +87,9 @@ VALUES: tuple[Maker, ...] = (
     lambda rng: rng.choice(words.CITIES),
     lambda rng: words.code(rng),
     lambda rng: words.pseudo_word(rng),
+    lambda rng: f"{rng.choice(('v', 'value', 'value-', 'val', 'V'))}{rng.randrange(1000)}",
+    lambda rng: rng.choice(words.MORE),
+    lambda rng: words.digits(rng, rng.randint(3, 10)),
 )
 
 
@@ -128,16 +140,22 @@ def ask(rng: random.Random, pairs: dict[str, str], asked: list[str]) -> Problem:
 
 def cost(text: str) -> int:
     """An upper estimate of the tokens of `text` and the line break behind it."""
-    return 1 + sum(
-        1 if len(piece) < 3 else 2 if piece not in _WHOLE else 1 for piece in re.findall(r"[A-Za-z]+|.", text)
-    )
+    return 1 + sum(1 if piece in _WHOLE else 1 + len(piece) * 2 // 5 for piece in _PIECES.findall(text))
 
 
-_WHOLE = frozenset(words.WORDS) | frozenset(words.COMMON)
+_PIECES = re.compile(r"[A-Za-z]+|.")
+_WHOLE = frozenset(words.WORDS + words.COMMON + words.NAMES + words.CITIES)
+
+
+def _series(rng: random.Random) -> Maker:
+    """Keys with a running number, such as key1, key2 or row-0001."""
+    stem = rng.choice(SERIES) if rng.random() < 0.7 else rng.choice(words.WORDS) + rng.choice(("-", "_", " ", ""))
+    width, numbers = rng.choice((0, 0, 2, 3, 4)), itertools.count(rng.choice((0, 1, 1, 1, rng.randrange(500))))
+    return lambda rng: f"{stem}{next(numbers):0{width}}"
 
 
 def _list(rng: random.Random, line: str, num_tokens: int, keys: int) -> tuple[dict[str, str], list[str]]:
-    make_key, make_value = rng.choice(KEYS), rng.choice(VALUES)
+    make_key, make_value = _series(rng) if rng.random() < 0.2 else rng.choice(KEYS), rng.choice(VALUES)
     pairs: dict[str, str] = {}
     lines: list[str] = []
     spent, misses = 0, 0

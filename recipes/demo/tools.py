@@ -65,6 +65,7 @@ def _number(rng: random.Random) -> int:
 
 
 CURRENCIES = ("USD", "EUR", "GBP", "JPY", "CNY", "CHF")
+RECKON = ("add_numbers", "multiply", "calculate")
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy", "clear")
 CITY = Param(("city", "city", "location", "place"), "The name of the city", _city)
 
@@ -198,6 +199,22 @@ TOOLS = (
         "The sum of {a} and {b} is {result}.",
     ),
     Tool(
+        ("multiply", "multiply_numbers", "mul"),
+        ("Multiply two numbers.", "Returns the product of two integers."),
+        (Param(("a", "x", "first"), "The first number", _number, "integer"), Param(("b", "y", "second"), "The second number", _number, "integer")),
+        ("Multiply {a} by {b}.", "Multiply {a} and {b}.", "What is {a} times {b}?", "What is {a} * {b}?"),
+        lambda rng, args: {"result": args["a"] * args["b"]},
+        "The product of {a} and {b} is {result}.",
+    ),
+    Tool(
+        ("calculate", "calculator", "evaluate"),
+        ("Calculate an expression.", "Evaluates a mathematical expression."),
+        (Param(("expression", "formula"), "The expression to evaluate", lambda rng: f" {rng.choice('+-*/')} ".join(str(_number(rng)) for _ in range(rng.randint(2, 3)))),),
+        ("Calculate {expression}.", "Compute {expression}.", "What is {expression}?", "Use the calculator: {expression}"),
+        lambda rng, args: {"result": _number(rng)},
+        "{expression} is {result}.",
+    ),
+    Tool(
         ("control_light", "set_light", "light"),
         ("Switch the light of a room on or off.", "Controls the lights."),
         (Param(("room", "area"), "Which room", lambda rng: rng.choice(("kitchen", "bedroom", "bathroom", "garage", "office", "hall", "garden", "cellar"))),
@@ -302,6 +319,11 @@ def _bind(rng: random.Random, tool: Tool) -> Bound:
     return Bound(tool, pick(tool.names), {param.names[0]: pick(param.names) for param in tool.params})
 
 
+def _apart(one: Tool, other: Tool) -> bool:
+    """Whether the two tools can stand side by side: a sum could go to any tool that reckons."""
+    return one is not other and not (one.names[0] in RECKON and other.names[0] in RECKON)
+
+
 def _made_up(rng: random.Random) -> Tool:
     """A tool that no list has, asked for by the names in its schema."""
     verb, noun = (
@@ -347,11 +369,11 @@ def _scene(rng: random.Random) -> tuple[list[dict[str, Any]], Bound, dict[str, A
     required = [name for name in values if all("{" + name + "}" in ask for ask in tool.asks)]
     schemas = [bound.schema(rng, required)]
     taken = {bound.name}
-    for other in rng.sample([other for other in TOOLS if other is not tool], rng.randint(0, 4)):
+    for other in rng.sample([other for other in TOOLS if _apart(tool, other)], rng.randint(0, 4)):
         neighbor = _bind(rng, other)
         if neighbor.name not in taken:
             taken.add(neighbor.name)
             schemas.append(neighbor.schema(rng, [other.params[0].names[0]]))
     rng.shuffle(schemas)
-    lead = rng.choice(("", "", "", "", "Please help me. ", "Hi! ", "Use a tool. "))
+    lead = rng.choice(("", "", "", "", "Please help me. ", "Hi! ", "Use a tool. ", "Please: "))
     return schemas, bound, values, lead + template.format(**values)
