@@ -46,7 +46,10 @@ async def _serve(config: ServerConfig) -> int:
         sock = net.bind_socket(config.host, config.port)
         stack.callback(sock.close)
         config = dataclasses.replace(config, port=sock.getsockname()[1])
-        engine = EngineProcesses(config, bootstrap=await _start_bootstrap(config, stack))
+        bootstrap = await _start_bootstrap(config, stack)
+        if bootstrap is not None:
+            config = dataclasses.replace(config, disaggregation_bootstrap_port=bootstrap[1])
+        engine = EngineProcesses(config, bootstrap=bootstrap or ("", 0))
         stack.push_async_callback(engine.stop)
         log.info("loading %s", config.model_name)
         start = asyncio.ensure_future(engine.start())
@@ -72,10 +75,10 @@ async def _serve(config: ServerConfig) -> int:
         return 0
 
 
-async def _start_bootstrap(config: ServerConfig, stack: AsyncExitStack) -> tuple[str, int]:
-    """The bootstrap service of a prefill server: where its engine registers. ("", 0) on other servers."""
+async def _start_bootstrap(config: ServerConfig, stack: AsyncExitStack) -> tuple[str, int] | None:
+    """The bootstrap service of a prefill server: host and port at which its engine registers. None on other servers."""
     if config.disaggregation_mode != "prefill":
-        return "", 0
+        return None
     sock = net.listen_socket(config.host, config.disaggregation_bootstrap_port)
     host, port = sock.getsockname()[:2]
     runner = web.AppRunner(bootstrap_app(config.pd_secret), access_log=None)

@@ -11,7 +11,7 @@ import sys
 
 import uvloop
 
-from diptych.net import listen_socket
+from diptych.net import bind_address, listen_socket
 from diptych.router.app import INFERENCE, App
 from diptych.router.client import HttpUpstream
 from diptych.router.config import RouterConfig
@@ -57,6 +57,8 @@ async def _run(config: RouterConfig) -> int:
     try:
         if not await router.wait_ready(stop):
             return 1
+        if not stop.is_set():
+            print(f"ready: {router.url}", flush=True)  # as `diptych serve` does, for whoever started it
         await stop.wait()
         log.info("shutting down: %d requests are running", router.num_active)
         await router.drain(cut)
@@ -91,6 +93,11 @@ class Router:
         self._server = HttpServer(self.app.handle, max_body_bytes=config.max_payload_size)
         self._metrics_server = HttpServer(self.app.metrics_only, max_body_bytes=0)
         self.port = 0
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address := bind_address(self._config.host), address)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def num_active(self) -> int:
