@@ -1,10 +1,12 @@
-"""Administration: flush the cache, abort requests, pause and continue."""
+"""Administration: flush the cache, abort requests, pause and continue, audit."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import msgspec
+import psutil
 from aiohttp import web
 
 from diptych.api.context import CONTEXT
@@ -74,7 +76,20 @@ async def continue_generation(request: web.Request) -> web.Response:
     return json_response({"status": "ok", "message": "generation continues"})
 
 
+async def audit(request: web.Request) -> web.Response:
+    """Have the engine recompute who holds which page, and count what both processes hold: for leak hunts.
+
+    `ok` false is a defect; `requests`, `held`, `rooms`, `transfers` are zero on an idle server, and free + cached == pages.
+    """
+    service = request.app[CONTEXT].service
+    result = await service.engine.control("audit")
+    process = psutil.Process()
+    api = {"num_fds": process.num_fds(), "num_tasks": len(asyncio.all_tasks()), "rss_bytes": process.memory_info().rss}
+    return json_response({**result, "sequences": service.num_running, "api": api})
+
+
 def add_routes(app: web.Application) -> None:
+    app.router.add_get("/audit", audit, allow_head=False)
     app.router.add_get("/flush_cache", flush_cache, allow_head=False)
     app.router.add_post("/flush_cache", flush_cache)
     app.router.add_post("/abort_request", abort_request)

@@ -90,6 +90,7 @@ class Engine:
         self.role: Role  # set by the role itself, which needs the engine first
         self.wake = asyncio.Event()
         self.facts: dict[str, Any] = {}  # what the worker adds to the `state` report
+        self.census: Callable[[], dict[str, Any]] = dict  # and to the `audit` report
         self._compute = compute
         self._emit = emit
         self._grammars = grammars
@@ -274,8 +275,6 @@ class Engine:
 
     def _submit(self, request: Request, now: float) -> None:
         try:
-            if request.rid in self.state.seqs or request.rid in self._grammar_of:
-                raise BadRequest(f"a request with rid {request.rid!r} is already running; choose another", param="rid")
             if request.sampling.grammar is not None:
                 if self._grammars is None:
                     raise BadRequest("this server runs with --grammar-backend none: no structured output")
@@ -328,7 +327,7 @@ class Engine:
             ledger.audit(self.state)
         except AuditError as error:
             log.error("audit: %s", error.message)
-            return {"ok": False, "message": error.message}
+            return {"ok": False, "message": error.message, **self.census()}
         pool, tree = self.state.pool, self.state.tree
         return {
             "ok": True,
@@ -338,6 +337,7 @@ class Engine:
             "requests": len(self.state.seqs),
             "held": len(self.role.held()),
             "grammars": len(self._grammar_of),
+            **self.census(),
         }
 
     # ---- reports ----

@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from random import SystemRandom
 from secrets import token_hex
+from typing import Any
 
 import msgspec
+import psutil
 import torch
 import uvloop
 
@@ -164,6 +166,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     if ranks.plane is not None:
         ranks.addresses.insert(0, await ranks.plane.start(config.host))
     hub = await attach_role(spec, runner, engine, ranks)
+    engine.census = partial(census, ranks, hub)
     await channel.open(spec.leader_fd)
     pool_tokens = runner.num_pages * config.page_size
     channel.send(Ready(runner.info, pool_tokens, config.page_size, load_s))
@@ -187,6 +190,24 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
         loop_task.result()
     if lost:
         raise DiptychError(f"tensor-parallel rank {lost[0]} died")
+
+
+def census(ranks: Ranks, hub: SendHub | ReceiveHub | None) -> dict[str, Any]:
+    """What this process holds besides pages: for leak hunts."""
+    process = psutil.Process()
+    held: dict[str, Any] = {"rooms": 0, "transfers": 0}
+    if hub is not None and ranks.plane is not None:
+        held = {
+            "rooms": hub.snapshot()["rooms"],
+            "transfers": ranks.plane.snapshot()["rooms"],
+            "counters": msgspec.to_builtins(ranks.plane.counters),
+        }
+    engine = {
+        "num_fds": process.num_fds(),
+        "num_tasks": len(asyncio.all_tasks()),
+        "rss_bytes": process.memory_info().rss,
+    }
+    return {**held, "engine": engine}
 
 
 async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) -> SendHub | ReceiveHub | None:
