@@ -109,14 +109,15 @@ def run_up(args: argparse.Namespace) -> int:
     prepared = prepare(read_launch(args.file, args.claim, args.service_port))
     folder = GroupFolder(state_root(), prepared.group)
     lock = folder.take_lock()
-    progress = Progress(Console(stderr=True))
+    name = prepared.group
+    hint = f"`diptych status {name}` shows it, `diptych down {name}` ends it" if args.detach else "Ctrl-C ends it"
+    progress = Progress(Console(stderr=True), hint)
     for note in (up.recover(folder), *prepared.notes):
         if note:
             progress.line(f"note: {note}")
     try:
         if args.detach:
             up.start_detached(prepared, folder, lock, progress.show, args.timeout)
-            progress.line(f"`diptych status {prepared.group}` shows it, `diptych down {prepared.group}` ends it")
         else:
             asyncio.run(up.run_in_foreground(prepared, folder, progress.show, args.timeout))
             os.close(lock)

@@ -152,8 +152,8 @@ def group_ready(desired: Desired, observed: Observed) -> bool:
 
 
 def waiting_for(role: DesiredRole, desired: Desired, observed: Observed) -> list[str]:
-    """Dependencies that keep this role from being created; empty once it has a pod."""
-    if any(pod.role == role.name for pod in observed.pods):
+    """Dependencies that keep this role from being created; empty once it has a pod, and when the group is to end."""
+    if desired.deleted or any(pod.role == role.name for pod in observed.pods):
         return []
     roles = {each.name: each for each in desired.roles}
     return [name for name in role.dependencies if not role_ready(roles[name], observed)]

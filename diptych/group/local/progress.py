@@ -12,10 +12,14 @@ from diptych.group.local.state import Snapshot, changes
 
 
 class Progress:
-    """Prints each change with the seconds since the start. On a terminal a last line shows all roles until `settle`."""
+    """Prints each change with the seconds since the start. On a terminal a last line shows all roles until `settle`.
 
-    def __init__(self, console: Console) -> None:
+    `hint` is printed once, when the group is ready.
+    """
+
+    def __init__(self, console: Console, hint: str = "") -> None:
         self._console = console
+        self._hint = hint
         self._began = time.monotonic()
         self._before: Snapshot | None = None
         self._live: Status | None = None
@@ -32,11 +36,12 @@ class Progress:
         for change in changes(self._before, snapshot):
             self.line(f"{time.monotonic() - self._began:7.1f} s  {change}")
         self._before = snapshot
-        if not self._console.is_terminal:
-            return
         if snapshot.status == "ready":
             self.settle()
-        else:
+            if self._hint:
+                self.line(self._hint)
+                self._hint = ""
+        elif self._console.is_terminal:
             if self._live is None:
                 self._live = self._console.status("")
                 self._live.start()

@@ -62,20 +62,19 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 def changes(before: Snapshot | None, after: Snapshot) -> list[str]:
     """What a person should hear, one line each, in the order of the group."""
-    lines: list[str] = []
     old = {pod.name: pod for pod in before.pods} if before else {}
+    waited = {role.name: role.waiting_for for role in before.roles} if before else {}
+    group = [_group_line(after)] if before is not None and before.status != after.status else []
+    lines = group if after.status == "stopping" else []
+    lines += [f"{name} is gone" for name in old if name not in {pod.name for pod in after.pods}]
     for pod in after.pods:
-        was = old.pop(pod.name, None)
+        was = old.get(pod.name)
         if was is None or (was.status, was.restarts, was.reason) != (pod.status, pod.restarts, pod.reason):
             lines.append(_pod_line(pod))
-    lines += [f"{name} is gone" for name in old]
-    waited = {role.name: role.waiting_for for role in before.roles} if before else {}
     for role in after.roles:
         if role.waiting_for and waited.get(role.name) != role.waiting_for:
             lines.append(f"{after.group}-{role.name} waits for {', '.join(role.waiting_for)}")
-    if before is not None and before.status != after.status:
-        lines.append(_group_line(after))
-    return lines
+    return lines if after.status == "stopping" else lines + group
 
 
 def _pod_line(pod: PodView) -> str:
