@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import uvloop
-from rich.console import Console
-
-from diptych.bench.backends import BACKENDS
-from diptych.bench.dataset import DATASETS
-from diptych.bench.report import append_line, result_block
-from diptych.bench.run import benchmark
+# Every `diptych` command builds this parser: what runs a benchmark is imported when one runs.
+BACKENDS = ("sglang", "sglang-oai", "sglang-oai-chat")
+DATASETS = ("random", "random-ids", "generated-shared-prefix", "custom", "openai")
 
 
 def add_command(subparsers: Any) -> None:
@@ -27,7 +23,7 @@ def add_command(subparsers: Any) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=tuple(BACKENDS), default="sglang", help="/generate, completions or chat")
+    parser.add_argument("--backend", choices=BACKENDS, default="sglang", help="/generate, completions or chat")
     parser.add_argument("--base-url", default="", help="the server's URL (default: from --host and --port)")
     parser.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=30000, help="(default: 30000)")
@@ -45,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--dataset-name", choices=tuple(DATASETS), default="random", help="(default: random)")
+    group.add_argument("--dataset-name", choices=DATASETS, default="random", help="(default: random)")
     group.add_argument("--dataset-path", default="", help="JSON lines of custom or openai")
     group.add_argument("--num-prompts", type=_positive, default=1000, help="requests (default: 1000)")
     group.add_argument("--random-input-len", type=_positive, default=1024, help="tokens (default: 1024)")
@@ -115,6 +111,12 @@ def _positive(text: str) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Run it, print the block, write the JSON. Exit status 0; 1 if no request succeeded. Raises DiptychError."""
+    import uvloop
+    from rich.console import Console
+
+    from diptych.bench.report import append_line, result_block
+    from diptych.bench.run import benchmark
+
     result = uvloop.run(benchmark(args, Console(stderr=True)))
     print(result_block(result))
     if args.output_file:

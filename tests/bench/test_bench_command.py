@@ -13,7 +13,10 @@ import pytest
 from rich.console import Console
 from scripted_server import ScriptedServer, event, generated
 
+from diptych.bench import commands
+from diptych.bench.backends import BACKENDS
 from diptych.bench.commands import add_command, run_bench
+from diptych.bench.dataset import DATASETS
 from diptych.bench.machine import describe_machine, without_places
 from diptych.bench.report import RunProgress, append_line, result_block
 from diptych.bench.run import base_url, benchmark, request_headers
@@ -115,7 +118,7 @@ def test_the_handler_prints_and_writes(
             args.base_url = server.url
             return await benchmark(args, console)
 
-    monkeypatch.setattr("diptych.bench.commands.benchmark", with_server)
+    monkeypatch.setattr("diptych.bench.run.benchmark", with_server)
     flags = ("--dataset-name", "custom", "--dataset-path", prompts, "--num-prompts", "10", "--output-file", str(out))
     assert run_bench(parse(*flags)) == 0
     assert run_bench(parse(*flags)) == 0
@@ -156,6 +159,11 @@ def test_urls_and_headers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert request_headers(["A=b=c"]) == {"Authorization": "Bearer k", "A": "b=c"}
     with pytest.raises(ConfigError, match="--header"):
         request_headers(["oops"])
+
+
+def test_the_flags_offer_what_there_is() -> None:
+    assert tuple(BACKENDS) == commands.BACKENDS
+    assert tuple(DATASETS) == commands.DATASETS
 
 
 def test_bad_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
