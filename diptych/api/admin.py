@@ -79,7 +79,7 @@ async def continue_generation(request: web.Request) -> web.Response:
 async def audit(request: web.Request) -> web.Response:
     """Have the engine recompute who holds which page, and count what both processes hold: for leak hunts.
 
-    `ok` false is a defect; `requests`, `held`, `rooms`, `transfers` are zero on an idle server, and free + cached == pages.
+    `ok` false is a defect. On an idle server `requests`, `held`, `rooms` and `transfers` are zero, free + cached == pages.
     """
     service = request.app[CONTEXT].service
     result = await service.engine.control("audit")

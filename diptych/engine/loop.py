@@ -17,7 +17,7 @@ from diptych.sched import audit as ledger
 from diptych.sched.commit import commit, drop
 from diptych.sched.events import ChunkDone, Event, Sampled
 from diptych.sched.plan import schedule
-from diptych.sched.queue import abort, release
+from diptych.sched.queue import abort, release, retract
 from diptych.sched.state import SchedState, Seq
 from diptych.sched.stats import stats
 from diptych.text.grammar import GrammarCompiler, GrammarState
@@ -46,6 +46,8 @@ IDLE_TICK_S = 1.0  # an idle engine looks at its deadlines at least this often
 
 class Role(Protocol):
     """What a prefill server, a decode server and a server of both phases do differently."""
+
+    retracts: bool  # running sequences may lose their pages at any time between two steps
 
     def admit(self, request: Request, now: float) -> None:
         """A new request. Raises DiptychError if it cannot be served; nothing is held then."""
@@ -302,6 +304,9 @@ class Engine:
         state = self.state
         if op == "pause":
             state.paused = True
+            if args.get("mode") == "retract" and self.role.retracts:
+                for seq in reversed(list(state.running)):
+                    retract(state, seq, self.now())
             return {"paused": True}
         if op == "continue":
             state.paused = False

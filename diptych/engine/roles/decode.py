@@ -33,6 +33,8 @@ class _Arrival(msgspec.Struct):
 class DecodeRole:
     """One Receiver a request."""
 
+    retracts = True
+
     def __init__(self, engine: Engine, hub: ReceiveHub, counters: Counters) -> None:
         self._engine = engine
         self._hub = hub

@@ -36,6 +36,8 @@ class _Handover(msgspec.Struct):
 class PrefillRole:
     """One Sender a request."""
 
+    retracts = False  # pages that are being sent must stay as they are
+
     def __init__(self, engine: Engine, hub: SendHub, counters: Counters) -> None:
         self._engine = engine
         self._hub = hub

@@ -12,6 +12,8 @@ from diptych.types import Finish, Request, Stats
 class UnifiedRole:
     """Nothing is handed over."""
 
+    retracts = True
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         engine.role = self
