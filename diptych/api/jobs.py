@@ -36,7 +36,7 @@ def check_prompt(ids: Sequence[int], vocab_size: int, param: str) -> None:
 
 def request_ids(rid: str | list[str] | None, count: int, ctx: Context) -> tuple[str, list[str]]:
     """(id of the reply, id of each sequence)."""
-    given = rid if isinstance(rid, list) else [rid] if rid else []
+    given = rid if isinstance(rid, list) else [] if rid is None else [rid]
     for text in given:
         if not text or len(text) > MAX_RID_CHARS or not text.isprintable():
             raise BadRequest(f"rid must be 1 to {MAX_RID_CHARS} printable characters", param="rid")

@@ -180,7 +180,8 @@ def make_sampling(
         raise BadRequest(f"{prefix}repetition_penalty must be above 0", param=f"{prefix}repetition_penalty")
     least = min_new or 0
     if least < 0 or (max_new and least > max_new):
-        raise BadRequest("the least number of tokens must be between 0 and the greatest", param=f"{prefix}min_tokens")
+        name = f"{prefix}min_new_tokens" if prefix else "min_tokens"
+        raise BadRequest(f"{name} must be between 0 and the greatest number of tokens, {max_new}", param=name)
     return Sampling(
         max_new_tokens=max_new,
         min_new_tokens=least,

@@ -64,10 +64,9 @@ def error_body(error: DiptychError) -> dict[str, Any]:
 
 def error_response(error: DiptychError) -> web.Response:
     headers = {}
-    if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif error.status == 503:
-        headers["Retry-After"] = "1"
+    if error.status in (429, 503):
+        wait_s = error.retry_after_s if isinstance(error, Overloaded) else 1.0
+        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return json_response(error_body(error), error.status, headers)

@@ -21,6 +21,12 @@ from diptych.types import Finish, Output, Request
 
 DEMO = str(Path(__file__).parents[2] / "models" / "demo")
 TEXT = "Hello, world! 你好 😀"
+HEALTHY = ("/health", "/ready", "/health_generate")
+INFERENCE: dict[str, dict[str, Any]] = {
+    "/generate": {"text": "a"},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+}
 
 
 @dataclass

@@ -1,0 +1,484 @@
+"""What happens at the edges: errors in one envelope, limits, keys, leaving clients, dying engines, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from typing import Any
+
+import pytest
+from api_server import HEALTHY, INFERENCE, TEXT, Serve, Server
+from mock_engine_client import outputs_for
+
+from diptych.api import limits
+from diptych.api.app import begin_drain
+from diptych.errors import BadRequest, Overloaded, Unavailable
+from diptych.text.tokenizer import Tokenizer
+from diptych.types import Finish, Output, Request
+
+CHAT = "/v1/chat/completions"
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+}
+
+
+def check_envelope(status: int, reply: Any) -> None:
+    assert list(reply) == ["error"] and list(reply["error"]) == ["message", "type", "param", "code"]
+    assert reply["error"]["message"] and isinstance(reply["error"]["code"], str)
+    if status in TYPES:
+        assert reply["error"]["type"] == TYPES[status]
+
+
+async def raw(server: Server, method: str, path: str, body: bytes, content_type: str = "application/json") -> Any:
+    headers = {"Content-Type": content_type}
+    data = io.BytesIO(body)
+    async with server.http.request(method, server.url + path, data=data, headers=headers) as reply:
+        return reply.status, await reply.json()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "content_type", "status"),
+    [
+        ("POST", CHAT, b"{", "application/json", 400),
+        ("POST", CHAT, b"", "application/json", 400),
+        ("POST", CHAT, b"\xff\xfe", "application/json", 400),
+        ("POST", CHAT, b'{"messages": "\xff"}', "application/json", 400),
+        ("POST", CHAT, b"[]", "application/json", 400),
+        ("POST", CHAT, b"null", "application/json", 400),
+        ("POST", CHAT, b'{"x":' + b"[" * 100_000, "application/json", 400),
+        ("POST", CHAT, b"{}", "text/plain", 400),
+        ("POST", CHAT, b"a=b", "application/x-www-form-urlencoded", 400),
+        ("POST", "/nowhere", b"{}", "application/json", 404),
+        ("GET", "/nowhere", b"", "application/json", 404),
+        ("POST", "/../etc/passwd", b"{}", "application/json", 404),
+        ("GET", CHAT, b"", "application/json", 405),
+        ("GET", "/generate", b"", "application/json", 405),
+        ("POST", "/health", b"{}", "application/json", 405),
+        ("DELETE", "/v1/models", b"", "application/json", 405),
+        ("GET", "/v1/models/other", b"", "application/json", 404),
+        ("GET", "/metrics", b"", "application/json", 404),
+    ],
+)
+async def test_errors_have_one_shape(
+    serve: Serve, method: str, path: str, body: bytes, content_type: str, status: int
+) -> None:
+    server = await serve()
+    found, reply = await raw(server, method, path, body, content_type)
+    assert found == status
+    check_envelope(status, reply)
+    assert (await server.post(CHAT, HI))[0] == 200  # nothing else is disturbed
+
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{}]}, "messages[0].role"),
+        ({"messages": [{"role": ""}]}, "messages[0].role"),
+        ({"messages": [{"role": 1, "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls[0].function"),
+        ({"messages": MESSAGES * 4097}, "messages"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 1e308}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 8192}, "max_tokens"),
+        ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": 1 << 40}, "n"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"seed": "x"}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [1]}, "stop[0]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias[...]"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wat"}}}}, "json_schema"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
+        ({"regex": "("}, "regex"),
+        ({"ebnf": "root ::= ("}, "ebnf"),
+        ({"tools": [{}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0]"),
+        ({"tools": "x"}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "some"}, "tool_choice"),
+        (
+            {"tool_choice": {"function": {"name": "g"}}, "tools": [{"function": {"name": "f"}}]},
+            "tool_choice",
+        ),
+        ({"tool_choice": "required", "tools": [{"function": {"name": "f"}}], "regex": "a"}, "tool_choice"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"reasoning_effort": 3}, "reasoning_effort"),
+        ({"rid": "x" * 129}, "rid"),
+        ({"rid": "a\nb"}, "rid"),
+        ({"rid": ["a", "b"]}, "rid"),
+        ({"priority": 1 << 31}, "priority"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"stream_options": 1}, "stream_options"),
+        ({"functions": [{}]}, "functions"),
+        ({"lora_path": "x"}, "lora_path"),
+        ({"stop_regex": "x"}, "stop_regex"),
+    ],
+)
+async def test_bad_parameters_are_named(serve: Serve, change: dict[str, Any], param: str) -> None:
+    server = await serve()
+    status, reply = await server.post(CHAT, {**HI, **change})
+    assert (status, reply["error"]["param"]) == (400, param), reply
+    assert server.engine.requests == []
+
+
+async def test_unknown_fields_and_nulls_are_ignored(serve: Serve) -> None:
+    server = await serve()
+    nulls = dict.fromkeys(("temperature", "stop", "tools", "n", "seed", "logprobs", "stream", "max_tokens"))
+    assert (await server.post(CHAT, {**HI, **nulls, "store": True, "user": "u", "made_up": [1]}))[0] == 200
+
+
+def chat_of(size: int) -> bytes:
+    """A chat body of exactly `size` bytes."""
+    head, tail = b'{"max_tokens":1,"pad":"', b'","messages":[{"role":"user","content":"hi"}]}'
+    return head + b"x" * (size - len(head) - len(tail)) + tail
+
+
+async def test_body_limit(serve: Serve) -> None:
+    server = await serve()
+    for size, expected in ((-1, 200), (0, 200), (1, 413)):
+        status, reply = await raw(server, "POST", CHAT, chat_of(limits.MAX_BODY_BYTES + size))
+        assert status == expected
+    check_envelope(413, reply)
+
+
+@pytest.mark.parametrize(
+    ("make", "limit", "change"),
+    [
+        (lambda k: {"n": k, "max_tokens": 1}, limits.MAX_N, {}),
+        (lambda k: {"stop": [f"s{i}" for i in range(k)]}, limits.MAX_STOPS, {}),
+        (lambda k: {"stop": "x" * k}, limits.MAX_STOP_CHARS, {}),
+        (lambda k: {"top_logprobs": k, "logprobs": True}, limits.MAX_TOP_LOGPROBS, {}),
+        (lambda k: {"stop_token_ids": list(range(k))}, limits.MAX_STOP_TOKEN_IDS, {}),
+        (lambda k: {"logit_bias": {str(i): 1 for i in range(k)}}, limits.MAX_LOGIT_BIAS, {}),
+        (lambda k: {"rid": "r" * k}, limits.MAX_RID_CHARS, {}),
+        (lambda k: {"cache_salt": "r" * k}, limits.MAX_SALT_CHARS, {}),
+        (lambda k: {"messages": MESSAGES * k}, limits.MAX_MESSAGES // 8, {"scale": 8}),
+        (
+            lambda k: {"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(k)]},
+            limits.MAX_TOOLS,
+            {},
+        ),
+    ],
+)
+async def test_limits(serve: Serve, monkeypatch: pytest.MonkeyPatch, make: Any, limit: int, change: Any) -> None:
+    if change:  # a context of 8192 tokens cannot hold so many messages
+        monkeypatch.setattr("diptych.api.prompts.MAX_MESSAGES", limit)
+    server = await serve()
+    for count, expected in ((limit - 1, 200), (limit, 200), (limit + 1, 400)):
+        status, reply = await server.post(CHAT, {**HI, **make(count)})
+        assert status == expected, reply
+
+
+async def test_batch_limit(serve: Serve) -> None:
+    server = await serve()
+    for count, expected in ((limits.MAX_BATCH - 1, 200), (limits.MAX_BATCH, 200), (limits.MAX_BATCH + 1, 400)):
+        body = {"input_ids": [[1]] * count, "sampling_params": {"max_new_tokens": 1}}
+        assert (await server.post("/generate", body))[0] == expected
+
+
+@pytest.mark.parametrize("size", [limits.MAX_HEADER_BYTES - 20, limits.MAX_HEADER_BYTES + 20])
+async def test_header_limit(serve: Serve, size: int) -> None:
+    server = await serve()
+    async with server.http.get(server.url + "/health", headers={"X-Long": "x" * size}) as reply:
+        assert reply.status == (200 if size < limits.MAX_HEADER_BYTES else 400)
+
+
+async def test_context_length(serve: Serve, demo: Tokenizer) -> None:
+    server = await serve()
+    for count, expected in ((8191, 200), (8192, 400)):
+        status, reply = await server.post(
+            "/generate", {"input_ids": [1] * count, "sampling_params": {"max_new_tokens": 1}}
+        )
+        assert status == expected
+    assert reply["error"]["code"] == "context_length_exceeded"
+    status, reply = await server.post(CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]})
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+    assert "8192" in reply["error"]["message"]
+
+
+# ---- errors of the engine ----
+
+
+def fails_after(count: int, error: Exception | Finish) -> Any:
+    def script(request: Request) -> list[Output | Exception]:
+        found: list[Output | Exception] = [Output(rid=request.rid, tokens=[20]) for _ in range(count)]
+        end = error if isinstance(error, Exception) else Output(rid=request.rid, finish=error)
+        return [*found, end]
+
+    return script
+
+
+ENDS: list[tuple[Exception | Finish, int, str]] = [
+    (Finish("abort", message="too long", status=400, code="context_length_exceeded"), 400, "context_length_exceeded"),
+    (Finish("abort", message="queue is full", status=429, code="rate_limit_exceeded"), 429, "rate_limit_exceeded"),
+    (
+        Finish("abort", message="KV hand-over failed: abort", status=500, code="kv_transfer_failed"),
+        500,
+        "kv_transfer_failed",
+    ),
+    (Finish("abort", message="prefill died", status=503, code="service_unavailable"), 503, "service_unavailable"),
+    (Finish("abort", message="late", status=504, code="deadline_exceeded"), 504, "deadline_exceeded"),
+    (Unavailable("the engine has stopped"), 503, "service_unavailable"),
+    (Overloaded("full", retry_after_s=2.5), 429, "rate_limit_exceeded"),
+    (BadRequest("no", param="x"), 400, "invalid_value"),
+    (RuntimeError("secret 0xdeadbeef"), 500, "internal_error"),
+]
+
+
+@pytest.mark.parametrize("path", INFERENCE)
+@pytest.mark.parametrize(("end", "status", "code"), ENDS)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_before_the_first_byte(
+    serve: Serve, path: str, end: Exception | Finish, status: int, code: str, stream: bool
+) -> None:
+    server = await serve(fails_after(0, end))
+    async with server.http.post(server.url + path, json={**INFERENCE[path], "stream": stream}) as reply:
+        assert reply.status == status
+        body = await reply.json()
+        assert ("Retry-After" in reply.headers) == (status in (429, 503))
+    check_envelope(status, body)
+    assert body["error"]["code"] == code
+    assert "0xdead" not in json.dumps(body)
+
+
+@pytest.mark.parametrize("path", INFERENCE)
+@pytest.mark.parametrize(("end", "status", "code"), ENDS)
+async def test_errors_after_the_first_byte(
+    serve: Serve, path: str, end: Exception | Finish, status: int, code: str
+) -> None:
+    server = await serve(fails_after(2, end))
+    *_, error, done = await server.events(path, INFERENCE[path])
+    assert done == b"[DONE]"
+    check_envelope(status, json.loads(error))
+    assert json.loads(error)["error"]["code"] == code
+    status_whole, reply = await server.post(path, INFERENCE[path])
+    assert (status_whole, reply["error"]["code"]) == (status, code)
+
+
+async def test_a_batch_fails_as_one(serve: Serve) -> None:
+    """The first error ends the others, and they are aborted in the engine."""
+
+    def script(request: Request) -> list[Output | Exception]:
+        if request.prompt == [2]:
+            return fails_after(1, Finish("abort", message="x", status=500, code="kv_transfer_failed"))(request)
+        return [Output(rid=request.rid, tokens=[20])] * 1000
+
+    server = await serve(script)
+    status, _ = await server.post("/generate", {"input_ids": [[1], [2], [3]]})
+    assert status == 500
+    assert len(server.engine.closed_early) == 2  # the third ended by itself
+    assert server.ctx.service.num_running == 0
+
+
+# ---- clients that leave ----
+
+
+@pytest.mark.parametrize("path", INFERENCE)
+@pytest.mark.parametrize("when", ["queued", "whole", "streaming"])
+async def test_a_client_that_leaves(serve: Serve, path: str, when: str) -> None:
+    """Its request is aborted in the engine at once, and nothing stays behind."""
+    server = await serve("x" * 200)
+    engine = server.engine
+    if when != "streaming":
+        engine.gate.clear()
+    body = {**INFERENCE[path], "stream": when != "whole"}
+    if when == "streaming":
+        reply = await server.http.post(server.url + path, json=body)
+        await reply.content.readline()
+        engine.gate.clear()
+        reply.close()
+    else:
+        task = asyncio.create_task(server.http.post(server.url + path, json=body))
+        await engine.until(lambda: len(engine.requests) == 1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await engine.until(lambda: len(engine.closed_early) == 1)
+    await server.ctx.service.idle()
+    assert server.ctx.service.num_running == 0
+    engine.gate.set()
+    assert (await server.post(CHAT, HI))[0] == 200
+
+
+async def test_leaving_aborts_all_choices(serve: Serve) -> None:
+    server = await serve("x" * 200)
+    server.engine.gate.clear()
+    task = asyncio.create_task(server.http.post(server.url + CHAT, json={**HI, "n": 4}))
+    await server.engine.until(lambda: len(server.engine.requests) == 4)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await server.engine.until(lambda: len(server.engine.closed_early) == 4)
+
+
+# ---- the server's life ----
+
+
+async def test_health(serve: Serve) -> None:
+    server = await serve()
+    for path in HEALTHY:
+        assert (await server.get(path)) == (200, {"status": "ok"})
+
+
+async def test_a_dead_engine(serve: Serve) -> None:
+    server = await serve()
+    server.engine.alive = False
+    for path in HEALTHY:
+        status, reply = await server.get(path)
+        assert status == 503 and "stopped" in reply["error"]["message"]
+    assert (await server.post(CHAT, HI))[0] == 503
+    assert (await server.get("/v1/models"))[0] == 200
+
+
+async def test_draining(serve: Serve) -> None:
+    """Health says so, new requests are refused, running ones end well."""
+    server = await serve()
+    server.engine.gate.clear()
+    running = asyncio.create_task(server.post(CHAT, HI))
+    await server.engine.until(lambda: len(server.engine.requests) == 1)
+    begin_drain(server.app)
+    for path in HEALTHY:
+        status, reply = await server.get(path)
+        assert status == 503 and "draining" in reply["error"]["message"]
+    for path, body in INFERENCE.items():
+        assert (await server.post(path, body))[0] == 503
+    idle = asyncio.create_task(server.ctx.service.idle())
+    assert not idle.done()
+    await server.engine.open_gate()
+    status, reply = await running
+    assert (status, reply["choices"][0]["message"]["content"]) == (200, TEXT)
+    await idle
+
+
+async def test_the_probe_fails_when_the_engine_does(serve: Serve) -> None:
+    server = await serve(fails_after(0, Finish("abort", message="broken", status=500)))
+    status, reply = await server.get("/health_generate")
+    assert (status, reply["error"]["message"]) == (500, "broken")
+
+
+async def test_the_probe_has_a_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.api.health.PROBE_TIMEOUT_S", 0.05)
+    server = await serve()
+    server.engine.gate.clear()
+    replies = await asyncio.gather(*(server.get("/health_generate") for _ in range(5)))
+    assert {status for status, _ in replies} == {503}
+    assert len(server.engine.requests) == 1  # shared
+    assert len(server.engine.closed_early) == 1
+
+
+async def test_any_progress_satisfies_the_probe(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full server is healthy: the probe waits in its queue, but others get their tokens."""
+
+    def script(request: Request) -> list[Output | Exception]:
+        if request.rid.startswith("HEALTH_CHECK"):
+            return [Output(rid=request.rid)] * 0
+        return outputs_for(request, [20] * 50, Finish("length"))
+
+    server = await serve(script)
+    server.engine.gate.clear()
+    other = asyncio.create_task(server.post(CHAT, HI))
+    await server.engine.until(lambda: len(server.engine.requests) == 1)
+
+    def waits(request: Request) -> list[Output | Exception]:
+        return [Output(rid=request.rid, tokens=[1])]
+
+    server.engine.script = waits
+    probe = asyncio.create_task(server.get("/health_generate"))
+    await server.engine.until(lambda: len(server.engine.requests) == 2)
+    await server.engine.open_gate()
+    assert (await probe)[0] == 200
+    assert (await other)[0] == 200
+
+
+# ---- keys ----
+
+OPEN = ("/health", "/health_generate", "/ready", "/metrics")
+
+
+def routes(server: Server) -> list[tuple[str, str]]:
+    found = [(route.method, route.resource.canonical) for route in server.app.router.routes() if route.resource]
+    return [(method, path.replace("{id}", "x")) for method, path in found if method != "HEAD"]
+
+
+async def status_of(server: Server, method: str, path: str, key: str | None) -> int:
+    headers = {"Authorization": key} if key is not None else {}
+    async with server.http.request(method, server.url + path, headers=headers) as reply:
+        body = await reply.read()
+        if reply.status == 401:
+            check_envelope(401, json.loads(body))
+        return reply.status
+
+
+async def test_every_route_but_health_needs_the_key(serve: Serve) -> None:
+    server = await serve(api_key="sesame", enable_metrics=True)
+    for method, path in [*routes(server), ("GET", "/nowhere")]:
+        closed = await status_of(server, method, path, None)
+        assert (closed == 401) == (path not in OPEN), path
+        for wrong in ("Bearer wrong", "Bearer", "sesame", "Basic sesame", "Bearer sesam", "Bearer sesame2"):
+            assert (await status_of(server, method, path, wrong) == 401) == (path not in OPEN), path
+        assert await status_of(server, method, path, "Bearer sesame") != 401
+
+
+async def test_the_admin_key(serve: Serve) -> None:
+    server = await serve(api_key="user", admin_api_key="root")
+    for path in ("/flush_cache", "/abort_request", "/pause_generation", "/continue_generation"):
+        assert await status_of(server, "POST", path, "Bearer user") == 401
+        assert await status_of(server, "POST", path, "Bearer root") != 401
+    assert await status_of(server, "GET", "/v1/models", "Bearer root") == 401
+    assert await status_of(server, "GET", "/v1/models", "Bearer user") == 200
+
+
+async def test_key_from_the_environment(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIPTYCH_API_KEY", "hidden")
+    server = await serve()
+    assert await status_of(server, "GET", "/v1/models", None) == 401
+    assert await status_of(server, "GET", "/v1/models", "bearer hidden") == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/%66lush_cache", "//flush_cache", "/flush_cache/", "/flush_cache?x=1", "/./flush_cache"]
+)
+async def test_spelling_a_path_otherwise_opens_nothing(serve: Serve, path: str) -> None:
+    import yarl
+
+    server = await serve(api_key="user", admin_api_key="root")
+    headers = {"Authorization": "Bearer user"}
+    async with server.http.get(yarl.URL(server.url + path, encoded=True), headers=headers) as reply:
+        assert reply.status in (401, 404)
+    assert server.engine.controls == []
