@@ -83,12 +83,15 @@ def _do_after_step(state: SchedState, seq: Seq, now: float) -> None:
 
 
 def _measure(state: SchedState, num_tokens: int, now: float) -> None:
-    """Tokens per second over windows of a second or more."""
+    """Tokens per second, over windows of a second or more in which something runs all the time."""
     counters = state.counters
     if counters.window_at is None:
-        counters.window_at = now
+        counters.window_at, counters.window_tokens = now, 0
+        return
     counters.window_tokens += num_tokens
     elapsed = now - counters.window_at
     if elapsed >= THROUGHPUT_WINDOW_S:
         counters.throughput = counters.window_tokens / elapsed
         counters.window_at, counters.window_tokens = now, 0
+    if not state.running:
+        counters.window_at = None

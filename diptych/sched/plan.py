@@ -20,7 +20,7 @@ def schedule(state: SchedState, now: float) -> Plan | None:
 
     Tokens: decode rows are never held back. Prompts get what `chunk_tokens` leaves, but at least one page of tokens, so
     that a full decode batch cannot starve them; first those already begun, in order of admission, then those admitted
-    now. A chunk that is not a prompt's last ends at a page boundary if it can.
+    now, as long as a page's worth is left. Every chunk but a prompt's last ends at a page boundary.
     Pages: a sequence is admitted with pages for all its tokens (`pages.fits`), so that only decode rows ask for more.
     If none is free the tree is evicted from, then the last admitted sequence is retracted, and so on. The oldest is
     never retracted; alone, it can run out of pages only because of pages that are being transferred or not yet
@@ -39,7 +39,7 @@ def schedule(state: SchedState, now: float) -> Plan | None:
     chunks: list[tuple[Seq, int]] = []
     if len(decoding) < len(state.running):
         budget = _continue_prompts(state, budget, chunks)
-    if state.waiting and budget > 0 and state.counters.retractions == retractions:
+    if state.waiting and state.counters.retractions == retractions:
         _admit(state, now, budget, chunks)
     if not decoding and not chunks:
         return None
@@ -85,7 +85,7 @@ def _prefill_budget(state: SchedState, num_decoding: int) -> int:
 def _continue_prompts(state: SchedState, budget: int, chunks: list[tuple[Seq, int]]) -> int:
     """Add a chunk for each prompt already begun. Returns the budget that is left."""
     for seq in state.running:
-        if budget <= 0:
+        if budget < state.config.page_size:
             break
         if len(seq.tokens) - seq.num_computed > 1:
             budget -= _add_chunk(state, seq, budget, chunks)
@@ -95,7 +95,7 @@ def _continue_prompts(state: SchedState, budget: int, chunks: list[tuple[Seq, in
 def _admit(state: SchedState, now: float, budget: int, chunks: list[tuple[Seq, int]]) -> None:
     """Admit, and add first chunks, until budget, places or pages are used up. Nobody jumps one that lacks pages."""
     free_places = state.config.max_running - len(state.running) - len(state.transferring)
-    while state.waiting and budget > 0 and free_places > 0:
+    while state.waiting and budget >= state.config.page_size and free_places > 0:
         reserve = headroom(state)
         if state.pool.num_free + state.tree.evictable_pages <= reserve:
             return  # everyone needs a page of its own: no use in asking the tree about each
@@ -118,10 +118,12 @@ def _next(state: SchedState) -> Seq:
 
 
 def _add_chunk(state: SchedState, seq: Seq, budget: int, chunks: list[tuple[Seq, int]]) -> int:
-    """Add the next chunk of `seq`, at most `budget` tokens. Returns its length."""
+    """Add the next chunk of `seq`, at most `budget` tokens (at least a page). Returns its length."""
     page_size = state.config.page_size
-    end = min(len(seq.tokens), seq.num_computed + budget)
-    if end < len(seq.tokens) and end // page_size * page_size > seq.num_computed:
-        end = end // page_size * page_size
+    end = seq.num_computed + budget
+    if end >= len(seq.tokens):
+        end = len(seq.tokens)
+    else:
+        end -= end % page_size
     chunks.append((seq, end - seq.num_computed))
     return end - seq.num_computed

@@ -9,7 +9,7 @@ from diptych.sched.audit import audit
 from diptych.sched.commit import ChunkDone, Event, Sampled, commit
 from diptych.sched.plan import schedule
 from diptych.sched.queue import abort, add, check_request, join, release, reserve, retract
-from diptych.sched.state import SchedConfig, Seq, Status, new_state
+from diptych.sched.state import Counters, SchedConfig, Seq, Status, new_state
 from diptych.testing.mock_model import MockRunner, expected
 from diptych.types import Finish, FirstToken, LogprobSpec, Plan, Request, Sampling, TokenLogprob
 
@@ -101,6 +101,23 @@ class Server:
             steps += 1
         return steps
 
+    def run_until(self, num_running: int) -> None:
+        """Step until that many sequences decode."""
+        for _ in range(100):
+            if sum(len(seq.tokens) - seq.num_computed == 1 for seq in self.state.running) >= num_running:
+                return
+            self.step()
+        raise AssertionError(f"{len(self.state.running)} running")
+
+    def run_to_end(self) -> Counters:
+        """Finish the step if one is under way, run, and check everything. Returns the counters."""
+        if self.plan is not None:
+            self.finish()
+        self.run()
+        self.check()
+        self.check_empty()
+        return self.state.counters
+
     def take(self, events: list[Event]) -> None:
         for event in events:
             got = self.got[event.seq.rid]
@@ -173,7 +190,7 @@ class Server:
 
 
 def hand_over(prefill: Server, decode: Server, rid: str, seq: Seq) -> FirstToken:
-    """Copy a prefilled sequence's pages into those that decode reserved, head by head, without what decode has already."""
+    """Copy a prefilled sequence's pages into those decode reserved, head by head, but not what decode has already."""
     source = prefill.state.seqs[rid]
     assert source.status is Status.FINISHED
     skip = seq.prefix_tokens // decode.state.config.page_size

@@ -14,7 +14,7 @@ POLICIES = ("fcfs", "lpm")
 
 
 def workload(seed: int, count: int, longest: int = CONTEXT - 4) -> list[Request]:
-    """Requests of mixed kinds; most prompts begin alike: prefixes are shared, diverge, and are computed twice at once."""
+    """Requests of mixed kinds; most prompts begin alike: prefixes are shared, diverge, are computed twice at once."""
     rng = random.Random(seed)
     trunk = [rng.randrange(1, 101) for _ in range(longest)]
     requests = []

@@ -20,7 +20,7 @@ prompts = st.tuples(st.integers(0, 28), st.lists(st.integers(1, 3), min_size=1, 
 
 
 class SchedMachine(RuleBasedStateMachine):
-    """A small pool, so that eviction and retraction are common; a second server computes prompts for reserve and join."""
+    """A small pool: eviction and retraction are common. A second server computes prompts for reserve and join."""
 
     def __init__(self) -> None:
         super().__init__()
