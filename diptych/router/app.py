@@ -8,6 +8,8 @@ import logging
 import uuid
 from collections.abc import Awaitable, Callable
 
+import msgspec
+
 from diptych.errors import BadRequest, DiptychError, MethodNotAllowed, NotFound, Unauthorized, Unavailable
 from diptych.router.config import RouterConfig
 from diptych.router.control import Control
@@ -96,6 +98,8 @@ class App:
             self._check_key(request)
             if self.draining and method == "POST":
                 raise Unavailable("the router is shutting down; ask another one")
+        if method == "HEAD":  # the answer's body is left out when it is written
+            request = msgspec.structs.replace(request, method="GET")
         await handle(request, client, extra)
 
     def _prefixed(self, path: str) -> tuple[tuple[str, ...], Handle]:

@@ -15,7 +15,7 @@ from diptych.errors import DiptychError, UpstreamError
 from diptych.router import logprobs
 from diptych.router.body import Ask
 from diptych.router.exchange import Client, Exchange, Headers, ServerLost, Upstream, read_all
-from diptych.router.fleet import Leg, Server
+from diptych.router.fleet import Leg
 from diptych.router.headers import to_client
 from diptych.router.replies import JSON, error_body, error_event
 from diptych.router.retry import STATUSES
@@ -37,16 +37,32 @@ class Reply(msgspec.Struct):
     exchange: Exchange | None = None
 
 
-class Failure(msgspec.Struct):
-    """Why an attempt failed. `guilty` is None when the hand-over failed and nobody can say which side's fault it is."""
+class Blame(msgspec.Struct):
+    """A server that failed; `lost` if it was not even there to tell."""
 
-    reply: Reply  # what the client gets if this was the last attempt
-    guilty: Server | None
+    leg: Leg
+    reply: Reply  # what it told, or the router tells in its place
     lost: ServerLost | None = None
 
     @property
+    def charged(self) -> bool:
+        """It counts against the server. A kept connection that had ended, or a refusal, does not."""
+        return not self.lost.reused if self.lost is not None else self.reply.status >= 500
+
+
+class Failure(msgspec.Struct):
+    """Why an attempt failed. Nobody is blamed when the hand-over failed and no one can say on which side."""
+
+    reply: Reply  # what the client gets if this was the last attempt
+    blames: list[Blame]
+
+    @property
+    def lost(self) -> bool:
+        return any(blame.lost is not None for blame in self.blames)
+
+    @property
     def retryable(self) -> bool:
-        return self.lost is not None or self.reply.status in STATUSES
+        return self.lost or self.reply.status in STATUSES
 
 
 class Attempt:
@@ -63,7 +79,7 @@ class Attempt:
         self._extra = headers  # for the client, besides the servers' own
         self._loop = asyncio.get_running_loop()
         self._complete = False
-        self.first_at: float | None = None  # when decode's answer began
+        self.first_at: float | None = None  # when decode's stream began
         self.broken: ServerLost | None = None  # why a stream that had begun did not reach its end
 
     async def run(self, method: str, path: str, headers: Headers, body: bytes, client: Client) -> Failure | None:
@@ -89,7 +105,7 @@ class Attempt:
             leg.exchange = await self._upstream.open(leg.server.address, method, path, headers, body)
         except asyncio.CancelledError:
             if leg.given_up:
-                raise ServerLost("it does not answer health checks", sent=True) from None
+                raise ServerLost("the server does not answer health checks", sent=True) from None
             raise
         return leg.exchange
 
@@ -101,7 +117,6 @@ class Attempt:
             self.first_at = self._loop.time()
             return _told_in_stream(first) or Reply(exchange.status, exchange.headers, first, exchange)
         whole = await read_all(exchange, self._max_bytes)
-        self.first_at = self._loop.time()
         return Reply(exchange.status, exchange.headers, whole)
 
     async def _finish(self, leg: Leg, method: str, path: str, headers: Headers, body: bytes) -> Reply:
@@ -120,43 +135,48 @@ class Attempt:
 
     async def _race(self, prefill: asyncio.Task[Reply] | None, decode: asyncio.Task[Reply]) -> Failure | None:
         """Wait until decode has begun to answer, or one side has failed."""
-        if prefill is None:
+        if prefill is None or self._prefill is None:
             await asyncio.wait((decode,))
-            return self._judge(None, _failure(self._decode, decode), answered=False)
+            return self._judge(None, _blame(self._decode, decode), answered=False)
         await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
-        if not decode.done() and _failure(self._prefill, prefill) is None:
+        if not decode.done() and _blame(self._prefill, prefill) is None:
             await asyncio.wait((decode,))
-        if not prefill.done():
-            if _failure(self._decode, decode) is not None:
-                await asyncio.wait((prefill,), timeout=VERDICT_S)
-            elif self._ask.merges_logprobs:
-                await asyncio.wait((prefill,))
-        failed = _failure(self._decode, decode)
+        failed = _blame(self._decode, decode)
+        if not prefill.done() and failed is not None and failed.charged:
+            await asyncio.wait((prefill,), timeout=VERDICT_S)
+        elif not prefill.done() and self._ask.merges_logprobs:
+            await asyncio.wait((prefill,))
         answered = decode.done() and failed is None and not self._ask.merges_logprobs
-        return self._judge(_failure(self._prefill, prefill), failed, answered)
+        return self._judge(_blame(self._prefill, prefill), failed, answered=answered)
 
-    def _judge(self, prefill: Failure | None, decode: Failure | None, answered: bool) -> Failure | None:
-        """Which failure counts: a server that was lost is the cause of the other's failure, never the reverse.
+    def _judge(self, prefill: Blame | None, decode: Blame | None, *, answered: bool) -> Failure | None:
+        """Who is to blame: a server that was lost is the cause of the other's failure, never the reverse.
 
         `answered`: decode has begun to answer well, so that nothing is left to lose with prefill.
         """
-        failures = [failure for failure in (prefill, decode) if failure is not None]
-        failure = next((f for f in failures if f.lost), failures[0] if failures else None)
-        if failure is None or (answered and failure.lost):
+        found = [blame for blame in (prefill, decode) if blame is not None]
+        lost = [blame for blame in found if blame.lost is not None]
+        blames = lost or found[:1]
+        if not blames or (answered and lost):
             return None
-        if failure.lost is None and _TRANSFER_FAILED.search(failure.reply.data):
-            failure.guilty = self._silent_side()
-        charged = not failure.lost.reused if failure.lost else failure.reply.status >= 500
+        failure = Failure(blames[0].reply, blames)
+        if not lost and _TRANSFER_FAILED.search(failure.reply.data):
+            failure.blames = self._silent_side(failure.reply)
         now = self._loop.time()
-        for leg in (self._prefill, self._decode):
-            if leg is not None:
-                leg.end(now, True if charged and leg.server is failure.guilty else None)
+        for blame in failure.blames:
+            blame.leg.end(now, blame.charged or None)
+        for leg in self.legs:
+            leg.end(now)
         return failure
 
-    def _silent_side(self) -> Server | None:
+    def _silent_side(self, reply: Reply) -> list[Blame]:
         """Of a pair whose hand-over failed, the server that has said nothing, if the other has."""
-        silent = [leg.server for leg in (self._prefill, self._decode) if leg is not None and leg.exchange is None]
-        return silent[0] if len(silent) == 1 else None
+        silent = [leg for leg in self.legs if leg.exchange is None]
+        return [Blame(leg, reply) for leg in silent] if len(silent) < len(self.legs) else []
+
+    @property
+    def legs(self) -> list[Leg]:
+        return [self._decode] if self._prefill is None else [self._prefill, self._decode]
 
     # the answer
 
@@ -229,23 +249,23 @@ def _close(leg: Leg, now: float, failed: bool | None = None) -> None:
     leg.end(now, failed)
 
 
-def _failure(leg: Leg | None, task: asyncio.Task[Reply]) -> Failure | None:
+def _blame(leg: Leg, task: asyncio.Task[Reply]) -> Blame | None:
     """What went wrong on one side, as far as is known."""
-    if leg is None or not task.done():
+    if not task.done():
         return None
     error = task.exception()
     if error is None:
         reply = task.result()
-        return Failure(reply, leg.server) if reply.status >= 400 else None
+        return Blame(leg, reply) if reply.status >= 400 else None
     if not isinstance(error, DiptychError):
         raise error
     told = _told(leg, error)
     reply = Reply(told.status, [JSON], error_body(told))
-    return Failure(reply, leg.server, error if isinstance(error, ServerLost) else None)
+    return Blame(leg, reply, error if isinstance(error, ServerLost) else None)
 
 
 def _told(leg: Leg, error: DiptychError) -> UpstreamError:
-    return UpstreamError(f"the {leg.server.role} server failed: {error.message}")
+    return UpstreamError(f"{leg.server.role} failed: {error.message}")
 
 
 def _is_stream(exchange: Exchange) -> bool:

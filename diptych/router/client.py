@@ -20,6 +20,7 @@ from diptych.router.exchange import Client, Exchange, Headers, ServerLost
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 4.0  # SGLang's servers close a connection that has been idle for 5 s
+STALE_S = 0.25  # a kept connection that breaks so soon after a request had ended before it
 MAX_IDLE = 256  # kept connections a server
 MAX_HEAD_BYTES = 64 << 10
 HIGH_WATER_BYTES = 256 << 10  # of a body that nobody reads yet
@@ -93,7 +94,7 @@ class HttpUpstream:
             if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
                 raise Unavailable("the router is out of sockets; try again in a moment") from None
             self._names.pop(server.host, None)
-            raise ServerLost("it could not be reached", sent=False) from None
+            raise ServerLost("the server could not be reached", sent=False) from None
         return connection
 
     async def _resolve(self, host: str) -> str:
@@ -164,13 +165,13 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            exchange.fail("it sent bytes that are no HTTP")
+            exchange.fail("the server sent bytes that are no HTTP")
             self.abort()
             return
         if exchange.status == 0:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                exchange.fail(f"it sent a head of more than {MAX_HEAD_BYTES} bytes")
+                exchange.fail(f"the server sent a head of more than {MAX_HEAD_BYTES} bytes")
                 self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -179,8 +180,7 @@ class _Connection(asyncio.Protocol):
             self._pool.drop(self)
         elif exchange.until_eof and exc is None:
             exchange.end()
-        else:
-            exchange.fail("its connection broke before the answer was whole")
+        elif exchange.fail("the server's connection broke before its answer was whole"):
             self._pool.forget(self.server)  # the others may have ended with it
 
     # httptools
@@ -223,6 +223,7 @@ class HttpExchange(Exchange):
         self._connection = connection
         self._transport = transport
         self._reused = reused
+        self._sent_at = asyncio.get_running_loop().time()
         self._parts: deque[bytes] = deque()
         self._held_bytes = 0
         self._paused = False
@@ -256,10 +257,15 @@ class HttpExchange(Exchange):
         self._ended = True
         self._wake()
 
-    def fail(self, reason: str) -> None:
-        if not self._ended and self._error is None:
-            self._error = ServerLost(reason, sent=True, reused=self._reused and self.status == 0 and not self.active)
-            self._wake()
+    def fail(self, reason: str) -> bool:
+        """End the exchange with an error; False if it had ended before."""
+        if self._ended or self._error is not None:
+            return False
+        untouched = self.status == 0 and not self.active
+        at_once = asyncio.get_running_loop().time() - self._sent_at < STALE_S
+        self._error = ServerLost(reason, sent=True, reused=self._reused and untouched and at_once)
+        self._wake()
+        return True
 
     # for the core
 

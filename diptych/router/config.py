@@ -122,6 +122,8 @@ class RouterConfig:
             raise ConfigError(f"--cache-threshold must be between 0 and 1, not {self.cache_threshold}")
         if self.max_concurrent_requests == 0:
             raise ConfigError("--max-concurrent-requests must be positive, or -1 for no limit, not 0")
+        if not all(" " < letter < "\x7f" for letter in self.key):
+            raise ConfigError("--api-key (or DIPTYCH_API_KEY) may hold visible ASCII characters only")
         if not self.health_check_endpoint.startswith("/"):
             raise ConfigError(f"--health-check-endpoint must start with /, not {self.health_check_endpoint}")
 

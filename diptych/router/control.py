@@ -56,9 +56,13 @@ class Control:
 
     async def _pass_on(self, leg: Leg, request: ClientRequest, client: Client, extra: Headers) -> None:
         headers = to_server(request.headers, self._config.key, extra)
-        exchange = leg.exchange = await self._upstream.open(
-            leg.server.address, request.method, request.path, headers, request.body
-        )
+        try:
+            exchange = leg.exchange = await self._upstream.open(
+                leg.server.address, request.method, request.path, headers, request.body
+            )
+        except ServerLost as lost:
+            self._fleet.suspect(leg.server, gone=not lost.sent)
+            raise
         kind = next((value for name, value in exchange.headers if name == b"content-type"), b"")
         if not kind.startswith(b"text/event-stream"):
             whole = await read_all(exchange, self._config.max_payload_size)

@@ -67,13 +67,13 @@ class Core:
             if failure is None:
                 self._metrics.served(request.route, attempt, arrived_at, self._loop.time())
                 return
-            num_lost += failure.lost is not None and failure.lost.sent
-            self._note(failure, avoid)
+            num_lost += any(blame.lost is not None and blame.lost.sent for blame in failure.blames)
+            self._note(attempt, failure, avoid)
             if not self._may_retry(failure, retry, num_lost):
                 client.send(failure.reply.status, to_client(failure.reply.headers, extra), failure.reply.data)
                 return
             self._metrics.retries += 1
-            if failure.lost is None:
+            if not failure.lost:
                 await asyncio.sleep(backoff_s(self._config, retry, self._rng))
 
     def _prepare(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, bytes]:
@@ -89,17 +89,20 @@ class Core:
         limit = self._config.max_payload_size
         return Attempt(self._upstream, ask, prefill, decode, max_bytes=limit, headers=extra), body
 
-    def _note(self, failure: Failure, avoid: set[Server]) -> None:
+    def _note(self, attempt: Attempt, failure: Failure, avoid: set[Server]) -> None:
         """Remember who failed, for this request and for others."""
-        server, lost = failure.guilty, failure.lost
-        status = failure.reply.status
-        log.info("%s failed with status %d", f"{server.role} {server.address.url}" if server else "a pair", status)
-        if server is None:
-            return
-        if lost is None or not lost.reused:  # a kept connection that had ended is no reason to go elsewhere
-            avoid.add(server)
-        if lost is not None:
-            self._fleet.suspect(server, gone=not lost.sent)
+        if not failure.blames:
+            log.info("the hand-over of a pair failed with status %d", failure.reply.status)
+            avoid.update(leg.server for leg in attempt.legs)
+        for blame in failure.blames:
+            server, lost = blame.leg.server, blame.lost
+            log.info(
+                "%s server %s failed: %s", server.role, server.address.url, lost.message if lost else blame.reply.status
+            )
+            if lost is None or not lost.reused:  # a kept connection that had ended is no reason to go elsewhere
+                avoid.add(server)
+            if lost is not None:
+                self._fleet.suspect(server, gone=not lost.sent)
 
     def _may_retry(self, failure: Failure, retry: int, num_lost: int) -> bool:
         """A lost server's requests may all move, as it is lost once; other failures share the budget."""
@@ -108,7 +111,7 @@ class Core:
         if retry >= self._config.retry_max_retries or num_lost > MAX_LOST:
             self._metrics.retries_exhausted += 1
             return False
-        if failure.lost is not None or self._budget.spend(self._loop.time()):
+        if failure.lost or self._budget.spend(self._loop.time()):
             return True
         self._metrics.retries_over_budget += 1
         return False

@@ -19,8 +19,8 @@ Headers = list[tuple[bytes, bytes]]  # names in lower case
 class ServerLost(UpstreamError):
     """A server could not be reached, or its connection broke before the answer was whole.
 
-    `sent`: the request may have reached it. `reused`: the connection had served a request before, so that it may have
-    ended between two requests rather than because of this one.
+    `sent`: the request may have reached it. `reused`: the connection had served a request before and broke at once, so
+    that it has ended between two requests rather than because of this one.
     """
 
     def __init__(self, message: str, *, sent: bool, reused: bool = False) -> None:

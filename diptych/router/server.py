@@ -15,7 +15,7 @@ from typing import cast
 
 import httptools
 
-from diptych.errors import BadRequest, DiptychError, PayloadTooLarge
+from diptych.errors import BadRequest, DiptychError, MethodNotAllowed, PayloadTooLarge
 from diptych.router.answer import HttpAnswer
 from diptych.router.exchange import Client, ClientRequest, Headers
 from diptych.router.replies import send_error
@@ -147,9 +147,9 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
             if self._receiving and not self._head_done:
-                self._count_head(len(data))
-        except httptools.HttpParserUpgrade:
-            self._refuse(None)  # the request itself has been taken as a plain one
+                self._check_unfinished_head(len(data))
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             self._refuse(cause if isinstance(cause, DiptychError) else BadRequest("the request is malformed HTTP"))
@@ -162,7 +162,7 @@ class ClientConnection(asyncio.Protocol):
 
     def on_url(self, url: bytes) -> None:
         self._count_head(len(url))
-        self._url = url
+        self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count_head(len(name) + len(value) + 4)
@@ -174,8 +174,10 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._head_done = True
-        self._head_bytes = 0
         self._version = self._parser.get_http_version()
+        self._upgrading = self._parser.should_upgrade()
+        if self._upgrading and self._parser.get_method() == b"CONNECT":
+            raise MethodNotAllowed("the router is no tunnel")
         length, waits = check_head(self._version, self._headers)
         self._check_body(length)
         if waits and self._task is None and self._transport is not None:
@@ -187,6 +189,8 @@ class ClientConnection(asyncio.Protocol):
         self._parts.append(data)
 
     def on_message_complete(self) -> None:
+        if self._upgrading:  # the parser takes what follows for another protocol
+            return
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         method = self._parser.get_method().decode("latin-1")
         request = ClientRequest(method, request_target(self._url), self._headers, body)
@@ -203,8 +207,10 @@ class ClientConnection(asyncio.Protocol):
         self._url = b""
         self._version = "1.1"
         self._headers: Headers = []
-        self._head_bytes = 0
+        self._head_bytes = 0  # of what has been parsed
+        self._unparsed_bytes = 0  # of a head that is not complete, at least
         self._head_done = False
+        self._upgrading = False
         self._parts: list[bytes] = []
         self._body_bytes = 0
 
@@ -212,6 +218,21 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes += size
         if self._head_bytes > MAX_HEAD_BYTES:
             raise HeadTooLarge(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
+
+    def _check_unfinished_head(self, size: int) -> None:
+        """The parser holds back a header that has no end yet."""
+        self._unparsed_bytes += size
+        if self._unparsed_bytes > 2 * MAX_HEAD_BYTES:
+            raise HeadTooLarge(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Take a request that asks for an upgrade as a plain one, the last on its connection; `rest` follows its head."""
+        kept = [header for header in self._headers if header[0] not in (b"upgrade", b"connection", b"http2-settings")]
+        lines = [b"%b %b HTTP/1.1" % (self._parser.get_method(), self._url)]
+        lines += [b"%b: %b" % header for header in (*kept, (b"connection", b"close"))]
+        self._parser = httptools.HttpRequestParser(self)
+        self._reset()
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def _check_body(self, size: int) -> None:
         if size > self._server.max_body_bytes:

@@ -16,7 +16,7 @@ def pytest_asyncio_loop_factories(
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Callable[..., Awaitable[Cluster]]]:
-    """`await cluster(num_prefill, num_decode, **settings)`: mock servers and a router in front of them, over real sockets."""
+    """`await cluster(num_prefill, num_decode, **settings)`: mocks and a router before them, over real sockets."""
     made: list[Cluster] = []
 
     async def make(num_prefill: int = 1, num_decode: int = 1, **settings: object) -> Cluster:

@@ -40,6 +40,7 @@ class MockServer:
         self.raw: list[bytes] = []
         self.headers: list[Any] = []
         self.controls: list[tuple[str, str, bytes]] = []
+        self.peers: set[tuple[str, int]] = set()  # who has connected
         self.num_cancelled = 0
         self.left = asyncio.Event()  # a client has gone while its request was being served
         self.healthy = True
@@ -88,6 +89,8 @@ class MockServer:
         return web.json_response({"path": request.path, "by": self.name})
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        self.peers.add(request.transport.get_extra_info("peername"))
         raw = await request.read()
         body = json.loads(raw)
         self.raw.append(raw)

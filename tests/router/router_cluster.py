@@ -12,8 +12,6 @@ from mock_server import Meeting, MockServer
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.main import Router
 
-READY_S = 10.0
-
 
 class Cluster:
     def __init__(self) -> None:
@@ -39,9 +37,7 @@ class Cluster:
         self.router = Router(config, random.Random(1))
         await self.router.start()
         self.http = aiohttp.ClientSession(f"http://127.0.0.1:{self.router.port}")
-        async with asyncio.timeout(READY_S):
-            while not all(server.healthy for server in self.router.fleet.servers):
-                await asyncio.sleep(0.001)
+        await until(lambda: all(server.healthy for server in self.router.fleet.servers))
 
     @property
     def servers(self) -> list[MockServer]:
@@ -59,7 +55,7 @@ class Cluster:
 
 
 async def until(condition: Any, timeout_s: float = 5.0) -> None:
-    """Wait until `condition()` holds; fails after `timeout_s`."""
+    """Wait until `condition()` holds; fails after `timeout_s`. Sockets, the kernel between them, set no event."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
