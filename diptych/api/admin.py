@@ -79,7 +79,8 @@ async def continue_generation(request: web.Request) -> web.Response:
 async def audit(request: web.Request) -> web.Response:
     """Have the engine recompute who holds which page, and count what both processes hold: for leak hunts.
 
-    `ok` false is a defect. On an idle server `requests`, `held`, `rooms` and `transfers` are zero, free + cached == pages.
+    `ok` false is a defect. On an idle server `requests`, `held`, `rooms` and `transfers` are zero, and free + cached is
+    pages.
     """
     service = request.app[CONTEXT].service
     result = await service.engine.control("audit")

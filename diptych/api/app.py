@@ -24,6 +24,7 @@ from diptych.obs.metrics import ServerMetrics
 from diptych.text.template import ChatTemplate
 from diptych.text.tokenizer import Tokenizer
 
+CUT_S = 1.0  # what still runs when the site ends is cut off after this; draining comes before
 KEEPALIVE_S = 75.0  # longer than the pools of usual clients and proxies keep a connection
 
 
@@ -81,6 +82,7 @@ async def start_site(app: web.Application, sock: socket.socket) -> web.AppRunner
         app,
         handler_cancellation=True,
         access_log=None,
+        shutdown_timeout=CUT_S,
         keepalive_timeout=KEEPALIVE_S,
         max_line_size=MAX_HEADER_BYTES,
         max_field_size=MAX_HEADER_BYTES,

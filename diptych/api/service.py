@@ -174,7 +174,7 @@ class Service:
         self._running: dict[str, str] = {}  # engine's id of a sequence -> the id its client knows
         self._idle = asyncio.Event()
         self._idle.set()
-        self._progress = asyncio.Event()  # set, and replaced, when the engine has answered anything
+        self._progress: asyncio.Event | None = None  # set when the engine answers anything; exists while somebody waits
 
     # ---- in ----
 
@@ -206,6 +206,7 @@ class Service:
 
     async def progress(self) -> None:
         """Return when the engine has answered anything, to any request. The caller sets the deadline."""
+        self._progress = self._progress or asyncio.Event()
         await self._progress.wait()
 
     # ---- out ----
@@ -323,8 +324,9 @@ class Service:
             self._idle.set()
 
     def _mark_progress(self) -> None:
-        self._progress.set()
-        self._progress = asyncio.Event()
+        if self._progress is not None:
+            self._progress.set()
+            self._progress = None
 
 
 def _with_rid(request: Request, rid: str) -> Request:

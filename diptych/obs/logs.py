@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
-
-class RequestLog(logging.LoggerAdapter[logging.Logger]):
-    """Puts the request's id in front: `RequestLog(log, {"rid": rid})`."""
-
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        rid = (self.extra or {}).get("rid", "-")
-        return f"[{rid}] {msg}", kwargs
+from aiohttp.http import HttpProcessingError
 
 
 class _OneLine(logging.Formatter):
@@ -22,6 +15,14 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """Malformed HTTP is the client's fault and anybody can send it: one quiet line, no traceback."""
+    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+        record.msg, record.args, record.exc_info = "malformed HTTP from a client", (), None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
 
 
 def set_up(level: str, role: str) -> None:
@@ -35,5 +36,8 @@ def set_up(level: str, role: str) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
+    server = logging.getLogger("aiohttp.server")
+    if _shorten not in server.filters:
+        server.addFilter(_shorten)
     for noisy in ("asyncio", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
