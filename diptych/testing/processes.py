@@ -104,6 +104,8 @@ class ServerProcess(AbstractContextManager["ServerProcess"]):
                 os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         self._reader.join(5)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return code
 
     def __exit__(
