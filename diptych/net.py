@@ -1,7 +1,7 @@
 """Names and sockets, aware of the pod a process runs in.
 
-`diptych up` runs every pod of a group on this machine, each with its own loopback address. Two variables tell our programs:
-`DIPTYCH_HOSTS` names a hosts file (`IP name name…`, re-read when it changes), so that pod DNS names resolve, and
+`diptych up` runs every pod of a group on this machine, each with its own loopback address. Two variables tell our
+programs: `DIPTYCH_HOSTS` names a hosts file (`IP name name…`, re-read when it changes), so that pod DNS names resolve, and
 `DIPTYCH_POD_IP` is the address that a wildcard bind (0.0.0.0) means inside the pod. On Kubernetes both are unset.
 All servers bind through `listen_socket` and all clients resolve through `resolve` or `Resolver`.
 """
@@ -48,7 +48,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def listen_socket(host: str, port: int, *, backlog: int = 1024) -> socket.socket:
-    """A listening TCP socket, non-blocking. Port 0 lets the kernel choose. Raises ConfigError that names the address."""
+    """A listening TCP socket, non-blocking. Port 0 lets the kernel choose. Raises ConfigError with the address."""
     sock = bind_socket(host, port)
     sock.listen(backlog)
     return sock

@@ -1,4 +1,4 @@
-"""Real servers as child processes, for tests and benchmarks: start, wait until ready, ask, stop, leave nothing behind."""
+"""Real servers as child processes, for tests and benchmarks: start, wait, ask, stop, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ServerProcess(AbstractContextManager["ServerProcess"]):
         self._lines.put(None)
 
     def wait_ready(self, timeout_s: float = 90.0) -> ServerProcess:
-        """Return once the server says that it is ready. Raises RuntimeError with its log if it ends or takes too long."""
+        """Return once the server says that it is ready. Raises RuntimeError, with its log, if it ends or is late."""
         deadline = time.monotonic() + timeout_s
         while not self.url:
             try:
