@@ -1,8 +1,8 @@
-"""What the router costs: its own CPU time for each request and for each streamed part, and what it adds to a direct connection.
+"""What the router costs: its CPU time for each request and each streamed part, and what it adds to a direct connection.
 
-Two mock servers (a bare protocol that parses next to nothing, so that they cost little) stand behind a router process. The
-same load goes to the router and straight to the decode mock. The router's CPU time is read from the kernel before and
-after. Prints JSON.
+Two mock servers (a bare protocol that parses next to nothing, so that they cost little) stand behind a router process.
+The same load goes to the router and straight to the decode mock. The router's CPU time is read from the kernel before
+and after. Prints JSON.
 
     python benchmarks/router.py [--requests 3000] [--streams 16] [--parts 1000] [--output FILE]
 """
@@ -43,7 +43,7 @@ SETTLE_S = 0.5
 
 
 class Mock(asyncio.Protocol):
-    """Answers anything: GET with 200; a body that asks for a stream with parts, one a write, `gap_s` apart; else with ANSWER."""
+    """Answers anything: GET with 200; a body that asks for a stream with parts `gap_s` apart; else with ANSWER."""
 
     num_parts = 0
     gap_s = 0.0
@@ -222,7 +222,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-c", "from diptych.cli import entry; entry()", "route"]
     command += ["--prefill", f"http://127.0.0.1:{prefill}", "34000", "--decode", f"http://127.0.0.1:{decode}"]
     command += ["--port", str(port), "--log-level", "warning", *args.router_flags]
-    router = subprocess.Popen(command)
+    router = subprocess.Popen(command)  # noqa: ASYNC220  nothing else runs yet
     try:
         await _ready(port)
         process = psutil.Process(router.pid)

@@ -53,8 +53,8 @@ async def _run(config: RouterConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    await router.start()
     try:
+        await router.start()
         if not await router.wait_ready(stop):
             return 1
         if not stop.is_set():
@@ -92,7 +92,7 @@ class Router:
         self._health = HealthChecker(config, self.fleet, self._upstream, headers)
         self._server = HttpServer(self.app.handle, max_body_bytes=config.max_payload_size)
         self._metrics_server = HttpServer(self.app.metrics_only, max_body_bytes=0)
-        self.port = 0
+        self.port = self.metrics_port = 0  # what the kernel chose, once they listen
 
     @property
     def url(self) -> str:
@@ -109,7 +109,9 @@ class Router:
         self.port = sock.getsockname()[1]
         await self._server.start(sock)
         if self._config.prometheus_port >= 0:
-            await self._metrics_server.start(listen_socket(self._config.prometheus_host, self._config.prometheus_port))
+            sock = listen_socket(self._config.prometheus_host, self._config.prometheus_port)
+            self.metrics_port = sock.getsockname()[1]
+            await self._metrics_server.start(sock)
         self._health.start()
         log.info("listening on %s:%d", self._config.host, self.port)
 

@@ -17,11 +17,12 @@ def parse(*words: str) -> RouterConfig:
 
 
 def test_the_seeds_command_line():
-    config = parse_router_args(
+    line = (
         "--prefill http://sglang-pd-prefill-0.sglang-pd-prefill:8000 http://sglang-pd-prefill-1.sglang-pd-prefill:8000"
         " --prefill-bootstrap-ports 34000 34000 --decode http://sglang-pd-decode-0.sglang-pd-decode:8000"
-        " --host 0.0.0.0 --port 8000".split()
+        " --host 0.0.0.0 --port 8000"
     )
+    config = parse_router_args(line.split())
     assert config.prefill == (
         ServerAddress("sglang-pd-prefill-0.sglang-pd-prefill", 8000, 34000),
         ServerAddress("sglang-pd-prefill-1.sglang-pd-prefill", 8000, 34000),
