@@ -27,6 +27,8 @@ from msgspec import Meta
 
 from diptych.errors import BadRequest, DiptychError, NotFound, ProtocolError, Unauthorized, Unavailable
 from diptych.net import Resolver
+from diptych.transfer.tcp import split_host_port
+from diptych.transfer.wire import Terms
 
 MAX_BODY_BYTES = 64 << 10
 DP_RANK_EXPIRES_S = 120.0
@@ -273,6 +275,45 @@ def _session(timeout_s: float) -> aiohttp.ClientSession:
         connector=aiohttp.TCPConnector(resolver=Resolver(), force_close=True),
         timeout=aiohttp.ClientTimeout(total=timeout_s),
     )
+
+
+def registrations(
+    terms: Terms, tp_size: int, control_address: str, boot_id: str, kv_dtype: str, http_port: int
+) -> list[Registration]:
+    """What the ranks of one prefill server register: rank 0 speaks for all of them."""
+    host, port = split_host_port(control_address.partition("://")[2])
+    return [
+        Registration(
+            attn_tp_size=tp_size,
+            attn_tp_rank=rank,
+            rank_ip=host,
+            rank_port=port,
+            page_size=terms.page_size,
+            kv_cache_dtype=kv_dtype,
+            kv_layout=terms.layout,
+            prefill_http_port=http_port,
+            control_address=control_address,
+            boot_id=boot_id,
+            fingerprint=terms.fingerprint,
+        )
+        for rank in range(tp_size)
+    ]
+
+
+async def announce(host: str, port: int, ranks: list[Registration], secret: str, timeout_s: float) -> None:
+    """Register all ranks, waiting for the service to start. Raises what `register` raised last once time is over."""
+    loop = asyncio.get_running_loop()
+    give_up_at, pause = loop.time() + timeout_s, 0.05
+    for rank in ranks:
+        while True:
+            try:
+                await register(host, port, rank, secret, max(1.0, give_up_at - loop.time()))
+                break
+            except Unavailable:
+                if loop.time() + pause >= give_up_at:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
 
 async def register(host: str, port: int, rank: Registration, secret: str, timeout_s: float) -> None:

@@ -47,6 +47,7 @@ class _Room:
         self.commands: asyncio.Queue[Send] = asyncio.Queue()
         self.frames: list[int] = []  # so far, to each decode rank
         self.num_bytes = 0
+        self.failed = False  # nothing more is sent; rank 0 ends the room with a Cancel
         self.task: asyncio.Task[None] | None = None
 
 
@@ -108,14 +109,16 @@ class Outgoing:
             room = self._rooms[command.room] = _Room(command.epoch)
             room.frames = [0] * len(command.peers)
             room.task = self._tasks.spawn(self._run(command.room, room), f"send-{command.room}")
-        room.commands.put_nowait(command)
+        if not room.failed:
+            room.commands.put_nowait(command)
 
     def cancel(self, command: Cancel) -> bool:
         """False if the room is not one of ours. What is already with a link still arrives, and is refused there."""
         room = self._rooms.get(command.room)
         if room is None or room.epoch != command.epoch:
             return False
-        self._forget(command.room, room)
+        del self._rooms[command.room]
+        self._stop(command.room, room)
         self._on_event(Cancelled(command.room, command.epoch))
         return True
 
@@ -127,16 +130,16 @@ class Outgoing:
     def _slices(self, decode_world: int) -> list[HeadSlice]:
         return slices_to_send(self._num_kv_heads, self._world, self._rank, decode_world)
 
-    def _forget(self, number: int, room: _Room) -> None:
-        del self._rooms[number]
+    def _stop(self, number: int, room: _Room) -> None:
         self._pool.leave(number)
         if room.task is not None:
             room.task.cancel()
 
     def _fail(self, number: int, room: _Room, message: str, code: str) -> None:
-        if self._rooms.get(number) is room:
+        if self._rooms.get(number) is room and not room.failed:
             self._counters.failures += 1
-            self._forget(number, room)
+            room.failed = True
+            self._stop(number, room)
             self._on_event(TransferFailed(number, room.epoch, message, code))
 
     def _link_broke(self, numbers: list[int], why: str) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from transfer_pair import PAGE_SIZE, Pair
 
+from diptych.errors import ProtocolError, TransferError
 from diptych.testing.network import Faults, MemoryNetwork
 from diptych.testing.virtual import run_virtual
 from diptych.transfer import auth, wire
 from diptych.transfer.pool import DATA_PURPOSE
 from diptych.transfer.room import HubOptions, KVPoll
-from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, Finish, FirstToken
+from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, FirstToken
 
 SRC = [3, 9, 1, 20, 7, 5, 11]
 DST = [30, 2, 17, 4, 0, 31, 8]
@@ -556,6 +557,178 @@ def test_duplicates_are_harmless(seed):
         expected[DST] = pair.prefill.whole[SRC]
         pair.decode.check_pool(expected)
         await asyncio.sleep(1)
+        await finish(pair)
+
+    run_virtual(main())
+
+
+def test_frames_of_an_older_use_of_the_room_are_refused():
+    """Same room, same pages, same generations: only the epoch tells them apart."""
+
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network)
+
+        def older(_, parcel):
+            if not is_frame(parcel):
+                return [parcel]
+            frame = wire.unpack_frame(parcel.header)
+            values = {name: getattr(frame, name) for name in frame.__struct_fields__}
+            header = wire.pack_frame(wire.Frame(**(values | {"epoch": frame.epoch ^ 1})))
+            return [type(parcel)(header, parcel.payload), parcel]
+
+        network.faults.tamper = older
+        await pair.hand_over(5, SRC, DST)
+        assert pair.decode.planes[0].counters.stale_frames == 3
+        await finish(pair)
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("wrong", [[1], [3], []])
+def test_decode_counts_the_frames(wrong):
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network)
+
+        def miscount(_, parcel):
+            try:
+                message = wire.decode_control(parcel.header)
+            except ProtocolError:
+                return [parcel]
+            if not isinstance(message, wire.Final):
+                return [parcel]
+            return [type(parcel)(wire.encode(wire.Final(message.room, message.epoch, message.first, wrong)), b"")]
+
+        network.faults.tamper = miscount
+        ends = {}
+        await try_hand_over(pair, ends)
+        assert ends["receiver"].state == ends["sender"].state == KVPoll.Failed
+        network.faults.tamper = None
+        await finish(pair)
+
+    run_virtual(main())
+
+
+def test_cancelling_one_room_does_not_disturb_its_neighbours():
+    """All rooms share one data link; frames of a cancelled room are finished, not cut off."""
+
+    async def main():
+        network = MemoryNetwork(1, Faults(delay_s=(0.01, 0.02)))
+        pair = await start(network, num_heads=2, num_pages=(4, 32), head_bytes=1 << 20)  # a page fills a frame
+        ends = []
+        for room in range(8):
+            sender, receiver = pair.prefill.hub.open(room, 4), pair.decode.hub.open(pair.bootstrap(room))
+            receiver.reserve(range(4 * room, 4 * room + 4), [1] * 4)
+            sender.send(range(4), 0)
+            sender.finish(FirstToken(room, 0))
+            ends.append((sender, receiver))
+        await pair.prefill.until(lambda: all(sender.state == KVPoll.Transferring for sender, _ in ends))
+        for sender, receiver in ends[::2]:
+            random.Random(1).choice([sender, receiver]).abort("the client went away")
+        for sender, receiver in ends:
+            await pair.decode.until(lambda receiver=receiver: receiver.ended)
+            await pair.prefill.until(lambda sender=sender: sender.ended)
+        assert [int(receiver.state) for _, receiver in ends] == [0, 4] * 4
+        assert pair.prefill.planes[0].snapshot()["links"] == 1
+        await asyncio.sleep(1)
+        await finish(pair)
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("what", ["cut", "close"])
+def test_rooms_of_which_only_one_half_is_open_end_with_the_link(side, what):
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network)
+        await pair.hand_over(1, SRC, DST)
+        receiver = pair.decode.hub.open(pair.bootstrap(5))  # prefill never gets this one's request
+        receiver.reserve(DST, GENERATIONS)
+        sender = pair.prefill.hub.open(6, 2)
+        other = pair.decode.hub.open(pair.bootstrap(6))  # waits for pages
+        await asyncio.sleep(0.1)
+        assert pair.prefill.hub.snapshot()["rooms"] == 2
+        if what == "cut":
+            network.cut("prefill-0", "decode-0")
+        else:
+            await (pair.prefill if side == "prefill" else pair.decode).close()
+        await asyncio.sleep(0.1)
+        assert all(end.state == KVPoll.Failed for end in (receiver, sender, other))
+        assert pair.prefill.hub.snapshot()["rooms"] == 0 and pair.decode.hub.snapshot()["rooms"] == 0
+        await finish(pair)
+
+    run_virtual(main())
+
+
+def test_idle_data_links_are_closed_and_opened_again():
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network, idle_timeout_s=10.0)
+        for room in range(3):
+            await pair.hand_over(room, SRC, DST)
+            assert (network.num_links, pair.prefill.planes[0].snapshot()["links"]) == (2, 1)
+            await asyncio.sleep(9)
+            assert network.num_links == 2
+            await asyncio.sleep(2)
+            assert network.num_links == 1  # control stays
+        await finish(pair)
+
+    run_virtual(main())
+
+
+def test_data_links_are_ready_before_the_first_room_needs_them():
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network, tp=(2, 2))
+        receiver = pair.decode.hub.open(pair.bootstrap(1))
+        await pair.decode.until(lambda: receiver.state == KVPoll.WaitingForInput)
+        await asyncio.sleep(0.1)
+        assert [plane.snapshot()["links"] for plane in pair.prefill.planes] == [1, 1]
+        receiver.abort("enough")
+        await asyncio.sleep(0.1)
+        await finish(pair)
+
+    run_virtual(main())
+
+
+def test_a_room_number_may_be_used_again():
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network)
+        for _ in range(3):
+            await pair.hand_over(5, SRC, DST)
+        sender, receiver = pair.prefill.hub.open(5, 2), pair.decode.hub.open(pair.bootstrap(5))
+        for hub_open in (lambda: pair.prefill.hub.open(5, 2), lambda: pair.decode.hub.open(pair.bootstrap(5))):
+            with pytest.raises(TransferError, match="room 5 is in use"):
+                hub_open()
+        sender.abort("enough")
+        await pair.decode.until(lambda: receiver.ended)
+        await pair.hand_over(5, SRC, DST)
+        await finish(pair)
+
+    run_virtual(main())
+
+
+def test_mistakes_of_the_engine_are_told():
+    async def main():
+        pair = await start(MemoryNetwork(1))
+        sender, receiver = pair.prefill.hub.open(5, 4), pair.decode.hub.open(pair.bootstrap(5))
+        for call in (
+            lambda: sender.send([1], 1),
+            lambda: sender.send([1] * 5, 0),
+            lambda: sender.finish(FirstToken(1, 0)),
+            lambda: receiver.reserve([1], [1], PAGE_SIZE + 1),
+            lambda: receiver.reserve([1], [1], 2 * PAGE_SIZE),
+        ):
+            with pytest.raises(TransferError):
+                call()
+        receiver.reserve([1, 2, 3], [1, 1, 1])
+        with pytest.raises(TransferError):
+            receiver.reserve([1, 2, 3], [1, 1, 1])
+        await pair.decode.until(lambda: receiver.ended)
+        assert "decode reserved 3 pages where the prompt has 4" in receiver.error.message
         await finish(pair)
 
     run_virtual(main())
