@@ -1,8 +1,9 @@
 """Names and sockets, aware of the pod a process runs in.
 
 `diptych up` runs every pod of a group on this machine, each with its own loopback address. Two variables tell our
-programs: `DIPTYCH_HOSTS` names a hosts file (`IP name name…`, re-read when it changes), so that pod DNS names resolve, and
-`DIPTYCH_POD_IP` is the address that a wildcard bind (0.0.0.0) means inside the pod. On Kubernetes both are unset.
+programs: `DIPTYCH_HOSTS` names a hosts file (`IP name name…`, re-read when it changes), so that pod DNS names
+resolve, and `DIPTYCH_POD_IP` is the address that a wildcard bind (0.0.0.0) means inside the pod. On Kubernetes both
+are unset.
 All servers bind through `listen_socket` and all clients resolve through `resolve` or `Resolver`.
 """
 
