@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -215,15 +215,14 @@ def _finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, A
 
 
 async def _events(jobs: list[Job], body: GenerateBody, batch: bool, ctx: Context) -> AsyncGenerator[bytes, None]:
-    now = asyncio.get_running_loop().time
-    started = now()
+    started = time.perf_counter()
     answers = [_Answer.of(job, body, ctx) for job in jobs]
     left = len(jobs)
     async with aclosing(ctx.service.stream_all(jobs)) as steps:
         async for step in steps:
             data = b""
             for index, delta in step:
-                answers[index].add(delta, now() - started)
+                answers[index].add(delta, time.perf_counter() - started)
                 left -= delta.finish is not None
                 if delta.tokens or delta.text or delta.finish is not None:
                     frame = answers[index].frame()

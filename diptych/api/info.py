@@ -14,6 +14,7 @@ from diptych.api.wire import json_response, read_body
 from diptych.config import ServerConfig
 from diptych.errors import BadRequest, DiptychError, NotFound
 from diptych.obs.metrics import CONTENT_TYPE
+from diptych.types import Stats
 
 SECRETS = frozenset({"api_key", "admin_api_key", "disaggregation_secret_file"})
 
@@ -80,12 +81,13 @@ async def server_info(request: web.Request) -> web.Response:
         state = await engine.control("state")
     except DiptychError as error:
         state = {"error": error.message}
-    stats = msgspec.to_builtins(engine.stats)
+    report = state.pop("stats", None)
+    stats = engine.stats if report is None else msgspec.convert(report, Stats)
     internal = {
-        "last_gen_throughput": engine.stats.gen_throughput,
-        "max_total_num_tokens": engine.max_total_num_tokens,
+        "last_gen_throughput": stats.gen_throughput,
         "max_running_requests": ctx.config.max_running_requests,
-        **{name: value for name, value in stats.items() if not isinstance(value, list)},
+        **{name: value for name, value in msgspec.structs.asdict(stats).items() if not isinstance(value, list)},
+        "max_total_num_tokens": engine.max_total_num_tokens,
         **state,
     }
     return json_response(

@@ -162,7 +162,10 @@ def make_sampling(
     grammar_after: int | None = None,
     prefix: str = "",
 ) -> Sampling:
-    """Check every range and put the pieces together. Raises BadRequest that names the field (with `prefix`)."""
+    """Check every range and put the pieces together. Raises BadRequest that names the field (with `prefix`).
+
+    A grammar decides when the answer ends: with one, ignore_eos and the least number of tokens do not count.
+    """
     refuse_unsupported(fields, prefix)
 
     def number(name: str, low: float, high: float, default: float) -> float:
@@ -184,7 +187,7 @@ def make_sampling(
         raise BadRequest(f"{name} must be between 0 and the greatest number of tokens, {max_new}", param=name)
     return Sampling(
         max_new_tokens=max_new,
-        min_new_tokens=least,
+        min_new_tokens=least if grammar is None else 0,
         temperature=number("temperature", 0.0, MAX_TEMPERATURE, defaults.temperature),
         top_p=top_p,
         top_k=_top_k(fields.top_k, defaults.top_k, prefix),
@@ -198,7 +201,7 @@ def make_sampling(
         stop_token_ids=token_ids(
             fields.stop_token_ids or (), room.vocab_size, f"{prefix}stop_token_ids", MAX_STOP_TOKEN_IDS
         ),
-        ignore_eos=bool(fields.ignore_eos),
+        ignore_eos=bool(fields.ignore_eos) and grammar is None,
         grammar=grammar,
         grammar_after=grammar_after if grammar is not None else None,
     )

@@ -178,18 +178,26 @@ class GrammarState:
         assert sampling.grammar is not None
         self._matcher = compiler.compile(sampling.grammar)
         self._after = sampling.grammar_after
+        self._failure: BadRequest | None = None
 
     def mask(self) -> bytes | None:
-        """Tokens allowed next; None: all, the grammar has not begun. Raises BadRequest as Matcher.mask does."""
+        """Tokens allowed next; None: all, the grammar has not begun. Raises BadRequest once the grammar has failed."""
+        if self._failure is not None:
+            raise self._failure
         return None if self._after is not None else self._matcher.mask()
 
     def advance(self, token: int) -> None:
-        """Take the sampled token, whatever the phase. Raises BadRequest as Matcher.advance does."""
-        if self._after is None:
+        """Take the sampled token, whatever the phase. Never raises: a token that does not fit is told by the next
+        mask.
+        """
+        if self._after is not None:
+            self._after = None if token == self._after else self._after
+            return
+        try:
             self._matcher.advance(token)
-        elif token == self._after:
-            self._after = None
+        except BadRequest as error:
+            self._failure = error
 
     @property
     def finished(self) -> bool:
-        return self._after is None and self._matcher.finished
+        return self._after is None and self._failure is None and self._matcher.finished

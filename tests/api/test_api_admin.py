@@ -159,6 +159,7 @@ async def test_server_info_has_no_secrets(serve: Serve) -> None:
         state = reply["internal_states"][0]
         assert reply["disable_radix_cache"] is False and reply["tp_size"] == 1
         assert state["last_gen_throughput"] == 0.0 and state["exact"] is True
+        assert state["num_running_reqs"] == 0 and state["num_queue_reqs"] == 0
         assert reply["max_total_num_tokens"] == state["max_total_num_tokens"] == 100_000
 
 

@@ -277,6 +277,13 @@ async def test_sampling_fields_arrive(serve: Serve) -> None:
     assert (request.namespace, request.priority, request.rid) == ("me", 3, "mine")
 
 
+async def test_a_grammar_decides_the_end(serve: Serve) -> None:
+    server = await serve("1")
+    await server.post(PATH, {**HI, "regex": "1", "ignore_eos": True, "min_tokens": 5})
+    sampling = server.engine.requests[0].sampling
+    assert (sampling.ignore_eos, sampling.min_new_tokens) == (False, 0)
+
+
 async def test_models_defaults(serve: Serve) -> None:
     server = await serve(sampling_defaults="model")
     await server.post(PATH, HI)

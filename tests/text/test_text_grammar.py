@@ -96,6 +96,15 @@ def test_a_token_that_does_not_fit(compiler: GrammarCompiler, demo: Tokenizer) -
     assert "<state>" not in caught.value.message
 
 
+def test_a_token_that_does_not_fit_is_told_by_the_next_mask(compiler: GrammarCompiler, demo: Tokenizer) -> None:
+    state = GrammarState(Sampling(grammar=Grammar("regex", "[0-9]+")), compiler)
+    state.advance(demo.encode("x", special=False)[0])
+    assert not state.finished
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="regex"):
+            state.mask()
+
+
 def test_the_grammar_waits_for_its_token(compiler: GrammarCompiler, demo: Tokenizer) -> None:
     think_end = demo.id_of("</think>")
     assert think_end is not None
