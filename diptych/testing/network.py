@@ -83,6 +83,11 @@ class MemoryNetwork:
     def num_links(self) -> int:
         return len(self._links)
 
+    @property
+    def num_bytes_in_flight(self) -> int:
+        """Sent and not yet read, on all links in both directions."""
+        return sum(link.num_bytes_in_flight for link in self._links)
+
     # ---- faults, from outside ----
 
     def cut(self, one: str, other: str) -> None:
@@ -207,6 +212,10 @@ class MemoryLink:
         return self._out.pair
 
     @property
+    def num_bytes_in_flight(self) -> int:
+        return self._out.num_bytes + self._in.num_bytes
+
+    @property
     def _gone(self) -> str:
         """Why nothing can be sent any more, "" if it can."""
         return self._closed or self._in.ended
@@ -218,9 +227,13 @@ class MemoryLink:
         if len(header) > MAX_HEADER_BYTES or len(parcel.payload) > MAX_PAYLOAD_BYTES:
             raise ProtocolError(f"a message of {parcel.num_bytes} bytes is beyond the limits of a link")
         async with self._turn:
-            while not self._gone and self._out.num_bytes >= _WINDOW_BYTES:
-                self._out.changed.clear()
-                await self._out.changed.wait()
+            try:
+                while not self._gone and self._out.num_bytes >= _WINDOW_BYTES:
+                    self._out.changed.clear()
+                    await self._out.changed.wait()
+            except asyncio.CancelledError:
+                self.close()  # a socket would have taken half of it by now
+                raise
             if self._gone:
                 raise LinkClosed(self._gone)
             self._dispatch(parcel)
