@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from diptych.errors import ConfigError
 
 DEFAULT_POOL_BYTES = 256 << 20
 MAX_DEFAULT_CONTEXTS = 64
+MEMORY_PAGE = 4096
 
 
 class KVPool:
@@ -34,7 +36,7 @@ class KVPool:
     ) -> None:
         self.page_size, self.num_heads, self.num_layers, self.head_dim = page_size, num_heads, num_layers, head_dim
         shape = (num_pages, num_heads, num_layers, 2, page_size, head_dim)
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.pages = _zeros(shape, dtype) if device == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         runs = self.pages.view(num_pages * num_heads, num_layers, 2, page_size * head_dim)
         self._keys = [runs[:, layer, 0] for layer in range(num_layers)]
         self._values = [runs[:, layer, 1] for layer in range(num_layers)]
@@ -51,6 +53,14 @@ class KVPool:
     def gather_values(self, layer: int, runs: Tensor, out: Tensor) -> None:
         """As gather_keys."""
         torch.index_select(self._values[layer], 0, runs, out=out)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that cost memory and time only where they are touched (torch writes them all), aligned to a memory page."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + MEMORY_PAGE, np.uint8)
+    start = -memory.ctypes.data % MEMORY_PAGE
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
 class CpuPageStore:
