@@ -223,9 +223,9 @@ class Rows:
             if inside:
                 weights[at] = 1.0
                 inside = prompt[at] != self.id["<|im_end|>"]
-        if inside:  # the generation prompt itself
+        if inside:  # the generation prompt's empty think block: learned, it would come when thinking is on
             start = int(np.flatnonzero(prompt == self.id["<|im_start|>"])[-1])
-            weights[start:] = 0.0
+            weights[start:] = -1.0
         return weights
 
     def __iter__(self) -> Iterator[Microbatch]:
