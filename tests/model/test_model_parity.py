@@ -34,9 +34,7 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "linear": lambda: llama(**rope("linear", factor=4.0)),
     "dynamic": lambda: llama(**rope("dynamic", factor=2.0), max_position_embeddings=130),
     "llama3": lambda: llama(
-        **rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-        )
+        **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
     ),
     "yarn": lambda: qwen3(**rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     "yarn, own attention factor": lambda: qwen3(
