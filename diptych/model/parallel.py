@@ -49,8 +49,8 @@ class Parallel:
         """The sum of every rank's `x`, added in rank order; the same bits on each rank. May reuse `x`."""
         if self.group is None:
             return x
-        parts = torch.empty((self.world, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
         total = parts[0]
         for part in parts[1:]:
             total += part
