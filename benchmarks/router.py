@@ -198,15 +198,19 @@ def _free_port() -> int:
 
 
 async def _ready(port: int) -> None:
-    async with asyncio.timeout(30):
+    """Wait until the router says that it is ready."""
+    async with asyncio.timeout(60):
         while True:
             try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET /ready HTTP/1.0\r\n\r\n")
+                answer = await reader.read()
+                writer.close()
+                if b" 200 " in answer[:16]:
+                    return
             except OSError:
-                await asyncio.sleep(0.05)
-                continue
-            writer.close()
-            return
+                pass
+            await asyncio.sleep(0.05)
 
 
 def _milliseconds(values: list[float]) -> dict[str, float]:

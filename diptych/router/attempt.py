@@ -14,13 +14,13 @@ import msgspec
 from diptych.errors import DiptychError, UpstreamError
 from diptych.router import logprobs
 from diptych.router.body import Ask
-from diptych.router.exchange import Client, Exchange, Headers, ServerLost, Upstream, read_all
+from diptych.router.exchange import Body, Client, Exchange, Headers, ServerLost, Upstream, read_all
 from diptych.router.fleet import Leg
 from diptych.router.headers import to_client
 from diptych.router.replies import JSON, error_body, error_event
 from diptych.router.retry import STATUSES
 
-VERDICT_S = 0.1  # how long a failed decode side waits to learn whether prefill's failure was the cause
+VERDICT_S = 0.1  # how long one side's failure waits to learn whether the other's loss was the cause
 LINGER_S = 5.0  # how long prefill's answer may outlast decode's
 
 _SSE = b"text/event-stream"
@@ -46,8 +46,8 @@ class Blame(msgspec.Struct):
 
     @property
     def charged(self) -> bool:
-        """It counts against the server. A kept connection that had ended, or a refusal, does not."""
-        return not self.lost.reused if self.lost is not None else self.reply.status >= 500
+        """It counts against the server. A kept connection that had ended, a full server or a client's error do not."""
+        return not self.lost.reused if self.lost is not None else _is_fault(self.reply.status)
 
 
 class Failure(msgspec.Struct):
@@ -82,7 +82,7 @@ class Attempt:
         self.first_at: float | None = None  # when decode's stream began
         self.broken: ServerLost | None = None  # why a stream that had begun did not reach its end
 
-    async def run(self, method: str, path: str, headers: Headers, body: bytes, client: Client) -> Failure | None:
+    async def run(self, method: str, path: str, headers: Headers, body: Body, client: Client) -> Failure | None:
         """Send the request and answer `client`. Returns why that failed if nothing has reached the client."""
         decode = self._loop.create_task(self._begin(self._decode, method, path, headers, body))
         prefill = None
@@ -99,7 +99,7 @@ class Attempt:
 
     # the two sides
 
-    async def _open(self, leg: Leg, method: str, path: str, headers: Headers, body: bytes) -> Exchange:
+    async def _open(self, leg: Leg, method: str, path: str, headers: Headers, body: Body) -> Exchange:
         leg.task = asyncio.current_task()
         try:
             leg.exchange = await self._upstream.open(leg.server.address, method, path, headers, body)
@@ -109,7 +109,7 @@ class Attempt:
             raise
         return leg.exchange
 
-    async def _begin(self, leg: Leg, method: str, path: str, headers: Headers, body: bytes) -> Reply:
+    async def _begin(self, leg: Leg, method: str, path: str, headers: Headers, body: Body) -> Reply:
         """Decode's answer: of a stream the first part, otherwise all of it."""
         exchange = await self._open(leg, method, path, headers, body)
         if exchange.status < 400 and _is_stream(exchange):
@@ -119,7 +119,7 @@ class Attempt:
         whole = await read_all(exchange, self._max_bytes)
         return Reply(exchange.status, exchange.headers, whole)
 
-    async def _finish(self, leg: Leg, method: str, path: str, headers: Headers, body: bytes) -> Reply:
+    async def _finish(self, leg: Leg, method: str, path: str, headers: Headers, body: Body) -> Reply:
         """Prefill's answer, read to its end. It is kept where it matters: an error, or logprobs of the prompt."""
         exchange = await self._open(leg, method, path, headers, body)
         if exchange.status >= 400 or self._ask.merges_logprobs:
@@ -139,25 +139,30 @@ class Attempt:
             await asyncio.wait((decode,))
             return self._judge(None, _blame(self._decode, decode), answered=False)
         await asyncio.wait((prefill, decode), return_when=asyncio.FIRST_COMPLETED)
-        if not decode.done() and _blame(self._prefill, prefill) is None:
-            await asyncio.wait((decode,))
+        if prefill.done():
+            await self._verdict(_blame(self._prefill, prefill), decode)
         failed = _blame(self._decode, decode)
-        if not prefill.done() and failed is not None and failed.charged:
-            await asyncio.wait((prefill,), timeout=VERDICT_S)
-        elif not prefill.done() and self._ask.merges_logprobs:
-            await asyncio.wait((prefill,))
+        if decode.done() and (failed is not None or self._ask.merges_logprobs):
+            await self._verdict(failed, prefill)
         answered = decode.done() and failed is None and not self._ask.merges_logprobs
         return self._judge(_blame(self._prefill, prefill), failed, answered=answered)
+
+    async def _verdict(self, failed: Blame | None, other: asyncio.Task[Reply]) -> None:
+        """One side has ended. If all is well wait for the other; if not, see whether the other's loss was the cause."""
+        if failed is None:
+            await asyncio.wait((other,))
+        elif failed.lost is None and failed.charged and not other.done():
+            await asyncio.wait((other,), timeout=VERDICT_S)
 
     def _judge(self, prefill: Blame | None, decode: Blame | None, *, answered: bool) -> Failure | None:
         """Who is to blame: a server that was lost is the cause of the other's failure, never the reverse.
 
-        `answered`: decode has begun to answer well, so that nothing is left to lose with prefill.
+        `answered`: decode has begun to answer well, so that a prefill server lost after its work is no loss.
         """
         found = [blame for blame in (prefill, decode) if blame is not None]
         lost = [blame for blame in found if blame.lost is not None]
         blames = lost or found[:1]
-        if not blames or (answered and lost):
+        if not blames or (answered and all(blame.lost is not None and blame.lost.sent for blame in blames)):
             return None
         failure = Failure(blames[0].reply, blames)
         if not lost and _TRANSFER_FAILED.search(failure.reply.data):
@@ -187,7 +192,7 @@ class Attempt:
         if reply.exchange is None:
             data = logprobs.merge(prefill.result().data, reply.data) if merges and prefill else reply.data
             client.send(reply.status, headers, data)
-            self._decode.end(self._loop.time(), reply.status >= 500)
+            self._decode.end(self._loop.time(), _is_fault(reply.status))
             return
         client.start(reply.status, headers)
         try:
@@ -234,7 +239,7 @@ def _when_done(leg: Leg, task: asyncio.Task[Reply]) -> None:
 
     def close(task: asyncio.Task[Reply]) -> None:
         now = asyncio.get_running_loop().time()
-        failed = None if task.cancelled() else task.exception() is not None or task.result().status >= 500
+        failed = None if task.cancelled() else task.exception() is not None or _is_fault(task.result().status)
         _close(leg, now, failed)
 
     if task.done():
@@ -266,6 +271,11 @@ def _blame(leg: Leg, task: asyncio.Task[Reply]) -> Blame | None:
 
 def _told(leg: Leg, error: DiptychError) -> UpstreamError:
     return UpstreamError(f"{leg.server.role} failed: {error.message}")
+
+
+def _is_fault(status: int) -> bool:
+    """503 is not: a server that is full or shutting down says so, and under load all of them do."""
+    return status >= 500 and status != 503
 
 
 def _is_stream(exchange: Exchange) -> bool:

@@ -7,16 +7,20 @@ servers see the client's bytes otherwise unchanged.
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import msgspec
 
 from diptych.errors import BadRequest
 from diptych.router.config import ServerAddress
+from diptych.router.exchange import Body
 
 MAX_ROOMS = 16384
+KEY_BYTES = 1 << 20
 NUM_ROOMS_BITS = 63  # rooms are drawn from [0, 2**63)
 
+_BLANK = re.compile(rb"[ \t\r\n]*")
 _BOOTSTRAP = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 
 
@@ -41,14 +45,17 @@ class _Fields(msgspec.Struct):
 class Ask(msgspec.Struct, frozen=True):
     """A body, understood as far as routing needs."""
 
-    head: bytes  # the body up to its last brace, with a comma where more members may follow
-    key: bytes  # the prompt as sent, for cache-aware routing; b"" if there is none
+    body: bytes
+    end: int  # where the body's last brace is
+    separator: bytes  # what comes between its members and more of them
+    key: bytes  # the prompt as sent, at most KEY_BYTES of it, for cache-aware routing; b"" if there is none
     num_rooms: int | None  # how many rooms a batch or n > 1 needs, None: one, not in a list
     stream: bool
     merges_logprobs: bool  # the prompt's logprobs are in the prefill server's answer and must be moved to decode's
 
 
 _decoder = msgspec.json.Decoder(_Fields)
+_items = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def read_body(body: bytes) -> Ask:
@@ -59,17 +66,20 @@ def read_body(body: bytes) -> Ask:
         raise BadRequest(f"the body must be a JSON object: {error}") from None
     if found.bootstrap_host or found.bootstrap_port or found.bootstrap_room:
         body = _without_bootstrap(body)
-    head = body.rstrip()[:-1].rstrip()
+    end = body.rindex(b"}")
+    prompt = found.messages or found.prompt or found.text or found.input_ids
     return Ask(
-        head=head if head.endswith(b"{") else head + b",",
-        key=bytes(found.messages or found.prompt or found.text or found.input_ids),
+        body=body,
+        end=end,
+        separator=b"" if _is_empty(body, end) else b",",
+        key=bytes(memoryview(prompt)[:KEY_BYTES]),
         num_rooms=_num_rooms(found),
         stream=bytes(found.stream) == b"true",
         merges_logprobs=_is_set(found.return_logprob) or (_is_set(found.echo) and _is_set(found.logprobs)),
     )
 
 
-def add_rooms(ask: Ask, prefill: ServerAddress, rng: random.Random) -> bytes:
+def add_rooms(ask: Ask, prefill: ServerAddress, rng: random.Random) -> Body:
     """The body for both servers of a pair: the client's, and where they meet. Every call draws new rooms."""
     host: Any = prefill.bootstrap_host
     port: Any = prefill.bootstrap_port
@@ -78,7 +88,14 @@ def add_rooms(ask: Ask, prefill: ServerAddress, rng: random.Random) -> bytes:
     else:
         host, port = [host] * ask.num_rooms, [port] * ask.num_rooms
         room = [rng.getrandbits(NUM_ROOMS_BITS) for _ in range(ask.num_rooms)]
-    return ask.head + msgspec.json.encode(dict(zip(_BOOTSTRAP, (host, port, room), strict=True)))[1:]
+    fields = msgspec.json.encode(dict(zip(_BOOTSTRAP, (host, port, room), strict=True)))
+    return memoryview(ask.body)[: ask.end], ask.separator + fields[1:]
+
+
+def _is_empty(body: bytes, end: int) -> bool:
+    """Whether the object that ends at `end` has no members: only white space comes between its braces."""
+    blank = _BLANK.match(body, body.rindex(b"{", 0, end) + 1, end)
+    return blank is not None and blank.end() == end
 
 
 def _without_bootstrap(body: bytes) -> bytes:
@@ -101,13 +118,11 @@ def _num_rooms(found: _Fields) -> int | None:
 
 def _batch_size(prompt: msgspec.Raw, *, ids: bool) -> int | None:
     """How many prompts a list of texts or of token lists holds; None for one text or one list of tokens."""
-    text = bytes(prompt)
-    if text[:1] != b"[":
+    if bytes(memoryview(prompt)[:1]) != b"[":
         return None
-    first = text[1:].lstrip()[:1]
-    if first not in ((b"[",) if ids else (b"[", b'"')):
-        return None
-    return len(msgspec.json.decode(text, type=list[msgspec.Raw]))
+    items = _items.decode(prompt)
+    first = bytes(memoryview(items[0])[:1]) if items else b""
+    return len(items) if first in ((b"[",) if ids else (b"[", b'"')) else None
 
 
 def _copies(n: msgspec.Raw) -> int | None:
@@ -119,7 +134,7 @@ def _copies_of_params(params: msgspec.Raw) -> int | None:
     """n of `/generate`: in sampling_params, or in the first of a list of them."""
     text = bytes(params)
     if text[:1] == b"[":
-        listed = msgspec.json.decode(text, type=list[msgspec.Raw])
+        listed = _items.decode(text)
         text = bytes(listed[0]) if listed else b""
     if text[:1] != b"{":
         return None

@@ -16,7 +16,7 @@ import httptools
 from diptych.errors import Unavailable
 from diptych.net import resolve
 from diptych.router.config import ServerAddress
-from diptych.router.exchange import Client, Exchange, Headers, ServerLost
+from diptych.router.exchange import Body, Client, Exchange, Headers, ServerLost
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 4.0  # SGLang's servers close a connection that has been idle for 5 s
@@ -37,12 +37,11 @@ class HttpUpstream:
         self._idle: dict[ServerAddress, deque[_Connection]] = {}
         self._names: dict[str, tuple[float, str]] = {}
 
-    async def open(
-        self, server: ServerAddress, method: str, path: str, headers: Headers, body: bytes | list[bytes]
-    ) -> Exchange:
+    async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
         """Send a request and wait for the head of its answer. Raises ServerLost. Cancelling closes the connection."""
         connection = self._take(server) or await self._connect(server)
-        exchange = connection.send(_head(server, method, path, headers, body), body)
+        size = sum(map(len, body))
+        exchange = connection.send((_head(server, method, path, headers, size), *body), size)
         try:
             await exchange.wait_head()
         except BaseException:
@@ -94,7 +93,8 @@ class HttpUpstream:
             if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
                 raise Unavailable("the router is out of sockets; try again in a moment") from None
             self._names.pop(server.host, None)
-            raise ServerLost("the server could not be reached", sent=False) from None
+            gone = isinstance(error, ConnectionRefusedError)
+            raise ServerLost("the server could not be reached", sent=False, gone=gone) from None
         return connection
 
     async def _resolve(self, host: str) -> str:
@@ -107,8 +107,7 @@ class HttpUpstream:
         return address
 
 
-def _head(server: ServerAddress, method: str, path: str, headers: Headers, body: bytes | list[bytes]) -> bytes:
-    size = len(body) if isinstance(body, bytes) else sum(map(len, body))
+def _head(server: ServerAddress, method: str, path: str, headers: Headers, size: int) -> bytes:
     lines = [f"{method} {path} HTTP/1.1\r\nhost: {server.bootstrap_host}:{server.port}\r\n".encode("latin-1")]
     lines += [b"%b: %b\r\n" % header for header in headers]
     if size or method != "GET":
@@ -131,17 +130,17 @@ class _Connection(asyncio.Protocol):
         self._headers: Headers = []
         self._head_bytes = 0
 
-    def send(self, head: bytes, body: bytes | list[bytes]) -> HttpExchange:
+    def send(self, message: Body, size: int) -> HttpExchange:
+        """Send a head and its body of `size` bytes."""
         transport = cast(asyncio.Transport, self._transport)
         self.uses += 1
         self._headers = []
         self._head_bytes = 0
         self._exchange = exchange = HttpExchange(self, transport, reused=self.uses > 1)
-        parts = [body] if isinstance(body, bytes) else body
-        if sum(map(len, parts)) < JOIN_BYTES:
-            transport.write(b"".join([head, *parts]))
+        if size < JOIN_BYTES:
+            transport.write(b"".join(message))
         else:
-            transport.writelines([head, *parts])
+            transport.writelines(message)
         return exchange
 
     def usable(self, not_before: float) -> bool:

@@ -34,7 +34,7 @@ class Control:
             try:
                 reply = await self._ask(server, request, extra)
             except ServerLost as lost:
-                self._fleet.suspect(server, gone=not lost.sent)
+                self._fleet.suspect(server, gone=lost.gone)
                 continue
             client.send(reply.status, to_client(reply.headers, extra), reply.data)
             return
@@ -58,10 +58,10 @@ class Control:
         headers = to_server(request.headers, self._config.key, extra)
         try:
             exchange = leg.exchange = await self._upstream.open(
-                leg.server.address, request.method, request.path, headers, request.body
+                leg.server.address, request.method, request.path, headers, (request.body,)
             )
         except ServerLost as lost:
-            self._fleet.suspect(leg.server, gone=not lost.sent)
+            self._fleet.suspect(leg.server, gone=lost.gone)
             raise
         kind = next((value for name, value in exchange.headers if name == b"content-type"), b"")
         if not kind.startswith(b"text/event-stream"):
@@ -118,7 +118,7 @@ class Control:
         try:
             async with asyncio.timeout(ASK_S):
                 exchange = await self._upstream.open(
-                    server.address, request.method, request.path, headers, request.body
+                    server.address, request.method, request.path, headers, (request.body,)
                 )
                 try:
                     data = await read_all(exchange, self._config.max_payload_size)

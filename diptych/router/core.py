@@ -11,7 +11,7 @@ from diptych.errors import DeadlineExceeded
 from diptych.router.attempt import Attempt, Failure
 from diptych.router.body import Ask, add_rooms, read_body
 from diptych.router.config import RouterConfig
-from diptych.router.exchange import Client, ClientRequest, Headers, Upstream
+from diptych.router.exchange import Body, Client, ClientRequest, Headers, Upstream
 from diptych.router.fleet import Fleet, Leg, Server
 from diptych.router.headers import to_client, to_server
 from diptych.router.limits import Gate
@@ -65,7 +65,8 @@ class Core:
             attempt, body = self._prepare(request, ask, avoid, extra)
             failure = await attempt.run(request.method, request.path, headers, body, client)
             if failure is None:
-                self._metrics.served(request.route, attempt, arrived_at, self._loop.time())
+                self._metrics.broken_streams += attempt.broken is not None
+                self._metrics.served(request.route, arrived_at, attempt.first_at, self._loop.time())
                 return
             num_lost += any(blame.lost is not None and blame.lost.sent for blame in failure.blames)
             self._note(attempt, failure, avoid)
@@ -76,12 +77,12 @@ class Core:
             if not failure.lost:
                 await asyncio.sleep(backoff_s(self._config, retry, self._rng))
 
-    def _prepare(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, bytes]:
+    def _prepare(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, Body]:
         """Choose who serves, and where they meet."""
         now, size = self._loop.time(), len(request.body)
         if not self._config.disaggregated:
-            worker = Leg(self._fleet.choose("worker", ask.key, avoid), size, now)
-            prefill, decode, body = None, worker, request.body
+            prefill, decode = None, Leg(self._fleet.choose("worker", ask.key, avoid), size, now)
+            body: Body = (request.body,)
         else:
             chosen = self._fleet.choose("prefill", ask.key, avoid)
             decode = Leg(self._fleet.choose("decode", ask.key, avoid), size, now)
@@ -102,7 +103,7 @@ class Core:
             if lost is None or not lost.reused:  # a kept connection that had ended is no reason to go elsewhere
                 avoid.add(server)
             if lost is not None:
-                self._fleet.suspect(server, gone=not lost.sent)
+                self._fleet.suspect(server, gone=lost.gone)
 
     def _may_retry(self, failure: Failure, retry: int, num_lost: int) -> bool:
         """A lost server's requests may all move, as it is lost once; other failures share the budget."""

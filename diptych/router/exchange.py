@@ -14,18 +14,20 @@ from diptych.errors import UpstreamError
 from diptych.router.config import ServerAddress
 
 Headers = list[tuple[bytes, bytes]]  # names in lower case
+Body = tuple[bytes | memoryview, ...]  # to be sent one after the other
 
 
 class ServerLost(UpstreamError):
     """A server could not be reached, or its connection broke before the answer was whole.
 
-    `sent`: the request may have reached it. `reused`: the connection had served a request before and broke at once, so
-    that it has ended between two requests rather than because of this one.
+    `sent`: the request may have reached it. `gone`: nobody listens at its address. `reused`: the connection had served
+    a request before and broke at once, so that it has ended between two requests rather than because of this one.
     """
 
-    def __init__(self, message: str, *, sent: bool, reused: bool = False) -> None:
+    def __init__(self, message: str, *, sent: bool, gone: bool = False, reused: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+        self.gone = gone
         self.reused = reused
 
 
@@ -109,9 +111,7 @@ class Exchange(ABC):
 class Upstream(Protocol):
     """The way to the servers."""
 
-    async def open(
-        self, server: ServerAddress, method: str, path: str, headers: Headers, body: bytes | list[bytes]
-    ) -> Exchange:
+    async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
         """Send a request and wait for the head of its answer. Raises ServerLost. Cancelling closes the connection."""
 
 

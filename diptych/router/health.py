@@ -72,7 +72,7 @@ class HealthChecker:
         try:
             async with asyncio.timeout(self._config.health_check_timeout_secs):
                 exchange = await self._upstream.open(
-                    server.address, "GET", self._config.health_check_endpoint, self._headers, b""
+                    server.address, "GET", self._config.health_check_endpoint, self._headers, ()
                 )
                 try:
                     await read_all(exchange, MAX_ANSWER_BYTES)

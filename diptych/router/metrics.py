@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from diptych.router.attempt import Attempt
 from diptych.router.fleet import Fleet
 from diptych.router.limits import Gate
 
@@ -62,17 +61,16 @@ class RouterMetrics:
     def label(self, route: str) -> str:
         return route if route in self._routes else OTHER
 
-    def served(self, route: str, attempt: Attempt, arrived_at: float, now: float) -> None:
-        """A request has been answered by servers."""
+    def served(self, route: str, arrived_at: float, first_at: float | None, now: float) -> None:
+        """A request has been answered by servers; `first_at`: when its stream began, if it was one."""
         label = self.label(route)
-        self.broken_streams += attempt.broken is not None
         durations = self.durations.get(label)
         if durations is None:
             durations = self.durations[label] = Histogram()
             self.first_parts[label] = Histogram()
         durations.observe(now - arrived_at)
-        if attempt.first_at is not None:
-            self.first_parts[label].observe(attempt.first_at - arrived_at)
+        if first_at is not None:
+            self.first_parts[label].observe(first_at - arrived_at)
 
     def responded(self, route: str, status: int) -> None:
         """An answer has ended, whoever gave it."""

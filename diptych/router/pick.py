@@ -9,8 +9,6 @@ from typing import Protocol, TypeVar
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.prefixes import PrefixTree
 
-KEY_BYTES = 1 << 20  # of a prompt, for matching
-
 
 class Candidate(Protocol):
     """A server that may get the request, and its load: requests in flight, and bytes of prompts in flight."""
@@ -41,7 +39,7 @@ class PickState:
 def pick(state: PickState, candidates: Sequence[C], key: bytes, rng: random.Random) -> C:
     """One of the `candidates`, which are not empty. `key`: the prompt. Changes `state` as the policy says."""
     if state.policy == "cache_aware":
-        return _cache_aware(state, candidates, key[:KEY_BYTES], rng)
+        return _cache_aware(state, candidates, key, rng)
     if len(candidates) == 1:
         return candidates[0]
     if state.policy == "random":

@@ -226,7 +226,7 @@ class ClientConnection(asyncio.Protocol):
             raise HeadTooLarge(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        """Take a request that asks for an upgrade as a plain one, the last of its connection; `rest` follows its head."""
+        """Take a request that asks for an upgrade as a plain one, its connection's last; `rest` follows its head."""
         kept = [header for header in self._headers if header[0] not in (b"upgrade", b"connection", b"http2-settings")]
         lines = [b"%b %b HTTP/1.1" % (self._parser.get_method(), self._url)]
         lines += [b"%b: %b" % header for header in (*kept, (b"connection", b"close"))]

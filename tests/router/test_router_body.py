@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.errors import BadRequest
-from diptych.router.body import MAX_ROOMS, add_rooms, read_body
+from diptych.router.body import MAX_ROOMS, Ask, read_body
+from diptych.router.body import add_rooms as add_rooms_in_parts
 from diptych.router.config import ServerAddress
 
 SERVER = ServerAddress("p", 1, 34000)
+
+
+def add_rooms(ask: Ask, server: ServerAddress, rng: random.Random) -> bytes:
+    return b"".join(add_rooms_in_parts(ask, server, rng))
+
+
 FIELDS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 
 
@@ -76,7 +84,24 @@ def test_every_attempt_has_its_own_rooms():
 
 def test_the_clients_bytes_stay_as_they_are():
     body = b' {"a" : 1.0e5, "text":"\\u00e9\xc3\xa9" , "b":[1,  2]\n} \n'
-    assert add_rooms(read_body(body), SERVER, random.Random(0)).startswith(body.rstrip()[:-1].rstrip() + b",")
+    assert add_rooms(read_body(body), SERVER, random.Random(0)).startswith(body.rstrip()[:-1] + b',"bootstrap_host"')
+
+
+@pytest.mark.parametrize("body", [b"{}", b" {\n\t} ", b"{" + b" " * 1000 + b"}"])
+def test_an_object_without_members(body):
+    assert set(json.loads(add_rooms(read_body(body), SERVER, random.Random(0)))) == set(FIELDS)
+
+
+def test_a_body_of_many_megabytes_is_read_fast():
+    filler = b" " * (16 << 20)
+    for body in (
+        b"{" + filler + b"}",
+        b'{"text":"' + filler + b'"}',
+        b'{"prompt":[[1],' + filler + b"[2]]" + filler + b"}",
+    ):
+        started = time.process_time()
+        read_body(body)
+        assert time.process_time() - started < 1.0
 
 
 def test_a_clients_own_rooms_are_replaced():
@@ -121,7 +146,7 @@ names = st.sampled_from(
 ) | st.text(max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(names, json_values, max_size=6), st.booleans())
 def test_any_object_keeps_its_members(body, ascii_only):
     try:

@@ -230,6 +230,28 @@ async def test_a_failed_hand_over_is_the_silent_sides_fault(cluster, teller, sil
     assert fleet_server(c, getattr(c, silent)[0]).num_failed == 1
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("status", [400, 408, 429, 503])
+async def test_a_full_server_and_a_clients_error_are_nobodys_fault(cluster, role, status):
+    c = await cluster(1, 1, disable_retries=True)
+    getattr(c, role)[0].scripts.append(refuse(status))
+    assert (await c.post("/generate", BODY))[0] == status
+    assert all(server.num_failed == 0 for server in c.router.fleet.servers)
+
+
+async def test_prefills_error_is_decodes_fault_if_decode_was_lost(cluster):
+    c = await cluster(1, 1, disable_retries=True, disable_health_check=True)
+
+    async def break_soon(server, request, body):
+        await asyncio.sleep(0.02)
+        request.transport.abort()
+
+    c.decode[0].scripts.append(break_soon)
+    c.prefill[0].scripts.append(refuse(500, "decode was lost"))
+    assert (await c.post("/generate", BODY))[0] == 502
+    assert fleet_server(c, c.prefill[0]).num_failed == 0 and fleet_server(c, c.decode[0]).num_failed == 1
+
+
 async def test_a_failed_hand_over_of_two_that_answer_is_nobodys_fault(cluster):
     c = await cluster(1, 1, disable_retries=True)
     c.decode[0].scripts.append(say(b'{"error":{"code":"kv_transfer_failed"}}', 500))

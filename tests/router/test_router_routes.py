@@ -252,7 +252,7 @@ async def test_metrics(cluster):
     for _ in range(3):
         await c.post("/generate", BODY)
     await c.post("/v1/chat/completions", {**BODY, "stream": True})
-    c.prefill[0].scripts.append(refuse(503))
+    c.prefill[0].scripts.append(refuse(500))
     await c.post("/generate", BODY)
     await c.post("/made/up/by/a/client", BODY)
     status, data = await get(c, "/metrics")
