@@ -42,6 +42,8 @@ def test_alloc_takes_nothing_when_it_cannot_take_all() -> None:
 def test_alloc_of_nothing_and_of_less() -> None:
     pool = PagePool(4, 16)
     assert pool.alloc(0, ("seq", "a")) == []
+    pool.share([], ("seq", "a"))
+    pool.release([], ("seq", "a"))
     assert pool.leases == {}
     with pytest.raises(ValueError, match="-1"):
         pool.alloc(-1, ("seq", "a"))
@@ -49,6 +51,7 @@ def test_alloc_of_nothing_and_of_less() -> None:
         PagePool(0, 16)
     with pytest.raises(ValueError, match="at least one page"):
         PagePool(4, 0)
+    assert PagePool(1, 1).alloc(1, ("seq", "a")) == [0]
 
 
 def test_a_page_is_free_only_when_its_last_holder_lets_go() -> None:
@@ -63,20 +66,23 @@ def test_a_page_is_free_only_when_its_last_holder_lets_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pages", "holder"),
+    ("pages", "holder", "wrong"),
     [
-        ([0], ("seq", "b")),  # somebody else's
-        ([2], ("seq", "a")),  # free
-        ([0, 0], ("seq", "a")),  # twice at once
-        ([0, 2], ("seq", "a")),  # one right, one wrong
-        ([9], ("seq", "a")),  # no such page
+        ([0], ("seq", "b"), [0]),  # somebody else's
+        ([2], ("seq", "a"), [2]),  # free
+        ([0, 0, 1], ("seq", "a"), [0]),  # twice at once
+        ([0, 2], ("seq", "a"), [2]),  # one right, one wrong
+        ([9], ("seq", "a"), [9]),  # no such page
     ],
 )
-def test_releasing_what_is_not_held_raises_and_changes_nothing(pages: list[int], holder: Holder) -> None:
+def test_releasing_what_is_not_held_raises_and_changes_nothing(
+    pages: list[int], holder: Holder, wrong: list[int]
+) -> None:
     pool = PagePool(4, 16)
     pool.alloc(2, ("seq", "a"))
-    with pytest.raises(AuditError, match="cannot release"):
+    with pytest.raises(AuditError, match="cannot release") as caught:
         pool.release(pages, holder)
+    assert caught.value.message.endswith(f"{wrong}")
     assert pool.leases == {("seq", "a"): {0, 1}}
     assert pool.refcounts == [1, 1, 0, 0]
     assert pool.free == [3, 2]
