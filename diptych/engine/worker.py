@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from random import SystemRandom
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
@@ -46,6 +47,9 @@ from diptych.transfer.tcp import TcpTransport
 from diptych.transfer.transports import data_transports
 from diptych.types import Failed, FromEngine, Ready, StepResult, ToEngine
 
+if TYPE_CHECKING:
+    from diptych.testing.faults import Faults
+
 log = logging.getLogger(__name__)
 
 REGISTER_TIMEOUT_S = 10.0
@@ -74,6 +78,15 @@ def load(spec: Spec) -> Runner:
     return Runner(config, spec.rank, config.tp_size, group, partial(log.info, "rank %d: %s", spec.rank))
 
 
+def load_faults(spec: Spec) -> Faults | None:
+    """What tests want to go wrong here. Only a server started with the variable loads that code."""
+    if "DIPTYCH_TEST_FAULTS" not in os.environ:
+        return None
+    from diptych.testing.faults import Faults
+
+    return Faults.from_environment(spec.rank)
+
+
 async def follow(spec: Spec, runner: Runner) -> None:
     """Ranks 1…: run plans and move pages as rank 0 says, until it is gone."""
     gone = asyncio.Event()
@@ -94,7 +107,7 @@ async def follow(spec: Spec, runner: Runner) -> None:
             gone.set()
 
     channel = Channel(ToRank, hear, gone.set)
-    plane = make_plane(spec, runner, lambda event: channel.send(PagesMoved(event)))
+    plane = make_plane(spec, runner, lambda event: channel.send(PagesMoved(event)), load_faults(spec))
     addresses = await plane.start(spec.config.host) if plane else []
     await channel.open(spec.leader_fd)
     channel.send(RankReady(addresses))
@@ -106,13 +119,18 @@ async def follow(spec: Spec, runner: Runner) -> None:
         raise failure[0]
 
 
-def make_plane(spec: Spec, runner: Runner, on_event: Callable[[AnyEvent], None]) -> DataPlane | None:
+def make_plane(
+    spec: Spec, runner: Runner, on_event: Callable[[AnyEvent], None], faults: Faults | None
+) -> DataPlane | None:
     """This rank's data plane, or None on a server that hands nothing over."""
     if spec.config.disaggregation_mode == "null":
         return None
+    transports = data_transports(spec.config.disaggregation_transfer_backend)
+    if faults is not None:
+        transports, on_event = faults.transports(transports), faults.events(on_event)
     return DataPlane(
         runner.store,
-        data_transports(spec.config.disaggregation_transfer_backend),
+        transports,
         spec.rank,
         spec.config.tp_size,
         runner.info.num_kv_heads,
@@ -138,8 +156,9 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
         lost.append(rank)
         ended.set()
 
+    faults = load_faults(spec)
     ranks = Ranks(runner, on_event, on_death)
-    ranks.plane = make_plane(spec, runner, partial(on_event, 0))
+    ranks.plane = make_plane(spec, runner, partial(on_event, 0), faults)
     state = new_state(
         SchedConfig(
             max_running=config.max_running_requests,
@@ -159,7 +178,14 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     if config.grammar_backend != "none":
         tokenizer = mounts.resolve(config.tokenizer_path or config.model_path)
         grammars = GrammarCompiler(tokenizer, runner.info.vocab_size, runner.info.eos_token_ids)
-    engine = Engine(state, ranks.compute, channel.send, grammars=grammars, watchdog_s=config.watchdog_timeout)
+    engine = Engine(
+        state,
+        ranks.compute,
+        channel.send,
+        grammars=grammars,
+        watchdog_s=config.watchdog_timeout,
+        disturb=faults.disturb if faults else None,
+    )
     engine.facts = {"exact": runner.exact, "fingerprint": runner.info.fingerprint}
 
     await ranks.connect(spec.follower_fds, LOAD_TIMEOUT_S)
@@ -248,18 +274,30 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(spec.config.log_level, f"engine{spec.rank}" if spec.config.tp_size > 1 else "engine")
+    try:
+        code = run(spec)
+    except Exception:
+        log.exception("the engine failed")
+        code = 1
+    logging.shutdown()
+    os._exit(code)  # nothing is left to save, and taking torch apart costs a second of CPU
+
+
+def run(spec: Spec) -> int:
+    """Load and serve. Returns the exit status."""
     started = time.monotonic()
     try:
         runner = load(spec)
     except DiptychError as error:
         report_failure(spec, error.message)
-        sys.exit(1)
+        return 1
     load_s = time.monotonic() - started
     try:
         uvloop.run(lead(spec, runner, load_s) if spec.rank == 0 else follow(spec, runner))
     except DiptychError as error:
         log.error("%s", error.message)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def report_failure(spec: Spec, message: str) -> None:

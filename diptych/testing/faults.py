@@ -1,0 +1,126 @@
+"""Faults in a real server, for tests: an engine worker loads this only when DIPTYCH_TEST_FAULTS is set.
+
+The variable holds a FaultPlan as JSON, such as `{"fail_transfers": 0.05, "seed": 1}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable
+
+import msgspec
+
+from diptych.errors import ConfigError, TransferError
+from diptych.sched.queue import retract
+from diptych.sched.state import SchedState
+from diptych.transfer.commands import AnyEvent, Sent, TransferFailed
+from diptych.transfer.link import Link, Listener, Transport
+
+VARIABLE = "DIPTYCH_TEST_FAULTS"
+
+
+class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What goes wrong. Shares are probabilities from 0 to 1, drawn from `seed` and the rank."""
+
+    seed: int = 0
+    fail_transfers: float = 0.0  # rooms that fail on the sending side when all their pages have left
+    corrupt_frames: float = 0.0  # data frames with one flipped bit
+    frame_delay_s: float = 0.0  # wait before each data frame: keeps a transfer under way
+    retract_every: int = 0  # steps after which all that runs loses its pages; 0: never
+
+
+class Faults:
+    """One rank's."""
+
+    def __init__(self, plan: FaultPlan, rank: int) -> None:
+        self.plan = plan
+        self.rng = random.Random(f"{plan.seed} {rank}")
+        self._retracted_at = 0
+
+    @classmethod
+    def from_environment(cls, rank: int) -> Faults:
+        """Raises ConfigError if the variable holds no FaultPlan."""
+        try:
+            return cls(msgspec.json.decode(os.environ[VARIABLE], type=FaultPlan), rank)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{VARIABLE}: {error}") from None
+
+    def transports(self, transports: list[Transport]) -> list[Transport]:
+        """The same transports; links opened through them corrupt and delay what they send."""
+        return [FaultyTransport(transport, self) for transport in transports]
+
+    def events(self, on_event: Callable[[AnyEvent], None]) -> Callable[[AnyEvent], None]:
+        """A listener for the data plane that hears of failures where there were none."""
+
+        def hear(event: AnyEvent) -> None:
+            if isinstance(event, Sent) and self.rng.random() < self.plan.fail_transfers:
+                event = TransferFailed(event.room, event.epoch, "injected failure of a transfer", TransferError.code)
+            on_event(event)
+
+        return hear
+
+    def disturb(self, state: SchedState, now: float) -> None:
+        """Before a step: retract everything, youngest first, as memory pressure would."""
+        every = self.plan.retract_every
+        if every and state.step - self._retracted_at >= every and state.running:
+            self._retracted_at = state.step
+            for seq in reversed(list(state.running)):
+                retract(state, seq, now)
+
+
+class FaultyTransport:
+    """`inner`, with faults on the links that this side opens."""
+
+    def __init__(self, inner: Transport, faults: Faults) -> None:
+        self.scheme = inner.scheme
+        self._inner = inner
+        self._faults = faults
+
+    async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
+        return await self._inner.listen(host, on_link)
+
+    async def connect(self, address: str, timeout_s: float) -> Link:
+        return FaultyLink(await self._inner.connect(address, timeout_s), self._faults)
+
+
+class FaultyLink:
+    """`inner`, with faults in messages that carry a payload: handshakes carry none."""
+
+    def __init__(self, inner: Link, faults: Faults) -> None:
+        self._inner = inner
+        self._faults = faults
+        self.recv = inner.recv
+        self.close = inner.close
+
+    @property
+    def max_header_bytes(self) -> int:
+        return self._inner.max_header_bytes
+
+    @max_header_bytes.setter
+    def max_header_bytes(self, value: int) -> None:
+        self._inner.max_header_bytes = value
+
+    @property
+    def max_payload_bytes(self) -> int:
+        return self._inner.max_payload_bytes
+
+    @max_payload_bytes.setter
+    def max_payload_bytes(self, value: int) -> None:
+        self._inner.max_payload_bytes = value
+
+    async def send(self, header: bytes, payload: memoryview | None = None) -> None:
+        if payload is not None and len(payload):
+            if self._faults.plan.frame_delay_s:
+                await asyncio.sleep(self._faults.plan.frame_delay_s)
+            if self._faults.rng.random() < self._faults.plan.corrupt_frames:
+                payload = _flip(payload, self._faults.rng)
+        await self._inner.send(header, payload)
+
+
+def _flip(payload: memoryview, rng: random.Random) -> memoryview:
+    """A copy with one bit changed."""
+    changed = bytearray(payload)
+    changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return memoryview(changed)
