@@ -37,6 +37,7 @@ def build_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer |
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special) if tokenizer.chat_template else None
     metrics = _metrics(config, engine) if config.enable_metrics else None
     app = web.Application(middlewares=[edge], client_max_size=MAX_BODY_BYTES)
+    app.on_response_prepare.append(_name_server)
     app[CONTEXT] = Context(
         config=config,
         service=Service(engine, tokenizer, metrics),
@@ -53,6 +54,10 @@ def build_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer |
     for group in (health, admin, info):
         group.add_routes(app)
     return app
+
+
+async def _name_server(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "diptych"  # not which library, in which version
 
 
 def _metrics(config: ServerConfig, engine: EngineClient) -> ServerMetrics:

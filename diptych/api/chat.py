@@ -12,7 +12,7 @@ from aiohttp import web
 from diptych.api.chat_output import Chunks, OutputReader, OutputRules, Piece, read_all
 from diptych.api.context import CONTEXT, Context
 from diptych.api.jobs import check_grammar, make_usage, openai_jobs, usage_of
-from diptych.api.limits import MAX_TOP_LOGPROBS, within
+from diptych.api.limits import MAX_BODY_BYTES, MAX_TOP_LOGPROBS, within
 from diptych.api.logprobs import chat_entries
 from diptych.api.prompts import Prompt, chat_prompt
 from diptych.api.sampling import grammar_of
@@ -31,7 +31,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     ctx = request.app[CONTEXT]
     ctx.check_serving()
     body = await read_body(request, ChatBody)
-    prompt = await chat_prompt(body, ctx)
+    prompt = await chat_prompt(body, ctx, request.content_length or MAX_BODY_BYTES)
     forced = _forces_call(body)
     grammar = await _grammar(body, prompt, ctx, forced)
     after = None

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from diptych.api.context import CONTEXT, Context
-from diptych.api.jobs import check_count, check_grammar, check_prompt, make_usage, openai_jobs, usage_of
+from diptych.api.jobs import check_count, check_grammar, check_prompt, encode_prompt, make_usage, openai_jobs, usage_of
 from diptych.api.limits import MAX_TOP_LOGPROBS, within
 from diptych.api.logprobs import completion_logprobs
 from diptych.api.sampling import grammar_of, num_choices
@@ -71,21 +71,19 @@ async def _prompts(body: CompletionBody, ctx: Context) -> list[list[int]]:
     given = body.prompt
     if isinstance(given, str):
         items: list[Any] = [given]
-    elif given and all(isinstance(item, int) for item in given):
-        items = [given]
     else:
-        items = list(given)
+        items = [given] if given and isinstance(given[0], int) else list(given)
     if not items:
         raise BadRequest("prompt must not be empty", param="prompt")
     check_count(len(items) * num_choices(body.n))
     prompts = []
     for index, item in enumerate(items):
         param = "prompt" if len(items) == 1 else f"prompt[{index}]"
-        if isinstance(item, int):
-            raise BadRequest("prompt must not mix token ids with texts or lists", param=param)
-        ids = await ctx.service.encode(item, special=True) if isinstance(item, str) else item
-        check_prompt(ids, ctx.room.vocab_size, param)
-        prompts.append(ids)
+        if isinstance(item, str):
+            prompts.append(await encode_prompt(item, ctx, param))
+        else:
+            check_prompt(item, ctx.room, param)
+            prompts.append(item)
     return prompts
 
 

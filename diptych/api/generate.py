@@ -15,6 +15,7 @@ from diptych.api.jobs import (
     check_count,
     check_grammar,
     check_prompt,
+    encode_prompt,
     make_job,
     namespace_of,
     pairs_of,
@@ -55,23 +56,21 @@ async def _prompts(body: GenerateBody, ctx: Context) -> tuple[list[list[int]], b
     """(prompts, whether the reply is a list)."""
     if (body.text is None) == (body.input_ids is None):
         raise BadRequest("give either text or input_ids", param="text")
-    if body.text is not None:
-        texts = [body.text] if isinstance(body.text, str) else body.text
-        check_count(len(texts))
-        prompts = [await ctx.service.encode(text, special=True) for text in texts]
-        batch, name = not isinstance(body.text, str), "text"
-    else:
-        assert body.input_ids is not None
-        flat = [item for item in body.input_ids if isinstance(item, int)]
-        lists = [item for item in body.input_ids if not isinstance(item, int)]
-        if flat and lists:
-            raise BadRequest("input_ids must be a list of ids or a list of such lists", param="input_ids")
-        prompts = lists or [flat]
-        batch, name = bool(lists), "input_ids"
-    if not prompts:
+    name = "input_ids" if body.text is None else "text"
+    given: Any = body.input_ids if body.text is None else body.text
+    batch = isinstance(given, list) and not (given and isinstance(given[0], int))
+    items = given if batch else [given]
+    if not items:
         raise BadRequest(f"{name} must not be empty", param=name)
-    for index, ids in enumerate(prompts):
-        check_prompt(ids, ctx.room.vocab_size, f"{name}[{index}]" if batch else name)
+    check_count(len(items))
+    prompts = []
+    for index, item in enumerate(items):
+        param = f"{name}[{index}]" if batch else name
+        if isinstance(item, str):
+            prompts.append(await encode_prompt(item, ctx, param))
+        else:
+            check_prompt(item, ctx.room, param)
+            prompts.append(item)
     return prompts, batch
 
 

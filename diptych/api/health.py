@@ -36,6 +36,7 @@ async def health_generate(request: web.Request) -> web.Response:
         raise Unavailable(trouble)
     if ctx.probe is None or ctx.probe.done():
         ctx.probe = asyncio.create_task(_probe(ctx))
+        ctx.probe.add_done_callback(lambda probe: probe.cancelled() or probe.exception())  # its callers may have left
     await asyncio.shield(ctx.probe)
     return json_response({"status": "ok"})
 
@@ -73,7 +74,15 @@ async def _one_token(ctx: Context) -> None:
     raise Unavailable("the engine ended the probe without an answer")
 
 
+async def _end_probe(app: web.Application) -> None:
+    probe = app[CONTEXT].probe
+    if probe is not None:
+        probe.cancel()
+        await asyncio.gather(probe, return_exceptions=True)
+
+
 def add_routes(app: web.Application) -> None:
+    app.on_cleanup.append(_end_probe)
     app.router.add_get("/health", health)
     app.router.add_get("/ready", health)
     app.router.add_get("/health_generate", health_generate)

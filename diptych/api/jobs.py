@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 
 from diptych.api.context import Context
 from diptych.api.limits import MAX_BATCH, MAX_RID_CHARS, MAX_SALT_CHARS
 from diptych.api.pd import bootstraps
-from diptych.api.sampling import make_sampling, max_new_tokens, num_choices, seed_from, seed_of
+from diptych.api.sampling import (
+    Room,
+    check_prompt_length,
+    make_sampling,
+    max_new_tokens,
+    num_choices,
+    seed_from,
+    seed_of,
+)
 from diptych.api.schemas import OpenAIFields, Pairing, Usage, refuse_unsupported
 from diptych.api.service import Job, Result
 from diptych.errors import BadRequest
@@ -26,12 +35,25 @@ def check_count(count: int) -> None:
         raise BadRequest(f"one request must not ask for more than {MAX_BATCH} sequences (prompts times n), not {count}")
 
 
-def check_prompt(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raise BadRequest for an empty prompt, or one with ids that the model does not have."""
+def check_prompt(ids: Any, room: Room, param: str) -> None:
+    """Raise BadRequest for a prompt that is empty, too long, or not made of the model's token ids."""
+    if not isinstance(ids, list):
+        raise BadRequest("the prompt must not mix token ids with texts or lists", param=param)
     if not ids:
         raise BadRequest("the prompt must have at least one token", param=param)
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise BadRequest(f"the prompt has token ids outside 0 to {vocab_size - 1}", param=param)
+    check_prompt_length(len(ids), room, param)
+    if not all(isinstance(id, int) for id in ids):
+        raise BadRequest("the prompt must not mix token ids with texts or lists", param=param)
+    if min(ids) < 0 or max(ids) >= room.vocab_size:
+        raise BadRequest(f"the prompt has token ids outside 0 to {room.vocab_size - 1}", param=param)
+
+
+async def encode_prompt(text: str, ctx: Context, param: str) -> list[int]:
+    """A plain prompt as checked token ids."""
+    check_prompt_length(ctx.tokenizer.least_tokens(text), ctx.room, param)
+    ids = await ctx.service.encode(text, special=True)
+    check_prompt(ids, ctx.room, param)
+    return ids
 
 
 def request_ids(rid: str | list[str] | None, count: int, ctx: Context) -> tuple[str, list[str]]:

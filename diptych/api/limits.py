@@ -10,6 +10,9 @@ from collections.abc import Sized
 from diptych.errors import BadRequest
 
 MAX_BODY_BYTES = 4 << 20
+MAX_CONTAINERS = 1 << 16  # opening brackets and braces of a body, those in strings included
+BODY_TIMEOUT_S = 60.0  # a body must have arrived after this
+WRITE_TIMEOUT_S = 120.0  # a client that reads nothing for so long has left
 MAX_HEADER_BYTES = 16 << 10  # one header line
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from diptych.api.context import Context
+from diptych.api.jobs import check_prompt
 from diptych.api.limits import MAX_JSON_DEPTH, MAX_MESSAGES, MAX_TOOLS, at_most
+from diptych.api.sampling import check_prompt_length
 from diptych.api.schemas import ChatBody, Tool, ToolFunction
 from diptych.api.service import LONG_TEXT_CHARS
 from diptych.api.wire import convert
@@ -24,8 +26,17 @@ class Prompt:
     tools: dict[str, ToolFunction]  # that the model may call in this request, by name
 
 
-async def chat_prompt(body: ChatBody, ctx: Context) -> Prompt:
-    """Validate the conversation and write it by the model's template. Raises BadRequest that names the field."""
+async def chat_prompt(body: ChatBody, ctx: Context, size: int) -> Prompt:
+    """Validate the conversation and write it by the model's template; a body of many bytes (`size`) in a thread.
+
+    Raises BadRequest that names the field.
+    """
+    if size > LONG_TEXT_CHARS:
+        return await asyncio.to_thread(_write, body, ctx)
+    return _write(body, ctx)
+
+
+def _write(body: ChatBody, ctx: Context) -> Prompt:
     if ctx.template is None:
         raise BadRequest(
             "this model has no chat template; use /v1/completions, or start the server with --chat-template"
@@ -36,16 +47,10 @@ async def chat_prompt(body: ChatBody, ctx: Context) -> Prompt:
     continue_final = bool(body.continue_final_message)
     if continue_final and messages[-1]["role"] != "assistant":
         raise BadRequest("continue_final_message needs a last message of the assistant", param="continue_final_message")
-    template, tokenizer = ctx.template, ctx.tokenizer
-
-    def write() -> tuple[str, list[int]]:
-        text = template.render(messages, tools=shown or None, kwargs=kwargs, continue_final=continue_final)
-        return text, tokenizer.encode(text, special=False)
-
-    size = sum(len(message["content"]) for message in messages)
-    text, ids = await asyncio.to_thread(write) if size > LONG_TEXT_CHARS or shown else write()
-    if not ids:
-        raise BadRequest("the prompt is empty", param="messages")
+    text = ctx.template.render(messages, tools=shown or None, kwargs=kwargs, continue_final=continue_final)
+    check_prompt_length(ctx.tokenizer.least_tokens(text), ctx.room, "messages")
+    ids = ctx.tokenizer.encode(text, special=False)
+    check_prompt(ids, ctx.room, "messages")
     return Prompt(text, ids, tools)
 
 

@@ -128,15 +128,20 @@ def _of_format(format: ResponseFormat) -> Grammar | None:
     return Grammar("json_schema", encode(format.json_schema.schema).decode())
 
 
+def check_prompt_length(prompt_tokens: int, room: Room, param: str) -> None:
+    """Raise ContextLengthExceeded unless a token of answer fits behind the prompt."""
+    if prompt_tokens >= room.longest:
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {room.longest} tokens and the prompt has {prompt_tokens} or more; "
+            "one token must be left for the answer",
+            param=param,
+        )
+
+
 def max_new_tokens(asked: int | None, default: int | None, prompt_tokens: int, room: Room, param: str) -> int:
     """How many tokens may be generated. Without a wish or a default: what fits. Raises ContextLengthExceeded."""
     left = room.longest - prompt_tokens
-    if left < 1:
-        raise ContextLengthExceeded(
-            f"this model's maximum context length is {room.longest} tokens, and the prompt has {prompt_tokens}; "
-            "at least one token must be left for the answer",
-            param=param,
-        )
+    check_prompt_length(prompt_tokens, room, param)
     if asked is None:
         return left if default is None else min(left, default)
     if asked < 0:

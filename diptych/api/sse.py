@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from aiohttp import web
 
+from diptych.api.limits import WRITE_TIMEOUT_S
 from diptych.api.wire import encode, error_body
 from diptych.errors import DiptychError
 
@@ -45,7 +47,10 @@ async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid
 async def _rest(response: web.StreamResponse, events: AsyncGenerator[bytes, None], rid: str) -> None:
     try:
         async for data in events:
-            await response.write(data)
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await response.write(data)
+    except TimeoutError:
+        raise ConnectionError("the client reads nothing") from None
     except ConnectionError:
         raise
     except DiptychError as error:

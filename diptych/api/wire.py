@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from diptych.api.limits import MAX_BODY_BYTES
+from diptych.api.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_CONTAINERS
 from diptych.errors import BadRequest, DiptychError, Overloaded, PayloadTooLarge
 from diptych.types import Finish
 
@@ -23,13 +24,19 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
     if request.content_type != "application/json":
         raise BadRequest("the Content-Type must be application/json", param="content-type")
     try:
-        return decode(await request.read(), kind)
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await request.read()
+        return decode(body, kind)
+    except TimeoutError:
+        raise BadRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
     except web.HTTPRequestEntityTooLarge:
         raise PayloadTooLarge(f"the body must not have more than {MAX_BODY_BYTES} bytes") from None
 
 
 def decode(body: bytes, kind: type[T]) -> T:
     """JSON as `kind`. Raises BadRequest that names the field."""
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise BadRequest(f"the body must not have more than {MAX_CONTAINERS} brackets and braces")
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

@@ -12,7 +12,9 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from diptych.errors import BadRequest, ConfigError
@@ -43,12 +45,22 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`, with which training code marks the assistant's words: shown as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - the library's interface
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """A compiled template. `special` are the tokenizer's special tokens, visible to the template by name."""
 
     def __init__(self, source: str, special: dict[str, str]) -> None:
         env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         env.filters["tojson"] = _tojson
         env.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

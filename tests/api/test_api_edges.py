@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -207,6 +208,48 @@ async def test_limits(serve: Serve, monkeypatch: pytest.MonkeyPatch, make: Any, 
         assert status == expected, reply
 
 
+async def test_container_limit(serve: Serve) -> None:
+    server = await serve()
+    for size, expected in ((-1, 200), (0, 200), (1, 400)):
+        pads = b"[]," * (limits.MAX_CONTAINERS + size - 4) + b"[]"  # three more open around them
+        body = b'{"text":"a","sampling_params":{"max_new_tokens":1},"pad":[' + pads + b"]}"
+        assert (await raw(server, "POST", "/generate", body))[0] == expected
+
+
+async def test_slow_bodies_have_a_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.api.wire.BODY_TIMEOUT_S", 0.05)
+    server = await serve()
+    release = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b'{"text":'
+        await release.wait()
+
+    headers = {"Content-Type": "application/json"}
+    async with server.http.post(server.url + "/generate", data=slowly(), headers=headers) as reply:
+        assert reply.status == 400 and "did not arrive" in (await reply.json())["error"]["message"]
+    release.set()
+
+
+async def test_a_client_that_does_not_read(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream ends after a deadline, and the engine is told."""
+    monkeypatch.setattr("diptych.api.sse.WRITE_TIMEOUT_S", 0.1)
+
+    def script(request: Request) -> list[Output | Exception]:
+        return [Output(rid=request.rid, tokens=[20])] * 5000
+
+    server = await serve(script)
+    host, port = server.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port), limit=1)
+    body = json.dumps({"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 5000}})
+    writer.write(
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    await server.engine.until(lambda: len(server.engine.closed_early) == 1)
+    writer.close()
+
+
 async def test_batch_limit(serve: Serve) -> None:
     server = await serve()
     for count, expected in ((limits.MAX_BATCH - 1, 200), (limits.MAX_BATCH, 200), (limits.MAX_BATCH + 1, 400)):
@@ -232,6 +275,33 @@ async def test_context_length(serve: Serve, demo: Tokenizer) -> None:
     status, reply = await server.post(CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]})
     assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
     assert "8192" in reply["error"]["message"]
+
+
+SMUGGLING = [
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: +5\r\n\r\nhello",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\n Folded: y\r\n\r\n",
+    b"GET /health\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+]
+
+
+@pytest.mark.parametrize("data", SMUGGLING)
+async def test_ambiguous_http_is_refused(serve: Serve, data: bytes) -> None:
+    """One request must not be two for somebody else; the connection ends with at most one reply, a 4xx."""
+    server = await serve()
+    host, port = server.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(data + b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    async with asyncio.timeout(5):
+        reply = await reader.read()
+    writer.close()
+    assert reply.startswith(b"HTTP/1.0 400 ") and b"HTTP/1.1 " not in reply.split(b"\r\n\r\n")[0]
+    assert server.engine.requests == []
 
 
 # ---- errors of the engine ----
@@ -352,6 +422,8 @@ async def test_leaving_aborts_all_choices(serve: Serve) -> None:
 
 async def test_health(serve: Serve) -> None:
     server = await serve()
+    async with server.http.get(server.url + "/health") as reply:
+        assert reply.headers["Server"] == "diptych"
     for path in HEALTHY:
         assert (await server.get(path)) == (200, {"status": "ok"})
 

@@ -84,6 +84,11 @@ def test_helpers_exist() -> None:
     assert make(source).render(HI * 3) == "x4</s>"
 
 
+def test_generation_blocks_are_shown() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!"
+    assert make(source).render(HI * 2) == "hihi!"
+
+
 def test_the_template_refuses() -> None:
     with pytest.raises(BadRequest, match="roles must alternate") as caught:
         make("{{ raise_exception('roles must alternate') }}").render(HI)
@@ -167,6 +172,12 @@ def test_folder_errors(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be read"):
         Tokenizer.load(str(tmp_path))
+
+
+def test_least_tokens(demo: Tokenizer) -> None:
+    for text in ("", "a", "hello world " * 50, " " * 500, "e\u0301" * 100, "😀" * 40, "<|object_ref_start|>" * 9):
+        assert demo.least_tokens(text) <= len(demo.encode(text, special=False))
+    assert demo.least_tokens("a" * 1_000_000) > 8192
 
 
 def test_tokenizer_of_another_model(demo: Tokenizer) -> None:
