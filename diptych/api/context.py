@@ -17,6 +17,7 @@ from diptych.errors import Unavailable
 from diptych.obs.metrics import ServerMetrics
 from diptych.text.template import ChatTemplate
 from diptych.text.tokenizer import Tokenizer
+from diptych.types import Grammar
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Context:
     paused: bool = False
     probe: asyncio.Task[None] | None = None  # the running /health_generate, shared by its callers
     started_at: float = field(default_factory=time.time)  # for people: /v1/models
+    valid_grammars: set[Grammar] = field(default_factory=set)  # that need no second look
     ids: random.Random = field(default_factory=random.SystemRandom)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -28,6 +27,7 @@ from diptych.text.grammar import validate
 from diptych.types import Bootstrap, Grammar, LogprobSpec, Request, Sampling
 
 MAX_PRIORITY = 1 << 31
+KNOWN_GRAMMARS = 256
 
 
 def check_count(count: int) -> None:
@@ -89,19 +89,18 @@ def pairs_of(fields: Pairing, count: int, ctx: Context) -> list[Bootstrap | None
     return bootstraps(fields, config.disaggregation_mode, config.disaggregation_bootstrap_port, count)
 
 
-@lru_cache(maxsize=256)
-def _is_valid(grammar: Grammar) -> bool:
-    validate(grammar)
-    return True
-
-
 async def check_grammar(grammar: Grammar | None, ctx: Context) -> None:
     """Raise BadRequest for a grammar that the engine would refuse. Known good ones are remembered."""
     if grammar is None:
         return
     if ctx.config.grammar_backend == "none":
         raise BadRequest("this server runs with --grammar-backend none: no structured output", param="response_format")
-    await asyncio.to_thread(_is_valid, grammar)
+    if grammar in ctx.valid_grammars:
+        return
+    await asyncio.to_thread(validate, grammar)
+    if len(ctx.valid_grammars) >= KNOWN_GRAMMARS:
+        ctx.valid_grammars.clear()
+    ctx.valid_grammars.add(grammar)
 
 
 def make_job(

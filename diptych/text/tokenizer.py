@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from diptych import mounts
 from diptych.errors import BadRequest, ConfigError
 from diptych.text.detokenize import Decoding, Detokenizer, decode, decoding_of
 from diptych.text.files import folder, read_object, read_text
@@ -116,7 +117,7 @@ def _longest_token(backend: tokenizers.Tokenizer, vocab: dict[str, int]) -> int:
 
 def _chat_template(where: Path, settings: dict[str, Any], override: str) -> str | None:
     if override:
-        text = read_text(Path(override))
+        text = read_text(Path(mounts.resolve(override)))
         if text is None:
             raise ConfigError(f"--chat-template: there is no file {override}")
         return text
