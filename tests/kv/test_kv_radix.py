@@ -49,6 +49,25 @@ def test_match_finds_the_longest_prefix_in_whole_pages() -> None:
         audit(tree.pool, tree, {}, [])
 
 
+def test_a_limit_of_nothing_finds_nothing_even_with_pages_of_one_token() -> None:
+    tree = tree_of(page_size=1)
+    keep(tree, [1, 2])
+    for limit in (-1, 0):
+        assert tree.peek("", [1, 2], limit) == (0, 0)
+        assert tree.match("", [1, 2], limit).pages == []
+    assert tree.peek("", [1, 2], 1) == (1, 1)
+
+
+def test_an_empty_namespace_costs_nothing() -> None:
+    tree = tree_of()
+    for tenant in range(100):
+        keep(tree, [1, 2, 3, 4], f"tenant {tenant}")
+        tree.match(f"stranger {tenant}", [1, 2], 2)
+        tree.flush()
+    assert tree._roots == {}
+    assert tree._heap == []
+
+
 def test_namespaces_never_meet() -> None:
     tree = tree_of()
     ours, theirs = keep(tree, [1, 2, 3, 4], "a"), keep(tree, [1, 2, 3, 4], "b")
