@@ -57,6 +57,9 @@ class StreamLink:
         self._incoming: _Incoming | None = None
         self._payload = bytearray()
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     # ---- sending ----
 
     async def send(self, header: bytes, payload: memoryview | None = None) -> None:

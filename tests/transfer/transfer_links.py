@@ -17,6 +17,7 @@ KINDS = ["memory", "tcp", "shm"]
 SOCKET_KINDS = ["tcp", "shm"]
 if importlib.util.find_spec("nixl") is not None:
     KINDS.append("nixl")
+    SOCKET_KINDS.append("nixl")
 
 
 def transports(kind):
