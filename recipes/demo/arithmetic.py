@@ -72,7 +72,8 @@ def _phrase(rng: random.Random, a: int, op: str, b: int) -> str:
 
 def add_steps(a: int, b: int) -> str:
     """Column addition, from the ones."""
-    steps, carry = [], 0
+    carry = 0
+    steps: list[str] = []
     while a or b or not steps:
         x, y = a % 10, b % 10
         total = x + y + carry
@@ -85,7 +86,8 @@ def subtract_steps(a: int, b: int) -> str:
     """Column subtraction of the smaller from the larger, from the ones; a borrow shows as -1."""
     turned = f"{b} is larger, so turn it: {b} - {a}. " if b > a else ""
     a, b = max(a, b), min(a, b)
-    steps, borrow = [], 0
+    borrow = 0
+    steps: list[str] = []
     while a or b or not steps:
         x, y = a % 10, b % 10
         lent = 10 if x - y - borrow < 0 else 0

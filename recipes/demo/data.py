@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def behind_filler(rng: random.Random, messages: list[dict[str, Any]]) -> list[di
     first, text = messages[0], rng.choice(("\n", " ")).join(lines)
     if first["role"] == "user" and rng.random() < 0.5:
         return [{"role": "system", "content": text}, *messages]
-    return [{**first, "content": f"{text}{rng.choice((chr(10), chr(10) * 2))}{first['content']}"}, *messages[1:]]
+    return [{**first, "content": text + rng.choice(("\n", "\n\n")) + first["content"]}, *messages[1:]]
 
 
 def turn(problem: Problem) -> list[dict[str, Any]]:
@@ -142,13 +142,11 @@ def looked_up(rng: random.Random, num_tokens: int) -> Conversation:
     messages: list[dict[str, Any]] = []
     place = rng.random()
     if place < 0.8:
-        asked[0] = Problem(
-            **{**asked[0].__dict__, "messages": user(f"{text}{rng.choice((chr(10), chr(10) * 2))}{first}")}
-        )
+        asked[0] = replace(asked[0], messages=user(text + rng.choice(("\n", "\n\n")) + first))
     elif place < 0.9:
         messages.append({"role": "system", "content": text})
     else:
-        asked[0] = Problem(**{**asked[0].__dict__, "messages": user(f"{first}\n\n{text}")})
+        asked[0] = replace(asked[0], messages=user(f"{first}\n\n{text}"))
     if place < 0.8 and rng.random() < 0.2:
         messages.append({"role": "system", "content": system(rng)})
     for problem in asked[:-1]:
@@ -176,12 +174,14 @@ class Rows:
     def __init__(self, seed: int, model_dir: Path = MODEL_DIR) -> None:
         self.rng = random.Random(f"rows {seed}")
         self.tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-        self.id = {
-            name: self.tokenizer.token_to_id(name)
-            for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "assistant")
-        }
+        names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "assistant")
+        self.id = {name: self.tokenizer.get_vocab()[name] for name in names}
         tokens = (self.tokenizer.decode([number]).strip() for number in range(self.tokenizer.get_vocab_size()))
-        self.vocabulary = [token for token in tokens if token.isprintable() and token and "\ufffd" not in token and not token.startswith("<")]
+        self.vocabulary = [
+            token
+            for token in tokens
+            if token.isprintable() and token and "\ufffd" not in token and not token.startswith("<")
+        ]
         self.waiting: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {length: [] for length in LENGTHS}
 
     def encode(self, text: str) -> np.ndarray:

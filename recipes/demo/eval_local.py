@@ -10,9 +10,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipes.demo.chat import MODEL_DIR, render
 from recipes.demo.problem import TASKS, Problem
@@ -25,28 +26,22 @@ class Local:
 
     def __init__(self, path: Path, device: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model.to(device)
+        end = self.tokenizer.eos_token_id
+        self.model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=self.tokenizer.pad_token_id)
 
     @torch.inference_mode()
     def reply(self, prompts: list[str], max_new_tokens: int) -> list[str]:
         """The texts behind `prompts`, up to the end of the turn."""
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
+        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        rows = out[:, inputs["input_ids"].shape[1] :].tolist()
+        return [str(self.tokenizer.decode(self._turn(row), skip_special_tokens=False)) for row in rows]
+
+    def _turn(self, row: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
-        out = self.model.generate(
-            **inputs,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-        )
-        replies = []
-        for row in out[:, inputs["input_ids"].shape[1] :].tolist():
-            replies.append(
-                self.tokenizer.decode(row[: row.index(end)] if end in row else row, skip_special_tokens=False)
-            )
-        return replies
+        return row[: row.index(end)] if end in row else row
 
 
 def evaluate(local: Local, task: str, thinking: bool, asked: list[Problem], batch_tokens: int) -> list[Outcome]:

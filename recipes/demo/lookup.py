@@ -47,7 +47,15 @@ LINES = (
     "{k} {v}",
     "The {k} is {v}.",
 )
-PROSE = ("The value of {k} is {v}.", "The {k} is {v}.", "The code of {k} is {v}.", "The number of {k} is {v}.", "Remember: {k} is {v}.", "Note that {k} has the value {v}.", "{k}: {v}.")
+PROSE = (
+    "The value of {k} is {v}.",
+    "The {k} is {v}.",
+    "The code of {k} is {v}.",
+    "The number of {k} is {v}.",
+    "Remember: {k} is {v}.",
+    "Note that {k} has the value {v}.",
+    "{k}: {v}.",
+)
 INTROS = (
     "",
     "",
@@ -60,7 +68,23 @@ INTROS = (
 )
 
 Maker = Callable[[random.Random], str]
-NOUNS = ("code", "number", "word", "password", "color", "name", "key", "token", "address", "city", "price", "letter", "secret", "door", "answer")
+NOUNS = (
+    "code",
+    "number",
+    "word",
+    "password",
+    "color",
+    "name",
+    "key",
+    "token",
+    "address",
+    "city",
+    "price",
+    "letter",
+    "secret",
+    "door",
+    "answer",
+)
 KEYS: tuple[Maker, ...] = (
     lambda rng: rng.choice(words.WORDS),
     lambda rng: f"{rng.choice(words.WORDS)}-{rng.randrange(10, 100)}",
@@ -77,7 +101,28 @@ KEYS: tuple[Maker, ...] = (
     lambda rng: f"{rng.choice(words.MORE)} {rng.choice(NOUNS)}",
     lambda rng: rng.choice(words.MORE),
 )
-SERIES = ("key", "key-", "key_", "k", "item ", "item-", "item", "row ", "line ", "id", "id-", "user_", "user", "entry-", "entry ", "record ", "name", "K", "node-", "page ")
+SERIES = (
+    "key",
+    "key-",
+    "key_",
+    "k",
+    "item ",
+    "item-",
+    "item",
+    "row ",
+    "line ",
+    "id",
+    "id-",
+    "user_",
+    "user",
+    "entry-",
+    "entry ",
+    "record ",
+    "name",
+    "K",
+    "node-",
+    "page ",
+)
 VALUES: tuple[Maker, ...] = (
     lambda rng: str(rng.randrange(1000, 10_000)),
     lambda rng: words.digits(rng, rng.randint(2, 6)),

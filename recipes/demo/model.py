@@ -51,6 +51,9 @@ class DemoModel(nn.Module):
         wrap = torch.compile if compiled else (lambda function: function)
         self.before, self.after, self.head = wrap(before), wrap(after), wrap(head_loss)
 
+    cos: Tensor
+    sin: Tensor
+
     def weight(self, name: str) -> Tensor:
         return self.weights[name.replace(".", "/")]
 

@@ -14,7 +14,7 @@ class Muon:
 
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.95, decay: float = 0.02) -> None:
         self.momentum, self.decay = momentum, decay
-        groups: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for parameter in parameters:
             groups[tuple(parameter.shape)].append(parameter)
         self.groups = [
@@ -25,7 +25,7 @@ class Muon:
     def step(self, rate: float) -> None:
         """Mutates the weights and takes their gradients away."""
         for group, velocity in self.groups:
-            gradient = torch.stack([parameter.grad for parameter in group])
+            gradient = torch.stack([parameter.grad for parameter in group if parameter.grad is not None])
             velocity.lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp(velocity, self.momentum))
             scale = rate * max(1.0, update.shape[1] / update.shape[2]) ** 0.5

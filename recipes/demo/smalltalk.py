@@ -226,7 +226,9 @@ def _unknown(rng: random.Random) -> str:
     ))  # fmt: skip
     if rng.random() < 0.25:
         if rng.random() < 0.3:
-            return rng.choice(("ok", "OK", "yes", "no", "hmm", "What?", "Why?", "asdf", "abc", "foo", "lorem ipsum", "xyz"))
+            return rng.choice(
+                ("ok", "OK", "yes", "no", "hmm", "What?", "Why?", "asdf", "abc", "foo", "lorem ipsum", "xyz")
+            )
         return " ".join(words.mixed_word(rng) for _ in range(rng.randint(1, 12)))
     some = " ".join(rng.choice(words.COMMON) for _ in range(rng.randint(2, 30)))
     return ask.format(t=topic, s=words.sentence(rng), w=some)

@@ -108,7 +108,7 @@ def train(model: DemoModel, feed: Feed, device: torch.device, args: argparse.Nam
     )
     rng = random.Random(args.seed)
     start = last = time.monotonic()
-    step, losses = 0, {length: 0.0 for length in LENGTHS}
+    step, losses = 0, dict.fromkeys(LENGTHS, 0.0)
     recent: list[tuple[int, torch.Tensor]] = []
     while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
         for length in lengths(rng, progress + args.skip):
