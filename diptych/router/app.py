@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import uuid
+import random
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -32,13 +32,20 @@ class App:
     """Answers every request; `draining` makes it unready and refuse new work."""
 
     def __init__(
-        self, config: RouterConfig, fleet: Fleet, core: Core, control: Control, metrics: RouterMetrics
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        core: Core,
+        control: Control,
+        metrics: RouterMetrics,
+        rng: random.Random,
     ) -> None:
         self.draining = False
         self._config = config
         self._fleet = fleet
         self._core = core
         self._metrics = metrics
+        self._rng = rng
         self._exposition = Exposition(metrics, fleet, core.gate)
         self._key = config.key.encode()
         self._origins = frozenset(origin.encode() for origin in config.cors_allowed_origins)
@@ -121,7 +128,7 @@ class App:
         """What the router adds to the request and to its answer: an id, and leave for pages of other origins."""
         given = next((v for name in self._id_headers if (v := request.header(name))), None)
         if given is None or len(given) > MAX_ID_BYTES:
-            given = uuid.uuid4().hex.encode()
+            given = b"%032x" % self._rng.getrandbits(128)
         extra = [(b"x-request-id", given)]
         if self._origins:
             origin = request.header(b"origin")

@@ -74,7 +74,7 @@ class Core:
                 client.send(failure.reply.status, to_client(failure.reply.headers, extra), failure.reply.data)
                 return
             self._metrics.retries += 1
-            if not failure.lost:
+            if retry > 0 or not failure.lost:  # the first time a lost server is left without delay
                 await asyncio.sleep(backoff_s(self._config, retry, self._rng))
 
     def _prepare(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, Body]:
@@ -97,11 +97,10 @@ class Core:
             avoid.update(leg.server for leg in attempt.legs)
         for blame in failure.blames:
             server, lost = blame.leg.server, blame.lost
-            log.info(
-                "%s server %s failed: %s", server.role, server.address.url, lost.message if lost else blame.reply.status
-            )
-            if lost is None or not lost.reused:  # a kept connection that had ended is no reason to go elsewhere
-                avoid.add(server)
+            avoid.add(server)
+            if failure.retryable:
+                why = lost.message if lost is not None else f"it answered {blame.reply.status}"
+                log.info("%s server %s failed: %s", server.role, server.address.url, why)
             if lost is not None:
                 self._fleet.suspect(server, gone=lost.gone)
 

@@ -24,6 +24,7 @@ class Server:
         self.address = address
         self.role = role  # prefill | decode | worker
         self.healthy = config.disable_health_check
+        self.draining = False  # as its last check said: unhealthy then, but it ends the requests it has
         self.breaker = Breaker(config)
         self.num_requests = 0
         self.prompt_bytes = 0
@@ -138,7 +139,7 @@ class Fleet:
             self.complete.set()
         if not healthy:
             self._states[server.role].tree.remove(server.address)  # it comes back with an empty cache
-            for leg in list(server.legs):
+            for leg in list(server.legs) if not server.draining else ():
                 leg.give_up()
 
     def suspect(self, server: Server, *, gone: bool) -> None:

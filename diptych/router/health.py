@@ -12,6 +12,7 @@ from diptych.router.fleet import Fleet, Server
 
 RECHECK_S = 1.0  # between checks of a server that is not healthy, or has just failed one
 MAX_ANSWER_BYTES = 1 << 20
+DRAINING = b"draining"  # in the answer of a server that takes nothing new but ends what it has begun
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,12 @@ class HealthChecker:
                     server.address, "GET", self._config.health_check_endpoint, self._headers, ()
                 )
                 try:
-                    await read_all(exchange, MAX_ANSWER_BYTES)
+                    answer = await read_all(exchange, MAX_ANSWER_BYTES)
                 finally:
                     exchange.close()
             ok = 200 <= exchange.status < 300
+            server.draining = not ok and DRAINING in answer
         except (DiptychError, TimeoutError):
-            ok = False
+            ok = server.draining = False
         server.checks[ok] += 1
         return ok

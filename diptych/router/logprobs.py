@@ -76,7 +76,7 @@ class _Prompts:
             self._meta[item.get("index", 0)] = {name: meta[name] for name in _META if meta.get(name)}
         for choice in item.get("choices") or ():
             if isinstance(choice.get("logprobs"), dict) and choice.get("index", 0) not in self._echo:
-                self._echo[choice.get("index", 0)] = _prompt_part(choice["logprobs"])
+                self._echo[choice.get("index", 0)] = choice["logprobs"]
 
     def add_to(self, item: Any) -> None:
         """To an answer or event of the decode server."""
@@ -89,25 +89,20 @@ class _Prompts:
         for choice in item.get("choices") or ():
             echo = self._echo.pop(choice.get("index", 0), None)  # once: later events carry new tokens only
             if echo is not None and isinstance(choice.get("logprobs"), dict):
-                _prepend(choice["logprobs"], echo)
+                _put_prompt(choice["logprobs"], echo)
 
 
-def _prompt_part(logprobs: Json) -> Json:
-    """All but the last token, which is the one that a prefill server samples."""
-    return {name: logprobs[name][:-1] for name in _ECHO if isinstance(logprobs.get(name), list)}
+def _put_prompt(logprobs: Json, prefill: Json) -> None:
+    """The prompt's part of `prefill`'s lists: in place of the nulls where decode keeps places for it, else in front.
 
-
-def _prepend(logprobs: Json, prompt: Json) -> None:
-    """In place of the prompt's tokens where decode lists them without logprobs, else in front."""
-    count = len(prompt.get("tokens", ()))
-    listed = (
-        logprobs.get("tokens", [])[:count] == prompt.get("tokens")
-        and len(logprobs.get("token_logprobs", ())) >= count
-        and all(value is None for value in logprobs["token_logprobs"][:count])
-    )
-    for name, values in prompt.items():
-        if isinstance(logprobs.get(name), list):
-            logprobs[name] = values + logprobs[name][count if listed else 0 :]
+    Without places it is all but the last token, which is the one that a prefill server samples.
+    """
+    given = logprobs.get("token_logprobs") or []
+    num_places = next((at for at, value in enumerate(given) if value is not None), len(given))
+    for name in _ECHO:
+        ours, theirs = logprobs.get(name), prefill.get(name)
+        if isinstance(ours, list) and isinstance(theirs, list):
+            logprobs[name] = (theirs[:num_places] if num_places else theirs[:-1]) + ours[num_places:]
 
 
 def _has_json(event: bytes) -> bool:

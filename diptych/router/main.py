@@ -87,7 +87,7 @@ class Router:
         self.fleet = Fleet(config, rng, loop.time)
         self.metrics = RouterMetrics(INFERENCE)
         core = Core(config, self.fleet, self._upstream, rng, self.metrics)
-        self.app = App(config, self.fleet, core, Control(config, self.fleet, self._upstream), self.metrics)
+        self.app = App(config, self.fleet, core, Control(config, self.fleet, self._upstream), self.metrics, rng)
         headers = [(b"authorization", b"Bearer " + config.key.encode())] if config.key else []
         self._health = HealthChecker(config, self.fleet, self._upstream, headers)
         self._server = HttpServer(self.app.handle, max_body_bytes=config.max_payload_size)

@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.prefixes import PrefixTree
 
+MIN_MATCH_BYTES = 64  # about a page of KV: a shorter common beginning spares a server nothing
+
 
 class Candidate(Protocol):
     """A server that may get the request, and its load: requests in flight, and bytes of prompts in flight."""
@@ -78,7 +80,7 @@ def _by_prefix(state: PickState, candidates: Sequence[C], key: bytes, rng: rando
         return _least_loaded(candidates, rng)
     known = state.tree.match(key)
     longest = max((known.get(candidate.address, 0) for candidate in candidates), default=0)
-    if longest > state.threshold * len(key):
+    if longest >= MIN_MATCH_BYTES and longest > state.threshold * len(key):
         return _least_loaded([c for c in candidates if known.get(c.address, 0) == longest], rng)
     fewest = min(state.tree.sizes.get(candidate.address, 0) for candidate in candidates)
     return _least_loaded([c for c in candidates if state.tree.sizes.get(c.address, 0) == fewest], rng)

@@ -24,7 +24,7 @@ MAX_HEAD_BYTES = 16 << 10
 MAX_HEADERS = 128
 MAX_PIPELINED = 4  # requests read ahead while one is being served
 IDLE_S = 75.0  # between two requests
-RECEIVE_S = 60.0  # without progress while a request comes in
+RECEIVE_S = 60.0  # for a request's head, and without progress of its body
 STALL_S = 120.0  # without progress while an answer goes out
 SWEEP_S = 1.0
 
@@ -142,7 +142,8 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        self._since = self._loop.time()
+        if not self._receiving or self._head_done:  # a head has one deadline, a body may take its time
+            self._since = self._loop.time()
         self._receiving = True
         try:
             self._parser.feed_data(data)
@@ -325,4 +326,6 @@ def request_target(url: bytes) -> str:
     except httptools.HttpParserInvalidURLError:
         return "*"
     path = parsed.path or b"/"
+    if not path.startswith(b"/"):
+        return "*"
     return (path + b"?" + parsed.query if parsed.query else path).decode("latin-1")

@@ -81,6 +81,11 @@ def test_echo_of_completions_where_decode_lists_the_prompt_without_logprobs():
     assert found["tokens"] == ["a", "b", "x", "y"] and found["token_logprobs"] == [None, -0.5, -0.1, -0.2]
 
 
+def test_echo_without_new_tokens():
+    found = merged({"choices": [echoed(["a", "b"], [None, -0.5])]}, {"choices": [echoed(["a", "b"], [None, None])]})
+    assert found["choices"][0]["logprobs"]["token_logprobs"] == [None, -0.5]
+
+
 def sse(*items):
     return b"".join(b"data: " + json.dumps(item).encode() + b"\n\n" for item in items) + b"data: [DONE]\n\n"
 

@@ -67,9 +67,16 @@ def test_cache_aware_goes_where_the_prefix_is():
 def test_cache_aware_follows_the_prefix_only_above_the_threshold():
     caches, rng = state("cache_aware", cache_threshold=0.5), random.Random(0)
     servers = loads((0, 0), (0, 0))
-    home = pick(caches, servers, b"a" * 100, rng)
-    assert pick(caches, servers, b"a" * 51 + b"b" * 49, rng) is home
-    assert pick(caches, servers, b"a" * 50 + b"c" * 50, rng) is not home
+    home = pick(caches, servers, b"a" * 200, rng)
+    assert pick(caches, servers, b"a" * 101 + b"b" * 99, rng) is home
+    assert pick(caches, servers, b"a" * 100 + b"c" * 100, rng) is not home
+
+
+def test_cache_aware_does_not_take_a_common_opening_for_a_cached_prefix():
+    caches, rng = state("cache_aware"), random.Random(0)
+    servers = loads((0, 0), (0, 0))
+    chosen = [pick(caches, servers, b'[{"role":"user","content":"%d"}]' % i, rng) for i in range(10)]
+    assert Counter(server.address.port for server in chosen) == {0: 5, 1: 5}
 
 
 def test_cache_aware_balances_when_loads_differ_absolutely_and_relatively():
