@@ -1,7 +1,7 @@
 """Attention over pages: what a backend is, and ours for the CPU, whose results do not depend on the batch.
 
 Softmax attention of one query is a sum over keys. Here the keys come in fixed blocks of the sequence (block j holds
-positions [j * block, (j + 1) * block), whoever asks), and a query's result is
+positions [128 j, 128 (j + 1)), whoever asks and whatever the page size), and a query's result is
 
     m = max over all keys of s,   l = Σ_j Σ_{k in j} 2^(s_k - m),   o = (Σ_j Σ_{k in j} 2^(s_k - m) v_k) / l
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from diptych.model.pool import KVPool
 from diptych.types import I32, I64, Plan
 
-BLOCK_TOKENS = 128  # keys of a block, about
+BLOCK = 128  # keys of a block; a multiple of 32, so that no thread's share of an element-wise loop cuts a vector
 TILE_ROWS = 64  # query rows of a prefill tile, about
 GROUP_BYTES = 4 << 20  # keys that decode rows gather at once
 SCORE_BYTES = 2 << 20  # scores of a prefill tile above which heads go one by one, to stay in the cache
@@ -60,7 +60,7 @@ class _Decode:
     """Rows with one new token each."""
 
     tokens: Tensor  # [tiles] index into the step's tokens
-    runs: Tensor  # [items * kv_heads * pages of a block] runs of the pool
+    index: Tensor  # where the items' keys are, by item, head, place in the block
     items: _Items
 
 
@@ -68,8 +68,7 @@ class _Decode:
 class _Prefill:
     """One row with several new tokens, cut into tiles (first token, number of tokens, items)."""
 
-    runs: Tensor
-    num_blocks: int
+    index: Tensor
     tiles: list[tuple[int, int, _Items]]
 
 
@@ -83,8 +82,7 @@ class PagedAttention:
         self.pool = pool
         self.group = num_heads // pool.num_heads
         self.scale = scale * math.log2(math.e)
-        self.pages_per_block = _pages_per_block(pool.page_size)
-        self.block = self.pages_per_block * pool.page_size
+        self.run_tokens = math.gcd(BLOCK, pool.page_size)  # what a block and a page have whole numbers of
         self.tile_tokens = max(4, TILE_ROWS // self.group // 4 * 4)
         self._jobs: list[_Decode | _Prefill] = []
         self._buffers = (torch.empty(0), torch.empty(0))
@@ -95,8 +93,8 @@ class PagedAttention:
         slots = torch.tensor(plan.slots)
         self._page, self._slot = slots // self.pool.page_size, slots % self.pool.page_size
         new_tokens = np.diff(plan.q_starts)
-        num_blocks = -(-plan.kv_lens // self.block)
-        table = _pad_columns(plan.pages, int(num_blocks.max()) * self.pages_per_block)
+        num_blocks = -(-plan.kv_lens // BLOCK)
+        table = self._table(plan.pages, int(num_blocks.max()))
         decode = np.flatnonzero(new_tokens == 1)
         decode = decode[np.argsort(-num_blocks[decode], kind="stable")]
         self._jobs = []
@@ -107,7 +105,7 @@ class PagedAttention:
 
     def _groups(self, rows: I64, num_blocks: I32) -> list[I64]:
         """Cut rows into groups whose keys fit GROUP_BYTES (or single rows)."""
-        key_bytes = self.pool.num_heads * self.block * self.pool.head_dim * self.pool.pages.element_size()
+        key_bytes = self.pool.num_heads * BLOCK * self.pool.head_dim * self.pool.pages.element_size()
         limit = max(1, GROUP_BYTES // key_bytes)
         groups, start, size = [], 0, 0
         for at, row in enumerate(rows.tolist()):
@@ -122,11 +120,11 @@ class PagedAttention:
     def _plan_decode(self, plan: Plan, rows: I64, num_blocks: I32, table: I64) -> _Decode:
         owns = np.arange(num_blocks[0])[:, None] < num_blocks[None, :]  # [block, tile]
         block, tile = np.nonzero(owns)
-        pages = table[rows].reshape(len(rows), -1, self.pages_per_block)[tile, block]
-        left = plan.kv_lens[rows][tile] - block * self.block  # keys of this item that count
-        bias = _bias(np.arange(self.block)[None, :] < left[:, None])
-        items = _Items(owns.sum(1).tolist(), torch.from_numpy(tile), bias.view(-1, 1, 1, self.block), len(tile))
-        return _Decode(torch.from_numpy(plan.q_starts[rows].astype(np.int64)), self._runs(pages), items)
+        left = plan.kv_lens[rows][tile] - block * BLOCK  # keys of this item that count
+        bias = _bias(np.arange(BLOCK)[None, :] < left[:, None])
+        items = _Items(owns.sum(1).tolist(), torch.from_numpy(tile), bias.view(-1, 1, 1, BLOCK), len(tile))
+        index = self.pool.index(table[rows[tile], block], self.run_tokens)
+        return _Decode(torch.from_numpy(plan.q_starts[rows].astype(np.int64)), index, items)
 
     def _plan_prefill(self, plan: Plan, row: int, num_blocks: int, table: I64) -> _Prefill:
         first, stop = int(plan.q_starts[row]), int(plan.q_starts[row + 1])
@@ -136,22 +134,26 @@ class PagedAttention:
             count = min(self.tile_tokens, stop - start)
             position = cached + start - first
             tiles.append((start, count, self._tile_items(position, count)))
-        pages = table[row].reshape(-1, self.pages_per_block)[:num_blocks]
-        return _Prefill(self._runs(pages), num_blocks, tiles)
+        return _Prefill(self.pool.index(table[row, :num_blocks], self.run_tokens), tiles)
 
     def _tile_items(self, position: int, count: int) -> _Items:
         """Items of one tile whose first of `count` tokens is at `position`; blocks that reach past it are masked."""
-        num_blocks = -(-(position + count) // self.block)
-        masked = position // self.block
-        keys = np.arange(masked * self.block, num_blocks * self.block).reshape(-1, 1, self.block)
+        num_blocks = -(-(position + count) // BLOCK)
+        masked = position // BLOCK
+        keys = np.arange(masked * BLOCK, num_blocks * BLOCK).reshape(-1, 1, BLOCK)
         queries = position + np.arange(self.tile_tokens).repeat(self.group)
         bias = _bias(keys <= queries[None, :, None]).unsqueeze(1)
         return _Items([1] * num_blocks, torch.zeros(num_blocks, dtype=torch.int64), bias, num_blocks)
 
-    def _runs(self, pages: I64) -> Tensor:
-        """Pool runs of `[items, pages of a block]` pages, in the order item, head, page."""
-        heads = np.arange(self.pool.num_heads)[None, :, None]
-        return torch.from_numpy((pages[:, None, :] * self.pool.num_heads + heads).reshape(-1))
+    def _table(self, pages: I32, num_blocks: int) -> I64:
+        """The page table in runs, by block: `[rows, num_blocks, runs of a block]`. Page 0 stands where a row has none;
+        its keys are masked."""
+        per_page = self.pool.page_size // self.run_tokens
+        runs = (pages[:, :, None].astype(np.int64) * per_page + np.arange(per_page)).reshape(len(pages), -1)
+        table = np.zeros((len(pages), num_blocks * (BLOCK // self.run_tokens)), np.int64)
+        width = min(table.shape[1], runs.shape[1])
+        table[:, :width] = runs[:, :width]
+        return table.reshape(len(pages), num_blocks, -1)
 
     # ---- once a layer --------------------------------------------------------------------------------------------
 
@@ -160,23 +162,22 @@ class PagedAttention:
         self.pool.write(layer, self._page, self._slot, k[:num_tokens], v[:num_tokens])
         out = torch.zeros_like(q)
         for job in self._jobs:
-            keys, values = self._gather(layer, job.runs)
+            keys, values = self._gather(layer, job.index)
             if isinstance(job, _Decode):
                 self._decode(q, keys, values, job, out)
             else:
                 self._prefill(q, keys, values, job, out)
         return out.view(q.shape[0], -1)
 
-    def _gather(self, layer: int, runs: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the runs, `[items, kv_heads, block, dim]`; valid until the next call."""
+    def _gather(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks, `[items, kv_heads, block, dim]`; valid until the next call."""
         pool = self.pool
-        size = runs.shape[0] * pool.page_size * pool.head_dim
+        size = index.shape[0] * self.run_tokens * pool.head_dim
         if self._buffers[0].numel() < size:
             self._buffers = (pool.pages.new_empty(size), pool.pages.new_empty(size))
-        keys, values = (buffer[:size].view(runs.shape[0], -1) for buffer in self._buffers)
-        pool.gather_keys(layer, runs, keys)
-        pool.gather_values(layer, runs, values)
-        shape = (-1, pool.num_heads, self.block, pool.head_dim)
+        keys, values = (buffer[:size].view(index.shape[0], -1) for buffer in self._buffers)
+        pool.gather(layer, index, self.run_tokens, keys, values)
+        shape = (-1, pool.num_heads, BLOCK, pool.head_dim)
         return keys.view(shape), values.view(shape)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, job: _Decode, out: Tensor) -> None:
@@ -195,7 +196,7 @@ class PagedAttention:
             tile = q.new_zeros(1, heads, rows, dim)
             source = q[start : start + count].view(count, heads, group, dim).transpose(0, 1)
             torch.mul(source, self.scale, out=tile.view(heads, self.tile_tokens, group, dim)[:, :count])
-            step = heads if items.num_items * heads * rows * self.block * 4 <= SCORE_BYTES else 1
+            step = heads if items.num_items * heads * rows * BLOCK * 4 <= SCORE_BYTES else 1
             for head in range(0, heads, step):
                 part = slice(head, head + step)
                 k, v = keys[: items.num_items, part], values[: items.num_items, part]
@@ -230,20 +231,6 @@ def _fold(parts: Tensor, counts: list[int], combine: Callable[..., Any]) -> Tens
         combine(mine, parts[at : at + count], out=mine)
         at += count
     return total
-
-
-def _pages_per_block(page_size: int) -> int:
-    """Pages of a block: about BLOCK_TOKENS tokens, and a multiple of 8 of them, so that no vector is cut."""
-    step = 8 // math.gcd(8, page_size)
-    return max(BLOCK_TOKENS // page_size // step, 1) * step
-
-
-def _pad_columns(table: I32, columns: int) -> I64:
-    """The page table as int64 with `columns` columns; page 0 stands where there is none (its keys are masked)."""
-    out = np.zeros((table.shape[0], columns), np.int64)
-    width = min(columns, table.shape[1])
-    out[:, :width] = table[:, :width]
-    return out
 
 
 def _bias(visible: NDArray[np.bool_]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diptych.config import ServerConfig
 from diptych.errors import ConfigError
+from diptych.types import I64
 
 DEFAULT_POOL_BYTES = 256 << 20
 MAX_DEFAULT_CONTEXTS = 64
@@ -37,22 +38,27 @@ class KVPool:
         self.page_size, self.num_heads, self.num_layers, self.head_dim = page_size, num_heads, num_layers, head_dim
         shape = (num_pages, num_heads, num_layers, 2, page_size, head_dim)
         self.pages = _zeros(shape, dtype) if device == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-        runs = self.pages.view(num_pages * num_heads, num_layers, 2, page_size * head_dim)
-        self._keys = [runs[:, layer, 0] for layer in range(num_layers)]
-        self._values = [runs[:, layer, 1] for layer in range(num_layers)]
 
     def write(self, layer: int, page: Tensor, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store the KV of tokens, `[tokens, kv_head, dim]` each, at `page[i]`, `slot[i]`."""
         both = torch.stack((keys, values), 2).nan_to_num_()
         self.pages[:, :, layer][page, :, :, slot] = both
 
-    def gather_keys(self, layer: int, runs: Tensor, out: Tensor) -> None:
-        """Copy runs (`page * num_heads + head`) of one layer's keys to `out`, `[len(runs), page_size * dim]`."""
-        torch.index_select(self._keys[layer], 0, runs, out=out)
+    def index(self, runs: I64, run_tokens: int) -> Tensor:
+        """Where runs of tokens are, for `gather`. A run is `run_tokens` slots of a page (a divisor of its size); run r
+        is the (r % runs a page)-th of page r // runs a page. `[n, k]` runs give `[n * heads * k]`, in this order."""
+        per_page = self.page_size // run_tokens
+        page, part = np.divmod(runs[:, None, :], per_page)
+        head = page * self.num_heads + np.arange(self.num_heads)[None, :, None]
+        index = head * (self.num_layers * 2 * per_page) + part
+        return torch.from_numpy(index.reshape(-1)).to(self.pages.device)
 
-    def gather_values(self, layer: int, runs: Tensor, out: Tensor) -> None:
-        """As gather_keys."""
-        torch.index_select(self._values[layer], 0, runs, out=out)
+    def gather(self, layer: int, index: Tensor, run_tokens: int, keys: Tensor, values: Tensor) -> None:
+        """Copy one layer's keys and values of runs (see `index`) to `keys` and `values`, `[runs, run_tokens * dim]`."""
+        per_page = self.page_size // run_tokens
+        source = self.pages.view(-1, run_tokens * self.head_dim)
+        torch.index_select(source, 0, index + 2 * layer * per_page, out=keys)
+        torch.index_select(source, 0, index + (2 * layer + 1) * per_page, out=values)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from diptych.model.logprobs import token_logprobs
 from diptych.model.parallel import Parallel
 from diptych.model.pool import CpuPageStore, KVPool, kv_page_bytes, pool_pages
 from diptych.model.sampling import sample
-from diptych.model.selftest import attention_is_exact, products_are_exact
+from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
 from diptych.model.weights import open_weights
 from diptych.types import LogprobSpec, ModelInfo, Plan, Row, RowResult, StepResult, TokenLogprob
 
@@ -73,6 +73,7 @@ class Runner:
             )
             heads, kv_heads = self.model.num_heads, self.model.num_kv_heads
             self.exact &= attention_is_exact(heads, kv_heads, shape.head_dim, config.page_size, dtype, self.device)
+            self.exact &= activations_are_exact(shape.intermediate_size // world, dtype, self.device)
         page_bytes = kv_page_bytes(kv_heads, shape.num_layers, shape.head_dim, config.page_size, dtype.itemsize)
         self.num_pages = pool_pages(config, page_bytes, context_len)
         mib = self.num_pages * page_bytes >> 20

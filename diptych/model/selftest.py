@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from diptych.model.attention import PagedAttention
 from diptych.model.layers import Linear, padded_rows
@@ -18,6 +19,7 @@ from diptych.types import Plan
 
 ROWS = (1, 6, 16, 45, 130)
 MAX_WIDTH = 2048  # output columns tried; more of the same kernel
+ROWS_OF_LOOPS = (4, 100, 516)
 TOKENS = 150  # of the attention's test: two key blocks, several tiles
 
 
@@ -34,6 +36,15 @@ def products_are_exact(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, de
             if not (torch.equal(first, whole[:rows]) and torch.equal(last, whole[-rows:])):
                 return False
     return True
+
+
+def activations_are_exact(width: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether an element-wise function gives a row the same in any batch: threads may share a loop unevenly, and what
+    is left over of a vector is computed by other code."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(ROWS_OF_LOOPS), 2 * width, generator=generator).to(device, dtype)
+    whole = F.silu(x[:, :width])
+    return all(torch.equal(F.silu(x[:rows].clone()[:, :width]), whole[:rows]) for rows in ROWS_OF_LOOPS)
 
 
 def attention_is_exact(

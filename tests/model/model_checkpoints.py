@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_driver import VOCAB
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
-
-VOCAB = 211
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -35,7 +34,7 @@ def llama(**changes: Any) -> LlamaConfig:
 
 
 def write(folder: Path, config: PreTrainedConfig, seed: int = 0, **save: Any) -> PreTrainedModel:
-    """A random model of this shape, saved to `folder` and returned, in float32. Norm weights and biases are random too."""
+    """A random model of this shape, saved to `folder` and returned, in float32; norms and biases are random too."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -46,11 +45,6 @@ def write(folder: Path, config: PreTrainedConfig, seed: int = 0, **save: Any) ->
                 parameter.normal_(0, 0.1)
     model.save_pretrained(folder, **save)
     return model
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, VOCAB, (length,), generator=generator).tolist()
 
 
 @torch.no_grad()

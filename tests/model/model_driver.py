@@ -10,7 +10,13 @@ import numpy as np
 from diptych.model.runner import Runner
 from diptych.types import LogprobSpec, Plan, Row, RowResult, Sampling, TokenLogprob
 
+VOCAB = 211
 GREEDY = Sampling(temperature=0.0)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rnd = random.Random(seed)
+    return [rnd.randrange(10, VOCAB) for _ in range(length)]
 
 
 @dataclass

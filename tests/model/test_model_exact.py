@@ -1,19 +1,18 @@
-"""The promise of decision 3, with ==: a sequence's tokens and logprobs do not depend on how and with whom it is computed."""
+"""Decision 3, with ==: a sequence's tokens and logprobs do not depend on how and with whom it is computed."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from model_checkpoints import VOCAB, llama, prompt_of, qwen3, write
-from model_driver import GREEDY, Driver, Sequence
+from model_checkpoints import llama, qwen3, write
+from model_driver import GREEDY, VOCAB, Driver, Sequence, prompt_of
 
 from diptych.config import ServerConfig
 from diptych.model.layers import Linear, padded_rows
 from diptych.model.runner import Runner
-from diptych.model.selftest import attention_is_exact, products_are_exact
+from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
 from diptych.types import LogprobSpec, Sampling
 
 NUM_OUTPUTS = 6
@@ -28,6 +27,9 @@ SAMPLINGS = (
 )
 
 
+runner_folder: dict[str, str] = {}  # by fingerprint
+
+
 @pytest.fixture(scope="module", params=["qwen3, page 16", "llama, page 5", "qwen3, eight heads on one, page 100"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, int]:
     config, page_size = {
@@ -39,6 +41,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     write(folder, config)
     runner = Runner(ServerConfig(model_path=str(folder), page_size=page_size, max_total_tokens=6000))
     assert runner.exact
+    runner_folder[runner.info.fingerprint] = str(folder)
     return runner, page_size
 
 
@@ -97,6 +100,14 @@ def test_company_pages_and_preemption_do_not_show(server: tuple[Runner, int], se
         same(seq, alone(server, int(seq.rid)))
 
 
+def test_the_page_size_does_not_show(server: tuple[Runner, int]) -> None:
+    runner, _ = server
+    other = Runner(ServerConfig(model_path=runner_folder[runner.info.fingerprint], page_size=7, max_total_tokens=700))
+    seq = sequence(8)
+    Driver(other, 7).generate(seq, NUM_OUTPUTS, chunk=100)
+    same(seq, alone(server, 8))
+
+
 def test_a_cached_prefix_does_not_show(server: tuple[Runner, int]) -> None:
     driver = Driver(*server)
     first = alone(server, 8)
@@ -152,7 +163,7 @@ def test_a_neighbour_with_nonsense_in_its_cache_does_not_show(server: tuple[Runn
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_products_and_attention_pass_the_self_test_with_one_thread_and_with_two(threads: int) -> None:
+def test_the_self_test_passes_with_one_thread_and_with_two(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -160,6 +171,8 @@ def test_products_and_attention_pass_the_self_test_with_one_thread_and_with_two(
         assert products_are_exact(shapes, torch.float32, "cpu", pack=True)
         assert products_are_exact(shapes, torch.float32, "cpu", pack=False)
         assert attention_is_exact(8, 4, 64, 16, torch.float32, "cpu")
+        assert attention_is_exact(5, 1, 40, 12, torch.float32, "cpu")
+        assert activations_are_exact(300, torch.float32, "cpu")
     finally:
         torch.set_num_threads(before)
 

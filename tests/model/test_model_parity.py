@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_checkpoints import llama, prompt_of, qwen3, reference_greedy, reference_logits, write
-from model_driver import GREEDY, Driver, Sequence
+from model_checkpoints import llama, qwen3, reference_greedy, reference_logits, write
+from model_driver import GREEDY, Driver, Sequence, prompt_of
 from transformers import PreTrainedConfig
 
 from diptych.config import ServerConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_checkpoints import llama, prompt_of, qwen3, write
-from model_driver import Driver, Sequence
+from model_checkpoints import llama, qwen3, write
+from model_driver import Driver, Sequence, prompt_of
 from safetensors.torch import load_file, save_file
 
 from diptych.config import ServerConfig
