@@ -30,7 +30,7 @@ class Counters(msgspec.Struct):
 
     pages_sent: int = 0
     bytes_sent: int = 0
-    pages_received: int = 0
+    pages_received: int = 0  # of rooms that are complete
     bytes_received: int = 0
     stale_frames: int = 0  # refused: unknown, cancelled or superseded room, or pages of another generation
     duplicate_frames: int = 0  # refused: already here
@@ -156,7 +156,6 @@ class Incoming:
             room.num_writing -= 1
             if not room.live and not room.num_writing:
                 self._on_event(Cancelled(frame.room, frame.epoch))
-        self._counters.pages_received += len(rows)
         self._counters.bytes_received += len(payload)
         room.num_bytes += len(payload)
         room.num_missing -= len(rows) * (stop - start)
@@ -165,6 +164,7 @@ class Incoming:
 
     def _complete(self, number: int, room: _Expected) -> None:
         del self._rooms[number]
+        self._counters.pages_received += len(room.index)
         self._on_event(Received(number, room.epoch, sum(room.next_sequence.values()), room.num_bytes))
 
     def _fail(self, number: int, room: _Expected, error: CorruptTransfer) -> None:

@@ -14,7 +14,7 @@ from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Connect, Send
 from diptych.transfer.heads import HeadSlice, slices_to_send
 from diptych.transfer.incoming import Counters, offload
 from diptych.transfer.link import LinkClosed, Transport
-from diptych.transfer.pool import LinkPool
+from diptych.transfer.pool import DataLink, LinkPool
 from diptych.transfer.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -172,21 +172,30 @@ class Outgoing:
         self._counters.pages_sent += len(command.src_pages)
 
     async def _send_slice(self, room: _Room, command: Send, piece: HeadSlice) -> None:
+        """One frame is gathered while the one before it is on its way."""
         link = await self._pool.use(tuple(command.peers[piece.rank]), command.room)
         num_pages = len(command.src_pages)
+        delivery: asyncio.Task[None] | None = None
         for cut in cuts(num_pages, piece.start, piece.stop, self._store.head_bytes, wire.FRAME_BYTES):
             await link.turn.acquire()
             try:
                 header, payload = await self._frame(room, command, piece.rank, cut)
+                await self._delivered(link, delivery)
             except BaseException:
                 link.turn.release()
                 raise
             delivery = self._tasks.spawn(link.deliver(header, payload, self._send_timeout_s), "frame")
-            await asyncio.shield(delivery)
-            if link.broken:
-                raise LinkClosed(link.broken)
             room.num_bytes += len(payload)
             self._counters.bytes_sent += len(payload)
+            await asyncio.sleep(0)  # it begins, and others have their turn
+        await self._delivered(link, delivery)
+
+    @staticmethod
+    async def _delivered(link: DataLink, delivery: asyncio.Task[None] | None) -> None:
+        if delivery is not None:
+            await asyncio.shield(delivery)
+        if link.broken:
+            raise LinkClosed(link.broken)
 
     async def _frame(self, room: _Room, command: Send, destination: int, cut: Cut) -> tuple[bytes, memoryview]:
         start, stop = cut.head_start - self._heads.start, cut.head_stop - self._heads.start

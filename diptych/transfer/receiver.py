@@ -32,7 +32,7 @@ class Receiver(RoomEnd):
     """
 
     def __init__(self, hub: ReceiveHub, peer: Peer | None, room: int, epoch: int) -> None:
-        super().__init__(room, hub.on_change, hub.options.bootstrap_timeout_s)
+        super().__init__(room, hub.on_change, hub.options, hub.counters)
         self.first: FirstToken | None = None  # with Success
         self._hub = hub
         self._peer = peer
@@ -53,12 +53,14 @@ class Receiver(RoomEnd):
     def reserve(self, pages: Sequence[int], generations: Sequence[int], prefix_tokens: int = 0) -> None:
         """pages[i] is for page i of the prompt; the first `prefix_tokens` tokens (whole pages) are there already.
 
-        Does nothing once the room has ended. Raises TransferError if called twice or with a wrong prefix.
+        Does nothing once the room has ended. Raises TransferError if called twice, with a page twice or a wrong prefix.
         """
         if self.ended:
             return
         num_prefix = prefix_tokens // self._hub.terms.page_size
-        if self._reserve is not None or prefix_tokens % self._hub.terms.page_size or num_prefix > len(pages):
+        once = len(set(pages)) == len(pages) == len(generations)
+        whole = prefix_tokens % self._hub.terms.page_size == 0 and num_prefix <= len(pages)
+        if self._reserve is not None or not once or not whole:
             raise TransferError(f"cannot reserve {len(pages)} pages with a prefix of {prefix_tokens} tokens")
         self._reserve = wire.Reserve(self.room, self._epoch, list(pages), list(generations), prefix_tokens)
         if self.state == KVPoll.WaitingForInput:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from diptych.errors import DeadlineExceeded, TransferError
+from diptych.config import ServerConfig
+from diptych.errors import Aborted, DeadlineExceeded, TransferError
 from diptych.types import Finish
 
 
@@ -28,6 +29,22 @@ class HubOptions(msgspec.Struct, frozen=True, kw_only=True):
     secret: str = ""
     bootstrap_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 5.0
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> HubOptions:
+        return cls(
+            secret=config.pd_secret,
+            bootstrap_timeout_s=config.disaggregation_bootstrap_timeout,
+            heartbeat_timeout_s=config.disaggregation_heartbeat_timeout,
+        )
+
+
+class HubCounters(msgspec.Struct):
+    """Rooms of one hub that have ended. They only grow; rooms that a client aborted count nowhere."""
+
+    succeeded: int = 0
+    bootstrap_failed: int = 0  # before the two sides had met
+    transfer_failed: int = 0  # later
 
 
 class Timing(msgspec.Struct):
@@ -50,17 +67,18 @@ def failure(message: str, code: str, status: int = TransferError.status) -> Fini
 class RoomEnd:
     """One side of one room. `on_change(room)` is called from the loop, never from within a call of the owner's.
 
-    Each state but the last two may last `timeout_s`; then the room fails.
+    Each state but the last two may last `options.bootstrap_timeout_s`; then the room fails.
     """
 
-    def __init__(self, room: int, on_change: Callable[[int], None], timeout_s: float) -> None:
+    def __init__(self, room: int, on_change: Callable[[int], None], options: HubOptions, counters: HubCounters) -> None:
         self.room = room
         self.state = KVPoll.Bootstrapping
         self.error: Finish | None = None  # why it failed
         self.timing = Timing()
         self._loop = asyncio.get_running_loop()
         self._on_change = on_change
-        self._timeout_s = timeout_s
+        self._timeout_s = options.bootstrap_timeout_s
+        self._counters = counters
         self._entered_at = self._loop.time()
         self._deadline: asyncio.TimerHandle | None = None
         self._extend()
@@ -76,10 +94,20 @@ class RoomEnd:
         """Move on, unless the room has ended. Returns the milliseconds spent in the state that is left."""
         now = self._loop.time()
         spent_ms = (now - self._entered_at) * 1e3
+        self._count(state)
         self.state, self._entered_at = state, now
         self._extend()
         self._changed()
         return spent_ms
+
+    def _count(self, state: KVPoll) -> None:
+        if state == KVPoll.Success:
+            self._counters.succeeded += 1
+        elif state == KVPoll.Failed and (self.error is None or self.error.code != Aborted.code):
+            if self.state == KVPoll.Bootstrapping:
+                self._counters.bootstrap_failed += 1
+            else:
+                self._counters.transfer_failed += 1
 
     def _extend(self) -> None:
         """Start the deadline over; none once the room has ended."""

@@ -12,8 +12,9 @@ from diptych.errors import DeadlineExceeded, DiptychError, Overloaded, TransferE
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import AnyCommand, AnyEvent, Connect
 from diptych.transfer.control import CONTROL_PURPOSE, Conversation, disagreement, hear, say
+from diptych.transfer.heads import head_range
 from diptych.transfer.link import Link, Listener, Transport
-from diptych.transfer.room import HubOptions, failure
+from diptych.transfer.room import HubCounters, HubOptions, failure
 from diptych.transfer.sender import NobodySender, Sender
 from diptych.transfer.tasks import Tasks
 
@@ -63,6 +64,7 @@ class SendHub:
         self.tp_size = tp_size
         self.broadcast = broadcast
         self.options = options or HubOptions()
+        self.counters = HubCounters()
         self.boot_id = boot_id
         self._on_change = on_change
         self._rng = rng or random.SystemRandom()
@@ -183,6 +185,7 @@ class SendHub:
         attach = await hear(link, timeout_s)
         if not isinstance(attach, wire.Attach) or not attach.addresses:
             return None
+        head_range(self.terms.num_kv_heads, len(attach.addresses), 0)  # or no rank could send to those
         await say(link, wire.Welcome(self.boot_id, self.terms, self.tp_size), timeout_s)
         if disagreement(self.terms, attach.terms):
             await hear(link, timeout_s)  # until decode has read the welcome and hangs up

@@ -14,7 +14,7 @@ from diptych.testing.network import Faults, MemoryNetwork
 from diptych.testing.virtual import run_virtual
 from diptych.transfer import auth, wire
 from diptych.transfer.pool import DATA_PURPOSE
-from diptych.transfer.room import HubOptions, KVPoll
+from diptych.transfer.room import HubCounters, HubOptions, KVPoll
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, FirstToken
 
 SRC = [3, 9, 1, 20, 7, 5, 11]
@@ -334,6 +334,7 @@ def test_a_room_whose_request_never_reaches_prefill():
         await pair.decode.until(lambda: receiver.ended, 1e6)
         assert asyncio.get_running_loop().time() == pytest.approx(20.0, abs=0.2)
         assert receiver.error.code == "deadline_exceeded" and receiver.drained
+        assert pair.decode.hub.counters == HubCounters(transfer_failed=1)
         await asyncio.sleep(1)
         await finish(pair)
 
@@ -349,6 +350,7 @@ def test_a_room_whose_request_never_reaches_decode():
         await pair.prefill.until(lambda: sender.ended, 1e6)
         assert asyncio.get_running_loop().time() == pytest.approx(20.0, abs=0.2)
         assert sender.error.status == 504 and "--disaggregation-bootstrap-timeout" in sender.error.message
+        assert pair.prefill.hub.counters == HubCounters(bootstrap_failed=1)
         await finish(pair)
 
     run_virtual(main())
@@ -382,6 +384,33 @@ def test_rooms_that_wait_for_their_requests_are_bounded(monkeypatch):
         for receiver in receivers:
             receiver.abort("enough")
         await asyncio.sleep(0.1)
+        await finish(pair)
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+@pytest.mark.parametrize("number", range(NUM_MESSAGES + 1))
+def test_a_server_that_stops_at_any_message_leaves_nothing(first, number):
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network)
+        ends = {}
+        work = asyncio.create_task(try_hand_over(pair, ends))
+        await asyncio.sleep(0)
+        reached = asyncio.Event()
+        watching = asyncio.create_task(at_message(network, number, reached.set))
+        await asyncio.wait({work, asyncio.create_task(reached.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        reached.set()
+        stopped, other = (pair.prefill, pair.decode) if first == "prefill" else (pair.decode, pair.prefill)
+        await stopped.close()
+        watching.cancel()
+        network.faults.tamper = None
+        async with asyncio.timeout(21):
+            await work
+        check_decode(pair, ends["receiver"])
+        assert stopped.snapshot() == NOTHING
+        await other.close()
         await finish(pair)
 
     run_virtual(main())
@@ -722,6 +751,8 @@ def test_mistakes_of_the_engine_are_told():
             lambda: sender.finish(FirstToken(1, 0)),
             lambda: receiver.reserve([1], [1], PAGE_SIZE + 1),
             lambda: receiver.reserve([1], [1], 2 * PAGE_SIZE),
+            lambda: receiver.reserve([1, 1], [1, 1]),
+            lambda: receiver.reserve([1, 2], [1]),
         ):
             with pytest.raises(TransferError):
                 call()
@@ -760,6 +791,10 @@ def test_every_pair_of_tp_sizes(prefill_tp, decode_tp, num_heads):
                 store.data[:] = expected[:, heads : heads + store.num_heads]
         for plane in pair.decode.planes:
             assert plane.counters.stale_frames == plane.counters.duplicate_frames == 0
+            assert plane.counters.pages_received == len(SRC) + len(SRC[2:])
+        sent = sum(plane.counters.bytes_sent for plane in pair.prefill.planes)
+        assert sent == sum(plane.counters.bytes_received for plane in pair.decode.planes)
+        assert pair.prefill.hub.counters == pair.decode.hub.counters == HubCounters(succeeded=2)
         await finish(pair)
 
     run_virtual(main())
@@ -855,6 +890,10 @@ def test_a_hand_over_with_nobody():
         assert all(r.state == KVPoll.Success and r.drained for r in receivers)
         tokens = [receiver.first.token for receiver in receivers]
         assert tokens[0] == tokens[1] != tokens[2] and all(0 <= token < 1000 for token in tokens)
+        pair.decode.hub._fake = True  # --disaggregation-transfer-backend fake
+        faked = pair.decode.hub.open(pair.bootstrap(0))
+        faked.reserve([1, 2], [1, 1])
+        assert faked.state == KVPoll.Success and faked.first.token == tokens[0]
         senders = [pair.prefill.hub.open(0, 2, nobody=True) for _ in range(2)]
         for sender in senders:
             assert sender.state == KVPoll.WaitingForInput

@@ -1,37 +1,19 @@
 """What diptych/transfer/link.py promises, asked of every transport."""
 
 import asyncio
-import gc
-import os
-import signal
-import sys
-from pathlib import Path
 
 import pytest
-from transfer_links import KINDS, SOCKET_KINDS, held, linked, settle, transports, trust
+from transfer_links import KINDS, ONE_MIB, linked, send_until_blocked, settle, transports
 
 from diptych.errors import ProtocolError
 from diptych.transfer.link import LinkClosed
 from diptych.transfer.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
-ONE_MIB = bytes(range(256)) * 4096
 
 
 def pattern(number, size):
     return bytes((number * 31 + i) % 251 for i in range(min(size, 997))) * (size // 997 + 1)
-
-
-@pytest.fixture
-async def nothing_left():
-    if "nixl" in KINDS:
-        gc.collect()  # its agents live until the collector has found them
-    before = held()
-    yield
-    await settle()
-    if held() != before:
-        gc.collect()  # a payload that a finished test still looks at keeps its ring mapped
-    assert held() == before
 
 
 async def test_messages_keep_their_order_both_ways(kind, nothing_left):
@@ -126,24 +108,6 @@ async def test_many_links_at_once(kind, nothing_left):
         async with asyncio.TaskGroup() as group:
             for number, (ours, theirs) in enumerate(pairs):
                 group.create_task(talk(number, ours, theirs))
-
-
-async def send_until_blocked(link, most=120):
-    """Sends numbered messages of 1 MiB. Returns (the task, a list that grows by each message taken)."""
-    taken: list[int] = []
-
-    async def send():
-        for i in range(most):
-            await link.send(b"%d" % i, memoryview(ONE_MIB))
-            taken.append(i)
-
-    task = asyncio.create_task(send())
-    before = -1
-    while len(taken) != before:
-        before = len(taken)
-        await asyncio.wait({task}, timeout=0.2)
-    assert not task.done(), "nothing stopped the sender"
-    return task, taken
 
 
 async def test_a_receiver_that_does_not_read_stops_the_sender(kind, nothing_left):
@@ -300,49 +264,3 @@ async def test_nobody_listens(kind, nothing_left):
     listener.close()
     with pytest.raises(LinkClosed):
         await client.connect(listener.address, 5.0)
-
-
-# ---- other processes ----
-
-
-@pytest.mark.parametrize("what", ["send", "listen", "silent"])
-async def test_the_other_process_is_killed(kind, what, nothing_left):
-    if kind not in SOCKET_KINDS:
-        pytest.skip("lives in one process")
-    called: asyncio.Queue = asyncio.Queue()
-    listener = await transports(kind)[0].listen("127.0.0.1", called.put_nowait)
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(Path(__file__).parent / "link_child.py"),
-        kind,
-        listener.address,
-        what,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    try:
-        async with asyncio.timeout(30):
-            link = await called.get()
-            trust(link)
-            assert (await link.recv())[0] == b"here"
-            if what == "silent":
-                stuck, _ = await send_until_blocked(link)
-                child.send_signal(signal.SIGKILL)
-                with pytest.raises(LinkClosed):
-                    await stuck
-            else:
-                for _ in range(20):
-                    if what == "send":
-                        await link.recv()
-                    else:
-                        await link.send(b"x", memoryview(ONE_MIB))
-                child.send_signal(signal.SIGKILL)
-                with pytest.raises(LinkClosed):
-                    while True:
-                        await link.recv()
-            assert await child.wait() == -signal.SIGKILL
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-        listener.close()
-    link.close()

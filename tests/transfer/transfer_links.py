@@ -13,6 +13,7 @@ from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport
 from diptych.transfer.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
+ONE_MIB = bytes(range(256)) * 4096
 KINDS = ["memory", "tcp", "shm"]
 SOCKET_KINDS = ["tcp", "shm"]
 if importlib.util.find_spec("nixl") is not None:
@@ -82,3 +83,21 @@ async def settle():
     """Let callbacks and cancelled tasks finish."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+async def send_until_blocked(link, most=120):
+    """Sends numbered messages of 1 MiB. Returns (the task, a list that grows by each message taken)."""
+    taken: list[int] = []
+
+    async def send():
+        for i in range(most):
+            await link.send(b"%d" % i, memoryview(ONE_MIB))
+            taken.append(i)
+
+    task = asyncio.create_task(send())
+    before = -1
+    while len(taken) != before:
+        before = len(taken)
+        await asyncio.wait({task}, timeout=0.2)
+    assert not task.done(), "nothing stopped the sender"
+    return task, taken
