@@ -207,6 +207,12 @@ class Abort(msgspec.Struct, tag="abort", omit_defaults=True):
     message: str = "aborted by the client"
 
 
+class Complete(msgspec.Struct, tag="complete"):
+    """The text of a request is complete (a stop string, which only the API process sees): generate no more of it."""
+
+    rid: str
+
+
 class Control(msgspec.Struct, tag="control", omit_defaults=True):
     """Ask the engine for something besides tokens. `op`: flush_cache | pause | continue | state | audit | drain."""
 
@@ -284,5 +290,5 @@ class Failed(msgspec.Struct, tag="failed"):
     message: str
 
 
-ToEngine = Submit | Abort | Control
+ToEngine = Submit | Abort | Complete | Control
 FromEngine = Outputs | ControlReply | Ready | Failed

@@ -230,6 +230,8 @@ class Service:
                     delta = sequence.take(output)
                     clock.tokens(len(delta.tokens))
                     if delta.finish is not None:
+                        if output.finish is None:
+                            self.engine.complete(request.rid)
                         break
                     yield delta
         finally:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from diptych.errors import BadRequest, DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from diptych.types import (
     Abort,
+    Complete,
     Control,
     ControlReply,
     FromEngine,
@@ -40,6 +41,9 @@ class EngineClient(Protocol):
         Raises Unavailable when the engine dies meanwhile.
         """
 
+    def complete(self, rid: str) -> None:
+        """The request's text is complete; the caller closes its iterator next, and that is no abort then."""
+
     async def abort(self, rid: str, message: str) -> None:
         """Abort one request, or all with "". Unknown ids are ignored."""
 
@@ -50,11 +54,12 @@ class EngineClient(Protocol):
 class _Stream:
     """Outputs of one request on their way to its handler: a queue with one reader."""
 
-    __slots__ = ("_items", "_waiter", "dead")
+    __slots__ = ("_items", "_waiter", "complete", "dead")
 
     def __init__(self) -> None:
         self._items: deque[Output] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self.complete = False
         self.dead = False
 
     def put(self, output: Output) -> None:
@@ -104,7 +109,12 @@ class EngineLink:
         finally:
             del self._streams[request.rid]
             if not finished and self.alive:
-                self._send(Abort(request.rid, "the client went away"))
+                self._send(Complete(request.rid) if stream.complete else Abort(request.rid, "the client went away"))
+
+    def complete(self, rid: str) -> None:
+        stream = self._streams.get(rid)
+        if stream is not None:
+            stream.complete = True
 
     async def abort(self, rid: str, message: str) -> None:
         self._send(Abort(rid, message))

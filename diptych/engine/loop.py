@@ -17,12 +17,13 @@ from diptych.sched import audit as ledger
 from diptych.sched.commit import commit, drop
 from diptych.sched.events import ChunkDone, Event, Sampled
 from diptych.sched.plan import schedule
-from diptych.sched.queue import abort, release, retract
+from diptych.sched.queue import abort, complete, release, retract
 from diptych.sched.state import SchedState, Seq
 from diptych.sched.stats import stats
 from diptych.text.grammar import GrammarCompiler, GrammarState
 from diptych.types import (
     Abort,
+    Complete,
     Control,
     ControlReply,
     Finish,
@@ -272,6 +273,10 @@ class Engine:
             rids = [message.rid] if message.rid else [*self.state.seqs, *self.role.held()]
             for rid in dict.fromkeys(rids):
                 self._fail(rid, Finish("abort", message=message.message, status=499, code="aborted"))
+        elif isinstance(message, Complete):
+            seq = complete(self.state, message.rid)
+            if seq is not None:
+                self.end(seq, keep=True)
         else:
             self._control(message)
 

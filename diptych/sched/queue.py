@@ -115,6 +115,20 @@ def abort(state: SchedState, rid: str, now: float) -> Seq | None:
     return seq
 
 
+def complete(state: SchedState, rid: str) -> Seq | None:
+    """End a sequence whose text is complete, though the model would go on; the caller releases it. None: it has ended."""
+    seq = state.seqs.get(rid)
+    if seq is None or seq.status not in (Status.RUNNING, Status.WAITING):
+        return None
+    if seq.status is Status.RUNNING:
+        state.running.remove(seq)
+        seq.move(Status.FINISHED)
+    else:  # retracted: it holds nothing that could be kept
+        state.waiting.remove(seq)
+        seq.move(Status.ABORTED)
+    return seq
+
+
 def release(state: SchedState, seq: Seq, *, keep: bool) -> None:
     """Give back the pages of a sequence that has finished or was aborted, and forget it. Raises AuditError for any
     other.

@@ -19,7 +19,7 @@ from diptych.engine.loop import Engine
 from diptych.errors import DiptychError, Unavailable
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.core import Core
-from diptych.router.exchange import Exchange, Headers, ServerLost
+from diptych.router.exchange import Body, Exchange, Headers, ServerLost
 from diptych.router.fleet import Fleet
 from diptych.router.health import HealthChecker
 from diptych.router.metrics import RouterMetrics
@@ -259,9 +259,7 @@ class SimUpstream:
         self._cluster = cluster
         self._transport = cluster.network.transport(ROUTER)
 
-    async def open(
-        self, server: ServerAddress, method: str, path: str, headers: Headers, body: bytes | list[bytes]
-    ) -> Exchange:
+    async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
         link: Link | None = None
         try:
             address = self._cluster.http.get(server.host, f"mem://{server.host}/0")
@@ -270,8 +268,7 @@ class SimUpstream:
             raise ServerLost(error.message, sent=False) from None
         link.max_header_bytes = 1 << 20
         try:
-            data = body if isinstance(body, bytes) else b"".join(body)
-            await link.send(msgspec.msgpack.encode(Call(path, data)))
+            await link.send(msgspec.msgpack.encode(Call(path, b"".join(body))))
             head = msgspec.msgpack.decode((await link.recv())[0], type=Head | Part)
             assert isinstance(head, Head)
             return SimExchange(link, head.status)

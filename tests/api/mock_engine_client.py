@@ -39,6 +39,7 @@ class MockEngineClient:
         self.requests: list[Request] = []
         self.closed_early: list[str] = []
         self.aborted: list[tuple[str, str]] = []
+        self.completed: list[str] = []
         self.controls: list[tuple[str, dict[str, Any]]] = []
         self.control_error: DiptychError | None = None
         self.gate = asyncio.Event()
@@ -96,6 +97,9 @@ class MockEngineClient:
             if not rid or request.rid == rid:
                 self._ends[request.rid] = Output(rid=request.rid, finish=finish, prompt_tokens=len(request.prompt))
         await self._notify()
+
+    def complete(self, rid: str) -> None:
+        self.completed.append(rid)
 
     async def control(self, op: str, **args: Any) -> dict[str, Any]:
         self.controls.append((op, args))

@@ -10,6 +10,7 @@ from diptych.engine.client import EngineLink
 from diptych.errors import BadRequest, Unavailable
 from diptych.types import (
     Abort,
+    Complete,
     Control,
     ControlReply,
     Finish,
@@ -103,3 +104,15 @@ async def test_control_answers_by_id() -> None:
     assert await one == {"requests": 0}
     with pytest.raises(BadRequest, match="busy"):
         await two
+
+
+async def test_a_complete_text_is_no_abort() -> None:
+    link, sent = make()
+    outputs = link.generate(request("a"))
+    first = asyncio.create_task(anext(outputs))
+    await asyncio.sleep(0)
+    link.receive(Outputs([Output(rid="a", tokens=[1])]))
+    await first
+    link.complete("a")
+    await outputs.aclose()  # type: ignore[attr-defined]
+    assert sent[-1] == Complete("a")
