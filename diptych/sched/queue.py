@@ -116,7 +116,7 @@ def abort(state: SchedState, rid: str, now: float) -> Seq | None:
 
 
 def complete(state: SchedState, rid: str) -> Seq | None:
-    """End a sequence whose text is complete, though the model would go on; the caller releases it. None: it has ended."""
+    """End a sequence whose text is complete though the model would go on; the caller releases it. None: it is over."""
     seq = state.seqs.get(rid)
     if seq is None or seq.status not in (Status.RUNNING, Status.WAITING):
         return None
