@@ -1,7 +1,7 @@
-"""The whole path of a request on a virtual clock, under seeded faults: nothing is lost, nothing is wrong, nothing is left.
+"""The whole path of a request on a virtual clock, under seeded faults: nothing lost, nothing wrong, nothing left.
 
-Each seed draws the cluster, the load and the misfortunes. Every request must end exactly once: with all its tokens, with
-an error that says so, or because its client left; whatever tokens a client got must be a prefix of the right ones.
+Each seed draws the cluster, the load and the misfortunes. Every request must end exactly once: with all its tokens,
+with an error that says so, or because its client left; whatever tokens a client got must be a prefix of the right ones.
 """
 
 from __future__ import annotations
