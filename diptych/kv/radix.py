@@ -210,7 +210,6 @@ class RadixTree:
         """Put a new node in front of `node` that takes its first `at` pages. Handles still point at the end, `node`."""
         assert node.parent is not None
         upper = self._new_node(node.namespace, node.parent, node.keys[:at], node.pages[:at])
-        upper.last_used = node.last_used
         upper.locks = node.locks
         node.parent.children[upper.keys[0]] = upper
         del node.keys[:at], node.pages[:at]
@@ -248,7 +247,6 @@ class RadixTree:
         if leaf.pages:
             return
         heapq.heappop(self._heap)
-        leaf.queued = False
         leaf.parent = None
         del parent.children[key]
         self._enqueue(parent)
