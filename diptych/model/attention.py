@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.model.pool import KVPool
@@ -28,6 +27,7 @@ from diptych.types import I32, I64, Plan
 
 BLOCK = 128  # keys of a block; a multiple of 32, so that no thread's share of an element-wise loop cuts a vector
 TILE_ROWS = 64  # query rows of a prefill tile, about
+LOG2E = math.log2(math.e)
 GROUP_BYTES = 4 << 20  # keys that decode rows gather at once
 SCORE_BYTES = 2 << 20  # scores of a prefill tile above which heads go one by one, to stay in the cache
 
@@ -38,9 +38,12 @@ class AttentionBackend(Protocol):
     def begin(self, plan: Plan) -> None:
         """Prepare what all layers share."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0, softcap: float = 0.0) -> Tensor:
         """Store `k`, `v` `[rows, kv_heads, dim]` of the plan's tokens in their slots, then attend causally from `q`
         `[rows, heads, dim]` to each sequence's pages: `[rows, heads * dim]`. Rows past the plan's tokens are padding.
+
+        `window` > 0: a token sees itself and the `window - 1` before it. `softcap` > 0: a score s is
+        softcap * tanh(s / softcap).
         """
 
 
@@ -50,9 +53,29 @@ class _Items:
     belongs to the first `counts[j]` tiles."""
 
     counts: list[int]
-    tile: Tensor  # [items] which tile
-    bias: Tensor  # [biased items, 1, 1 or rows, block] 0 or -inf, for the last items
-    num_items: int
+    tile: I64  # [items]
+    block: I64  # [items]
+    queries: I64  # [tiles, 1 or rows] position of each query
+    num_masked: int  # only the last so many items have keys that causality hides
+    device: torch.device
+    tile_index: Tensor = field(init=False)  # tile, on the device
+    _bias: dict[int, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tile_index = torch.from_numpy(self.tile).to(self.device)
+
+    def bias(self, window: int) -> Tensor:
+        """0 where a query sees a key, else -inf: `[last items, 1, 1 or rows, block]`. Made once a step."""
+        if window not in self._bias:
+            last = slice(0 if window else len(self.tile) - self.num_masked, None)
+            keys = self.block[last, None, None] * BLOCK + np.arange(BLOCK)
+            queries = self.queries[self.tile[last], :, None]
+            visible = keys <= queries
+            if window:
+                visible &= keys > queries - window
+            bias = np.where(visible, np.float32(0), np.float32(-np.inf))
+            self._bias[window] = torch.from_numpy(bias).unsqueeze(1).to(self.device)
+        return self._bias[window]
 
 
 @dataclass(slots=True)
@@ -81,16 +104,17 @@ class PagedAttention:
     def __init__(self, pool: KVPool, num_heads: int, scale: float) -> None:
         self.pool = pool
         self.group = num_heads // pool.num_heads
-        self.scale = scale * math.log2(math.e)
+        self.scale = scale * LOG2E
         self.run_tokens = math.gcd(BLOCK, pool.page_size)  # what a block and a page have whole numbers of
         self.tile_tokens = max(4, TILE_ROWS // self.group // 4 * 4)
+        self._device = pool.pages.device
         self._jobs: list[_Decode | _Prefill] = []
         self._buffers = (torch.empty(0), torch.empty(0))
 
     # ---- once a step ---------------------------------------------------------------------------------------------
 
     def begin(self, plan: Plan) -> None:
-        slots = torch.tensor(plan.slots)
+        slots = torch.tensor(plan.slots, device=self._device)
         self._page, self._slot = slots // self.pool.page_size, slots % self.pool.page_size
         new_tokens = np.diff(plan.q_starts)
         num_blocks = -(-plan.kv_lens // BLOCK)
@@ -120,11 +144,11 @@ class PagedAttention:
     def _plan_decode(self, plan: Plan, rows: I64, num_blocks: I32, table: I64) -> _Decode:
         owns = np.arange(num_blocks[0])[:, None] < num_blocks[None, :]  # [block, tile]
         block, tile = np.nonzero(owns)
-        left = plan.kv_lens[rows][tile] - block * BLOCK  # keys of this item that count
-        bias = _bias(np.arange(BLOCK)[None, :] < left[:, None])
-        items = _Items(owns.sum(1).tolist(), torch.from_numpy(tile), bias.view(-1, 1, 1, BLOCK), len(tile))
+        queries = plan.kv_lens[rows].astype(np.int64)[:, None] - 1
+        items = _Items(owns.sum(1).tolist(), tile, block, queries, len(tile), self._device)
         index = self.pool.index(table[rows[tile], block], self.run_tokens)
-        return _Decode(torch.from_numpy(plan.q_starts[rows].astype(np.int64)), index, items)
+        tokens = torch.from_numpy(plan.q_starts[rows].astype(np.int64)).to(self._device)
+        return _Decode(tokens, index, items)
 
     def _plan_prefill(self, plan: Plan, row: int, num_blocks: int, table: I64) -> _Prefill:
         first, stop = int(plan.q_starts[row]), int(plan.q_starts[row + 1])
@@ -139,11 +163,15 @@ class PagedAttention:
     def _tile_items(self, position: int, count: int) -> _Items:
         """Items of one tile whose first of `count` tokens is at `position`; blocks that reach past it are masked."""
         num_blocks = -(-(position + count) // BLOCK)
-        masked = position // BLOCK
-        keys = np.arange(masked * BLOCK, num_blocks * BLOCK).reshape(-1, 1, BLOCK)
-        queries = position + np.arange(self.tile_tokens).repeat(self.group)
-        bias = _bias(keys <= queries[None, :, None]).unsqueeze(1)
-        return _Items([1] * num_blocks, torch.zeros(num_blocks, dtype=torch.int64), bias, num_blocks)
+        queries = position + np.arange(self.tile_tokens, dtype=np.int64).repeat(self.group)
+        return _Items(
+            counts=[1] * num_blocks,
+            tile=np.zeros(num_blocks, np.int64),
+            block=np.arange(num_blocks),
+            queries=queries[None],
+            num_masked=num_blocks - position // BLOCK,
+            device=self._device,
+        )
 
     def _table(self, pages: I32, num_blocks: int) -> I64:
         """The page table in runs, by block: `[rows, num_blocks, runs of a block]`. Page 0 stands where a row has none;
@@ -157,16 +185,16 @@ class PagedAttention:
 
     # ---- once a layer --------------------------------------------------------------------------------------------
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0, softcap: float = 0.0) -> Tensor:
         num_tokens = self._page.shape[0]
         self.pool.write(layer, self._page, self._slot, k[:num_tokens], v[:num_tokens])
-        out = torch.zeros_like(q)
+        out = q.new_zeros(q.shape)
         for job in self._jobs:
             keys, values = self._gather(layer, job.index)
             if isinstance(job, _Decode):
-                self._decode(q, keys, values, job, out)
+                self._decode(q, keys, values, job, out, window, softcap)
             else:
-                self._prefill(q, keys, values, job, out)
+                self._prefill(q, keys, values, job, out, window, softcap)
         return out.view(q.shape[0], -1)
 
     def _gather(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,15 +208,19 @@ class PagedAttention:
         shape = (-1, pool.num_heads, BLOCK, pool.head_dim)
         return keys.view(shape), values.view(shape)
 
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, job: _Decode, out: Tensor) -> None:
+    def _decode(
+        self, q: Tensor, keys: Tensor, values: Tensor, job: _Decode, out: Tensor, window: int, softcap: float
+    ) -> None:
         heads, dim, group = self.pool.num_heads, self.pool.head_dim, self.group
         count = job.tokens.shape[0]
         tile = q.new_zeros(count, heads, -(-group // 4) * 4, dim)
         torch.mul(q.index_select(0, job.tokens).view(count, heads, group, dim), self.scale, out=tile[:, :, :group])
-        result = attend_items(tile, keys, values, job.items)
+        result = attend_items(tile, keys, values, job.items, job.items.bias(window), softcap * LOG2E)
         out[job.tokens] = result[:, :, :group].reshape(count, heads * group, dim)
 
-    def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, job: _Prefill, out: Tensor) -> None:
+    def _prefill(
+        self, q: Tensor, keys: Tensor, values: Tensor, job: _Prefill, out: Tensor, window: int, softcap: float
+    ) -> None:
         heads, dim, group = self.pool.num_heads, self.pool.head_dim, self.group
         rows = self.tile_tokens * group
         for start, count, items in job.tiles:
@@ -196,28 +228,33 @@ class PagedAttention:
             tile = q.new_zeros(1, heads, rows, dim)
             source = q[start : start + count].view(count, heads, group, dim).transpose(0, 1)
             torch.mul(source, self.scale, out=tile.view(heads, self.tile_tokens, group, dim)[:, :count])
-            step = heads if items.num_items * heads * rows * BLOCK * 4 <= SCORE_BYTES else 1
+            num_items, bias = len(items.tile), items.bias(window)
+            step = heads if num_items * heads * rows * BLOCK * 4 <= SCORE_BYTES else 1
             for head in range(0, heads, step):
                 part = slice(head, head + step)
-                k, v = keys[: items.num_items, part], values[: items.num_items, part]
-                result = attend_items(tile[:, part], k, v, items).view(step, rows, dim)[:, :used]
+                k, v = keys[:num_items, part], values[:num_items, part]
+                result = attend_items(tile[:, part], k, v, items, bias, softcap * LOG2E).view(step, rows, dim)[:, :used]
                 target = out[start : start + count].view(count, heads, group, dim)[:, part]
                 target.copy_(result.view(step, count, group, dim).transpose(0, 1))
 
 
-def attend_items(q: Tensor, keys: Tensor, values: Tensor, items: _Items) -> Tensor:
-    """The formula at the top. `q` `[tiles, h, rows, dim]` scaled for base 2; `keys`, `values` `[items, h, block, dim]`,
-    where h is one or all of the heads in memory; returns `[tiles, h, rows, dim]`."""
+def attend_items(q: Tensor, keys: Tensor, values: Tensor, items: _Items, bias: Tensor, softcap: float) -> Tensor:
+    """The formula at the top. `q` `[tiles, h, rows, dim]` and `softcap` scaled for base 2; `keys`, `values` `[items, h,
+    block, dim]`, where h is one or all of the heads in memory; `bias` for the last items. `[tiles, h, rows, dim]`."""
     num_items, heads, block, dim = keys.shape
     batch, rows = num_items * heads, q.shape[2]
-    queries = q.index_select(0, items.tile).view(batch, rows, dim)
-    scores = torch.bmm(queries, keys.reshape(batch, block, dim).transpose(1, 2)).view(num_items, heads, rows, block)
-    scores[num_items - items.bias.shape[0] :] += items.bias
+    queries = q.index_select(0, items.tile_index).view(batch, rows, dim)
+    scores = torch.bmm(queries, keys.reshape(batch, block, dim).transpose(1, 2)).float()
+    scores = scores.view(num_items, heads, rows, block)
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    scores[num_items - bias.shape[0] :] += bias
     highest = _fold(scores.amax(-1), items.counts, torch.maximum)
-    scores -= highest.index_select(0, items.tile).unsqueeze(-1)
+    scores -= highest.index_select(0, items.tile_index).unsqueeze(-1)
     scores.exp2_()
     total = _fold(scores.sum(-1), items.counts, torch.add)
-    mixed = torch.bmm(scores.view(batch, rows, block), values.reshape(batch, block, dim))
+    weights = scores.view(batch, rows, block).to(values.dtype)
+    mixed = torch.bmm(weights, values.reshape(batch, block, dim)).float()
     result = _fold(mixed.view(num_items, heads, rows, dim), items.counts, torch.add)
     return result / total.unsqueeze(-1)
 
@@ -231,7 +268,3 @@ def _fold(parts: Tensor, counts: list[int], combine: Callable[..., Any]) -> Tens
         combine(mine, parts[at : at + count], out=mine)
         at += count
     return total
-
-
-def _bias(visible: NDArray[np.bool_]) -> Tensor:
-    return torch.from_numpy(np.where(visible, np.float32(0), np.float32(-np.inf)))

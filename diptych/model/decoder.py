@@ -67,18 +67,25 @@ class Decoder:
         self._cos = cos.to(device, dtype).unsqueeze(1)
         self._sin = sin.to(device, dtype).unsqueeze(1)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """Hidden states `[rows, hidden]` before the last norm. `tokens`, `positions` int64 `[rows]`, rows padded."""
+    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor:
+        """Hidden states before the last norm of the rows `wanted`, `[wanted, hidden]`; `tokens`, `positions` int64
+        `[rows]`. Both row counts padded, but nothing may be wanted."""
         x = self.embedding(tokens)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = x + self._attend(index, layer, layer.attention_norm(x), cos, sin, attention)
+            mixed = self._attend(index, layer, layer.attention_norm(x), cos, sin, attention)
+            if index == last:  # what follows concerns each row by itself
+                x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
+                if not len(wanted):
+                    break
+            x = x + self._project(layer, mixed)
             x += self._mlp(layer, layer.mlp_norm(x))
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """float32 logits `[rows, vocab]` of hidden states `[rows, hidden]` with padded rows; None on ranks above 0."""
-        mine = self.head(self.norm(hidden))
+    def logits(self, features: Tensor) -> Tensor | None:
+        """float32 logits `[rows, vocab]` of what forward gave, rows padded; None on ranks above 0."""
+        mine = self.head(self.norm(features))
         joined = self.parallel.join(mine)
         return None if joined is None else joined[:, : self.config.vocab_size].float()
 
@@ -91,7 +98,9 @@ class Decoder:
         if layer.qk_norm is not None:
             qk = F.rms_norm(qk, (dim,), None, self.config.norm_eps) * layer.qk_norm
         qk = rotate(qk, cos, sin)
-        mixed = attention.attend(index, qk[:, :heads], qk[:, heads:], v)
+        return attention.attend(index, qk[:, :heads], qk[:, heads:], v)
+
+    def _project(self, layer: Layer, mixed: Tensor) -> Tensor:
         out = self.parallel.sum(layer.o(mixed))
         return out if layer.o_bias is None else out + layer.o_bias
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,33 +11,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from diptych.config import ServerConfig
-from diptych.errors import ConfigError
 from diptych.kv.store import PageStore
 from diptych.model.attention import AttentionBackend, PagedAttention
-from diptych.model.config import ModelConfig, load_model_config, model_folder
-from diptych.model.decoder import Decoder
 from diptych.model.layers import padded_rows
+from diptych.model.load import load_model
 from diptych.model.logprobs import token_logprobs
 from diptych.model.parallel import Parallel
 from diptych.model.pool import CpuPageStore, KVPool, kv_page_bytes, pool_pages
 from diptych.model.sampling import sample
-from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
-from diptych.model.weights import open_weights
-from diptych.types import LogprobSpec, ModelInfo, Plan, Row, RowResult, StepResult, TokenLogprob
+from diptych.types import LogprobSpec, ModelInfo, Plan, RowResult, StepResult, TokenLogprob
 
 LOGIT_BYTES = 32 << 20  # prompt logprobs: logits held at once
-
-
-class CausalModel(Protocol):
-    """What a runner needs of a model: hidden states of a step's tokens, and logits of some of them."""
-
-    num_heads: int
-    num_kv_heads: int  # of this rank
-    scale: float
-
-    def forward(self, tokens: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor | None: ...
 
 
 class Runner:
@@ -59,79 +41,64 @@ class Runner:
     ) -> None:
         self.rank = rank
         self.device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        folder = model_folder(config.model_path)
-        shape = load_model_config(folder)
-        parallel = Parallel(rank, world, group)
-        dtype = _dtype(config.dtype, shape.dtype, self.device)
-        context_len = _context_len(config.context_length, shape)
-        source = open_weights(folder, config.load_format, dtype, config.random_seed)
-        with torch.inference_mode():
-            pack = products_are_exact(_product_shapes(shape, world), dtype, self.device, pack=True)
-            self.exact = pack or products_are_exact(_product_shapes(shape, world), dtype, self.device, pack=False)
-            self.model: CausalModel = Decoder(
-                shape, source, parallel, context_len, device=self.device, pack=pack, progress=progress
-            )
-            heads, kv_heads = self.model.num_heads, self.model.num_kv_heads
-            self.exact &= attention_is_exact(heads, kv_heads, shape.head_dim, config.page_size, dtype, self.device)
-            self.exact &= activations_are_exact(shape.intermediate_size // world, dtype, self.device)
-        page_bytes = kv_page_bytes(kv_heads, shape.num_layers, shape.head_dim, config.page_size, dtype.itemsize)
-        self.num_pages = pool_pages(config, page_bytes, context_len)
+        loaded = load_model(config, Parallel(rank, world, group), self.device, progress)
+        self.model, self.exact = loaded.model, loaded.exact
+        self.info: ModelInfo = loaded.info
+        heads, layers, dim = loaded.model.num_kv_heads, loaded.info.num_layers, loaded.info.head_dim
+        page_bytes = kv_page_bytes(heads, layers, dim, config.page_size, loaded.dtype.itemsize)
+        self.num_pages = pool_pages(config, page_bytes, self.info.context_len)
         mib = self.num_pages * page_bytes >> 20
         progress(f"KV pool: {self.num_pages} pages of {config.page_size} tokens, {mib} MiB")
-        self.pool = KVPool(
-            self.num_pages, config.page_size, kv_heads, shape.num_layers, shape.head_dim, dtype, self.device
-        )
+        self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.dtype, self.device)
         self.store: PageStore = CpuPageStore(self.pool)
-        self.attention: AttentionBackend = PagedAttention(self.pool, heads, self.model.scale)
-        self.info = ModelInfo(
-            architecture=shape.architecture,
-            vocab_size=shape.vocab_size,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            kv_dtype=str(dtype).removeprefix("torch."),
-            context_len=context_len,
-            eos_token_ids=shape.eos_token_ids,
-            num_parameters=source.num_parameters,
-            weight_bytes=source.num_parameters * dtype.itemsize,
-            fingerprint=hashlib.sha256(f"{shape} {source.fingerprint()}".encode()).hexdigest()[:16],
-        )
+        self.attention: AttentionBackend = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute a step: store the KV of its tokens, sample its rows. Blocks. Ranks above 0 return no rows."""
         started = time.perf_counter()
-        hidden = self._forward(plan)
-        tokens, logprobs = self._sample(plan, hidden)
-        prompt = self._prompt_logprobs(plan, hidden)
+        sampling = [b for b, row in enumerate(plan.rows) if row.samples]
+        targets = [b for b, row in enumerate(plan.rows) if row.prompt_targets]
+        wanted = [int(plan.q_starts[b + 1]) - 1 for b in sampling]
+        for b in targets:
+            first = int(plan.q_starts[b]) + plan.rows[b].target_start
+            wanted += range(first, first + len(plan.rows[b].prompt_targets or ()))
+        features = self._features(plan, wanted)
+        tokens, logprobs = self._sample(plan, sampling, features)
+        prompt = self._prompt_logprobs(plan, targets, features[len(sampling) :])
         rows = []
         if self.rank == 0:
             rows = [RowResult(tokens.get(b, -1), logprobs.get(b), prompt.get(b)) for b in range(len(plan.rows))]
         return StepResult(rows=rows, duration_s=time.perf_counter() - started)
 
-    def _forward(self, plan: Plan) -> Tensor:
-        """Hidden states `[padded tokens, hidden]`."""
-        rows = padded_rows(len(plan.token_ids))
-        inputs = np.zeros((2, rows), np.int64)
-        inputs[0, : len(plan.token_ids)] = plan.token_ids
-        inputs[1, : len(plan.token_ids)] = plan.positions
+    def _features(self, plan: Plan, wanted: Sequence[int]) -> Tensor:
+        """The forward pass: what the model says of the tokens `wanted` (places in the plan), `[len(wanted), …]`."""
+        num_tokens = len(plan.token_ids)
+        inputs = np.zeros((2, padded_rows(num_tokens)), np.int64)
+        inputs[0, :num_tokens] = plan.token_ids
+        inputs[1, :num_tokens] = plan.positions
         tokens, positions = torch.from_numpy(inputs).to(self.device)
+        index = np.zeros(padded_rows(len(wanted)), np.int64)
+        index[: len(wanted)] = wanted
         self.attention.begin(plan)
-        return self.model.forward(tokens, positions, self.attention)
+        features = self.model.forward(tokens, positions, torch.from_numpy(index).to(self.device), self.attention)
+        return features[: len(wanted)]
 
-    def _logits(self, hidden: Tensor, index: Sequence[int]) -> Tensor | None:
-        """float32 logits of some rows of `hidden`, `[len(index), vocab]`; None on ranks above 0."""
-        padded = np.zeros(padded_rows(len(index)), np.int64)
-        padded[: len(index)] = index
-        logits = self.model.logits(hidden.index_select(0, torch.from_numpy(padded).to(self.device)))
-        return None if logits is None else logits[: len(index)]
+    def _logits(self, features: Tensor) -> Tensor | None:
+        """float32 logits of these features, `[rows, vocab]`; None on ranks above 0."""
+        count = features.shape[0]
+        padded = features.new_zeros(padded_rows(count), features.shape[1])
+        padded[:count] = features
+        logits = self.model.logits(padded)
+        return None if logits is None else logits[:count]
 
-    def _sample(self, plan: Plan, hidden: Tensor) -> tuple[dict[int, int], dict[int, TokenLogprob]]:
+    def _sample(
+        self, plan: Plan, sampling: Sequence[int], features: Tensor
+    ) -> tuple[dict[int, int], dict[int, TokenLogprob]]:
         """Token, and logprob if asked for, by row."""
-        sampling = [b for b, row in enumerate(plan.rows) if row.samples]
         if not sampling:
             return {}, {}
-        logits = self._logits(hidden, [int(plan.q_starts[b + 1]) - 1 for b in sampling])
+        logits = self._logits(features[: len(sampling)])
         if logits is None:
             return {}, {}
         rows = [plan.rows[b] for b in sampling]
@@ -143,48 +110,23 @@ class Runner:
             logprobs = {sampling[i]: logprob for (i, _), logprob in zip(asked, found, strict=True)}
         return dict(zip(sampling, tokens, strict=True)), logprobs
 
-    def _prompt_logprobs(self, plan: Plan, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
-        """Logprobs of the prompt tokens that rows ask for, by row."""
+    def _prompt_logprobs(self, plan: Plan, targets: Sequence[int], features: Tensor) -> dict[int, list[TokenLogprob]]:
+        """Logprobs of the prompt tokens that rows ask for, by row. `features` are those of the targets, in order."""
         found: dict[int, list[TokenLogprob]] = {}
-        for b, row in enumerate(plan.rows):
-            if row.prompt_targets:
-                first = int(plan.q_starts[b]) + row.target_start
-                found[b] = self._target_logprobs(row, hidden, first)
+        at = 0
+        for b in targets:
+            tokens = plan.rows[b].prompt_targets or []
+            spec = plan.rows[b].logprobs or LogprobSpec()
+            found[b] = self._target_logprobs(tokens, spec, features[at : at + len(tokens)])
+            at += len(tokens)
         return found
 
-    def _target_logprobs(self, row: Row, hidden: Tensor, first: int) -> list[TokenLogprob]:
-        targets = row.prompt_targets or []
-        spec = row.logprobs or LogprobSpec()
+    def _target_logprobs(self, tokens: list[int], spec: LogprobSpec, features: Tensor) -> list[TokenLogprob]:
         block = max(4, LOGIT_BYTES // (4 * self.info.vocab_size) // 4 * 4)
         found: list[TokenLogprob] = []
-        for at in range(0, len(targets), block):
-            part = targets[at : at + block]
-            logits = self._logits(hidden, range(first + at, first + at + len(part)))
+        for at in range(0, len(tokens), block):
+            part = tokens[at : at + block]
+            logits = self._logits(features[at : at + block])
             if logits is not None:
                 found += token_logprobs(logits, part, [spec] * len(part))
         return found
-
-
-def _dtype(asked: str, checkpoint: str, device: str) -> torch.dtype:
-    name = asked if asked != "auto" else "float32" if device == "cpu" else checkpoint
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _context_len(asked: int, shape: ModelConfig) -> int:
-    if asked > shape.max_context:
-        raise ConfigError(
-            f"--context-length {asked} is more than this model's positions allow ({shape.max_context}); "
-            "choose less, or give its config.json a rope scaling"
-        )
-    return asked or shape.max_position
-
-
-def _product_shapes(shape: ModelConfig, world: int) -> list[tuple[int, int]]:
-    """(inputs, outputs) of this rank's matrices."""
-    inner = shape.intermediate_size // world
-    heads = shape.num_heads * shape.head_dim // world
-    kv_heads = max(1, shape.num_kv_heads // world) * shape.head_dim
-    hidden = shape.hidden_size
-    vocab = -(-shape.vocab_size // world)
-    return [(hidden, heads + 2 * kv_heads), (heads, hidden), (hidden, 2 * inner), (inner, hidden), (hidden, vocab)]

@@ -57,14 +57,14 @@ def attention_is_exact(
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, kv_heads, kv_heads)
     q, k, v = (torch.randn(TOKENS, n, head_dim, generator=generator).to(device, dtype) for n in sizes)
-    attention.begin(_plan(0, TOKENS, num_pages))
+    attention.begin(plan_of_one(0, TOKENS, num_pages))
     whole = attention.attend(0, q, k, v)
-    attention.begin(_plan(TOKENS - 1, TOKENS, num_pages))
+    attention.begin(plan_of_one(TOKENS - 1, TOKENS, num_pages))
     return torch.equal(attention.attend(0, q[-1:], k[-1:], v[-1:]), whole[-1:])
 
 
-def _plan(start: int, stop: int, num_pages: int) -> Plan:
-    """One sequence in pages 0, 1, …; tokens [start, stop) are new."""
+def plan_of_one(start: int, stop: int, num_pages: int) -> Plan:
+    """A step of one sequence in pages 0, 1, …; tokens [start, stop) are new."""
     positions = np.arange(start, stop)
     return Plan(
         step=0,

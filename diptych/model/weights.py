@@ -44,7 +44,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._files = _find_files(folder)
+        self._files = find_files(folder)
         self._handles = [_open(path) for path in self._files]
         self._owner = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
         self._taken: set[str] = set()
@@ -74,12 +74,7 @@ class SafetensorsSource:
             raise ConfigError(f"the checkpoint has tensors that {_plural(extra)} no place in this model: {shown}")
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._files:
-            for name, info, samples in _sample_tensors(path):
-                digest.update(f"{name} {info['dtype']} {info['shape']}\n".encode())
-                digest.update(samples)
-        return digest.hexdigest()[:16]
+        return fingerprint(self._files)
 
 
 class DummySource:
@@ -117,6 +112,16 @@ def open_weights(folder: Path, load_format: str, dtype: torch.dtype, seed: int) 
     return SafetensorsSource(folder, dtype)
 
 
+def fingerprint(files: Sequence[Path]) -> str:
+    """A hash of the names, types and shapes of all tensors in safetensors files, and of a few bytes of each."""
+    digest = hashlib.sha256()
+    for path in files:
+        for name, info, samples in _sample_tensors(path):
+            digest.update(f"{name} {info['dtype']} {info['shape']}\n".encode())
+            digest.update(samples)
+    return digest.hexdigest()[:16]
+
+
 def _count(shape: Sequence[int]) -> int:
     count = 1
     for size in shape:
@@ -128,7 +133,7 @@ def _plural(names: Sequence[str]) -> str:
     return "has" if len(names) == 1 else "have"
 
 
-def _find_files(folder: Path) -> list[Path]:
+def find_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         files = sorted(folder.glob("*.safetensors"))

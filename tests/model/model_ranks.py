@@ -56,8 +56,7 @@ def answers(runner: Runner) -> dict[str, object]:
     shared = SharedRunner(runner)
     driver = Driver(shared, PAGE)  # type: ignore[arg-type]
     with torch.inference_mode():
-        hidden = runner._forward(driver.plan([(Sequence(PROMPT), len(PROMPT))]))
-        logits = runner._logits(hidden, range(len(PROMPT)))
+        logits = runner._logits(runner._features(driver.plan([(Sequence(PROMPT), len(PROMPT))]), range(len(PROMPT))))
     whole, chunked, together = sequences(), sequences(), sequences()
     for seq in whole:
         driver.generate(seq, NUM_OUTPUTS)

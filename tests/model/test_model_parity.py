@@ -56,8 +56,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path:
 
     seq = Sequence(prompt)
     with torch.inference_mode():
-        hidden = runner._forward(driver.plan([(seq, len(prompt))]))
-        ours = runner._logits(hidden, range(len(prompt)))
+        ours = runner._logits(runner._features(driver.plan([(seq, len(prompt))]), range(len(prompt))))
     assert ours is not None
     assert (ours - reference_logits(reference, prompt)).abs().max() < 1e-4
 

@@ -1,0 +1,151 @@
+"""From settings to a model that can run: which implementation, its weights, and whether its arithmetic is exact."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diptych.config import ServerConfig
+from diptych.errors import ConfigError
+from diptych.model.attention import AttentionBackend
+from diptych.model.config import (
+    NATIVE,
+    ModelConfig,
+    architecture_of,
+    checkpoint_dtype,
+    load_model_config,
+    model_folder,
+    read_json,
+)
+from diptych.model.decoder import Decoder
+from diptych.model.parallel import Parallel
+from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
+from diptych.model.weights import open_weights
+from diptych.types import ModelInfo
+
+
+class CausalModel(Protocol):
+    """What a runner needs of a model. `num_heads`, `num_kv_heads` are this rank's; `scale` is attention's."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+
+    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor:
+        """Run a step's tokens; return features `[wanted, n]` of the rows `wanted`. All row counts are padded."""
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        """float32 `[rows, vocab]` logits of features, rows padded; None on ranks above 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    model: CausalModel
+    info: ModelInfo
+    dtype: torch.dtype
+    exact: bool  # rows do not depend on the batch, as far as the self-test can tell
+
+
+def load_model(config: ServerConfig, parallel: Parallel, device: str, progress: Callable[[str], None]) -> Loaded:
+    """Load this rank's part of the model that the settings name. Raises ConfigError."""
+    folder = model_folder(config.model_path)
+    raw = read_json(folder, "config.json")
+    dtype = _dtype(config.dtype, raw, device)
+    implementation = config.model_impl
+    if implementation == "auto":
+        implementation = "diptych" if architecture_of(raw) in NATIVE else "transformers"
+    with torch.inference_mode():
+        if implementation == "diptych":
+            return _load_native(config, folder, parallel, dtype, device, progress)
+        return _load_foreign(config, folder, raw, parallel, dtype, device, progress)
+
+
+def _load_native(
+    config: ServerConfig,
+    folder: Path,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    device: str,
+    progress: Callable[[str], None],
+) -> Loaded:
+    shape = load_model_config(folder)
+    context_len = _context_len(config.context_length, shape.max_position, shape.max_context)
+    source = open_weights(folder, config.load_format, dtype, config.random_seed)
+    shapes = _product_shapes(shape, parallel.world)
+    pack = products_are_exact(shapes, dtype, device, pack=True)
+    model = Decoder(shape, source, parallel, context_len, device=device, pack=pack, progress=progress)
+    exact = (
+        (pack or products_are_exact(shapes, dtype, device, pack=False))
+        and attention_is_exact(model.num_heads, model.num_kv_heads, shape.head_dim, config.page_size, dtype, device)
+        and activations_are_exact(shape.intermediate_size // parallel.world, dtype, device)
+    )
+    info = ModelInfo(
+        architecture=shape.architecture,
+        vocab_size=shape.vocab_size,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        kv_dtype=str(dtype).removeprefix("torch."),
+        context_len=context_len,
+        eos_token_ids=shape.eos_token_ids,
+        num_parameters=source.num_parameters,
+        weight_bytes=source.num_parameters * dtype.itemsize,
+        fingerprint=hashlib.sha256(f"{shape} {source.fingerprint()}".encode()).hexdigest()[:16],
+    )
+    return Loaded(model, info, dtype, exact)
+
+
+def _load_foreign(
+    config: ServerConfig,
+    folder: Path,
+    raw: dict[str, Any],
+    parallel: Parallel,
+    dtype: torch.dtype,
+    device: str,
+    progress: Callable[[str], None],
+) -> Loaded:
+    if parallel.world > 1:
+        raise ConfigError("--model-impl transformers cannot split a model: use --tp 1")
+    try:
+        from diptych.model.transformers_impl import TransformersModel
+    except ImportError:
+        raise ConfigError(
+            f"{architecture_of(raw)} needs the transformers library, which is not installed: "
+            "pip install 'diptych[transformers]', or serve one of " + ", ".join(NATIVE)
+        ) from None
+    progress(f"weights: {architecture_of(raw)} by transformers")
+    model = TransformersModel(folder, config.load_format, dtype, device, config.random_seed)
+    context_len = _context_len(config.context_length, model.max_position, model.max_context)
+    info = model.info(raw, context_len)
+    return Loaded(model, info, dtype, model.is_exact(config.page_size))
+
+
+def _dtype(asked: str, raw: dict[str, Any], device: str) -> torch.dtype:
+    name = asked if asked != "auto" else "float32" if device == "cpu" else checkpoint_dtype(raw)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _context_len(asked: int, default: int, limit: int) -> int:
+    if asked > limit:
+        raise ConfigError(
+            f"--context-length {asked} is more than this model's positions allow ({limit}); "
+            "choose less, or give its config.json a rope scaling"
+        )
+    return asked or default
+
+
+def _product_shapes(shape: ModelConfig, world: int) -> list[tuple[int, int]]:
+    """(inputs, outputs) of this rank's matrices."""
+    inner = shape.intermediate_size // world
+    heads = shape.num_heads * shape.head_dim // world
+    kv_heads = max(1, shape.num_kv_heads // world) * shape.head_dim
+    hidden = shape.hidden_size
+    vocab = -(-shape.vocab_size // world)
+    return [(hidden, heads + 2 * kv_heads), (heads, hidden), (hidden, 2 * inner), (inner, hidden), (hidden, vocab)]
