@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -27,8 +28,6 @@ from msgspec import Meta
 
 from diptych.errors import BadRequest, DiptychError, NotFound, ProtocolError, Unauthorized, Unavailable
 from diptych.net import Resolver
-from diptych.transfer.tcp import split_host_port
-from diptych.transfer.wire import Terms
 
 MAX_BODY_BYTES = 64 << 10
 DP_RANK_EXPIRES_S = 120.0
@@ -256,8 +255,8 @@ async def _body(request: web.Request, kind: type[T]) -> T:
 
 
 def _query_int(request: web.Request, name: str) -> int:
-    text = request.query.get(name)
-    if text is None or not text.lstrip("-").isdigit() or len(text) > 6:
+    text = request.query.get(name, "")
+    if not re.fullmatch("-1|[0-9]{1,5}", text):
         raise BadRequest(f"{name} must be a number (-1 for all)", param=name)
     return int(text)
 
@@ -266,7 +265,10 @@ def _query_int(request: web.Request, name: str) -> int:
 
 
 def _url(host: str, port: int, path: str) -> str:
+    """Raises ProtocolError for what is no host: it comes from a request, and must not become another URL."""
     bare = host.strip("[]")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}", bare) or not 0 < port < 65536:
+        raise ProtocolError("bootstrap_host and bootstrap_port are no host name and port")
     return f"http://[{bare}]:{port}{path}" if ":" in bare else f"http://{bare}:{port}{path}"
 
 
@@ -277,73 +279,36 @@ def _session(timeout_s: float) -> aiohttp.ClientSession:
     )
 
 
-def registrations(
-    terms: Terms, tp_size: int, control_address: str, boot_id: str, kv_dtype: str, http_port: int
-) -> list[Registration]:
-    """What the ranks of one prefill server register: rank 0 speaks for all of them."""
-    host, port = split_host_port(control_address.partition("://")[2])
-    return [
-        Registration(
-            attn_tp_size=tp_size,
-            attn_tp_rank=rank,
-            rank_ip=host,
-            rank_port=port,
-            page_size=terms.page_size,
-            kv_cache_dtype=kv_dtype,
-            kv_layout=terms.layout,
-            prefill_http_port=http_port,
-            control_address=control_address,
-            boot_id=boot_id,
-            fingerprint=terms.fingerprint,
-        )
-        for rank in range(tp_size)
-    ]
-
-
-async def announce(host: str, port: int, ranks: list[Registration], secret: str, timeout_s: float) -> None:
-    """Register all ranks, waiting for the service to start. Raises what `register` raised last once time is over."""
-    loop = asyncio.get_running_loop()
-    give_up_at, pause = loop.time() + timeout_s, 0.05
-    for rank in ranks:
-        while True:
-            try:
-                await register(host, port, rank, secret, max(1.0, give_up_at - loop.time()))
-                break
-            except Unavailable:
-                if loop.time() + pause >= give_up_at:
-                    raise
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 1.0)
-
-
 async def register(host: str, port: int, rank: Registration, secret: str, timeout_s: float) -> None:
     """Tell the bootstrap service about a rank. Raises Unauthorized, BadRequest, or Unavailable (no answer)."""
+    url = _url(host, port, "/route")
     headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     try:
         async with (
             _session(timeout_s) as session,
-            session.put(_url(host, port, "/route"), json=msgspec.to_builtins(rank), headers=headers) as response,
+            session.put(url, json=msgspec.to_builtins(rank), headers=headers, allow_redirects=False) as response,
         ):
             text = await response.text()
             if response.status == 401:
                 raise Unauthorized("the bootstrap service has another secret (--disaggregation-secret-file)")
             if response.status != 200:
                 raise BadRequest(f"the bootstrap service refused this rank: {response.status} {text[:200]}")
-    except (aiohttp.ClientError, TimeoutError, OSError):
+    except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError):
         raise Unavailable(f"the bootstrap service did not answer within {timeout_s:g} s") from None
 
 
 async def fetch_route(host: str, port: int, timeout_s: float) -> Route:
     """Ask a prefill server's bootstrap service. Raises Unavailable (try again) or ProtocolError (do not)."""
+    url = _url(host, port, "/route")
     ranks = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"), "-1")
     try:
         async with (
             _session(timeout_s) as session,
-            session.get(_url(host, port, "/route"), params=ranks) as response,
+            session.get(url, params=ranks, allow_redirects=False) as response,
         ):
             body = await response.content.read(MAX_BODY_BYTES)
             status = response.status
-    except (aiohttp.ClientError, TimeoutError, OSError):
+    except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError):
         raise Unavailable("its bootstrap service does not answer") from None
     if status == 503:
         raise Unavailable("its ranks have not all registered yet")

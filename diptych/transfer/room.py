@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import msgspec
 
-from diptych.config import ServerConfig
 from diptych.errors import Aborted, DeadlineExceeded, TransferError
 from diptych.types import Finish
 
@@ -29,14 +28,6 @@ class HubOptions(msgspec.Struct, frozen=True, kw_only=True):
     secret: str = ""
     bootstrap_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 5.0
-
-    @classmethod
-    def of(cls, config: ServerConfig) -> HubOptions:
-        return cls(
-            secret=config.pd_secret,
-            bootstrap_timeout_s=config.disaggregation_bootstrap_timeout,
-            heartbeat_timeout_s=config.disaggregation_heartbeat_timeout,
-        )
 
 
 class HubCounters(msgspec.Struct):

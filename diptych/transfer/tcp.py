@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable
 
@@ -39,6 +40,8 @@ class TcpTransport:
                 raise LinkClosed(f"no answer within {timeout_s:g} s") from None
             if isinstance(error, OSError):
                 raise LinkClosed(f"cannot connect ({error.strerror or 'unreachable'})") from None
+            if isinstance(error, UnicodeError):
+                raise LinkClosed("cannot connect (not a host name)") from None
             if isinstance(error, DiptychError):
                 raise LinkClosed(error.message) from None
             raise
@@ -107,6 +110,6 @@ def join_host_port(host: str, port: int) -> str:
 def split_host_port(text: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port`. Raises LinkClosed: the text comes from a peer."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise LinkClosed("an address without a port")
     return host.strip("[]"), int(port)

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from diptych.errors import CorruptTransfer, ProtocolError
-from diptych.types import FirstToken, ModelInfo
+from diptych.types import FirstToken
 
 VERSION = 1
 MAX_PAGES = 1 << 17  # of one room
@@ -84,11 +84,6 @@ class Terms(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     fingerprint: Text
     page_size: Count
     num_kv_heads: Count  # of the whole model
-
-    @classmethod
-    def of(cls, info: ModelInfo, layout: str, page_size: int) -> Terms:
-        """`layout` is the PageStore's; it is the same on all ranks."""
-        return cls(layout, info.fingerprint, page_size, info.num_kv_heads)
 
 
 class Attach(Message, frozen=True):

@@ -1,11 +1,10 @@
 """The bootstrap service over real HTTP, and its client."""
 
-import asyncio
-
 import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from transfer_registration import announce, registrations
 
 from diptych.errors import BadRequest, ProtocolError, Unauthorized, Unavailable
 from diptych.net import listen_socket
@@ -13,11 +12,9 @@ from diptych.transfer.bootstrap import (
     DP_RANK_EXPIRES_S,
     Registration,
     RouteTable,
-    announce,
     bootstrap_app,
     fetch_route,
     register,
-    registrations,
 )
 from diptych.transfer.wire import Terms
 
@@ -82,21 +79,34 @@ async def test_a_restarted_server_replaces_the_old_one():
         assert (route.boot_id, route.attn_tp_size) == ("boot-2", 1)
 
 
-async def test_announce_waits_for_the_service():
+async def test_nobody_answers():
     sock = listen_socket("127.0.0.1", 0)
     port = sock.getsockname()[1]
     sock.close()
-    announcing = asyncio.create_task(announce("127.0.0.1", port, ranks(), "", 20.0))
-    runner = web.AppRunner(bootstrap_app(""))
-    await runner.setup()
-    await web.SockSite(runner, listen_socket("127.0.0.1", port)).start()
-    await announcing
-    assert (await fetch_route("127.0.0.1", port, 5.0)).attn_tp_size == 2
-    await runner.cleanup()
     with pytest.raises(Unavailable):
-        await announce("127.0.0.1", port, ranks(), "", 0.3)
+        await register("127.0.0.1", port, ranks()[0], "", 1.0)
     with pytest.raises(Unavailable):
         await fetch_route("127.0.0.1", port, 1.0)
+    listening = listen_socket("127.0.0.1", 0)  # accepts, says nothing
+    with pytest.raises(Unavailable):
+        await fetch_route("127.0.0.1", listening.getsockname()[1], 0.2)
+    listening.close()
+
+
+@pytest.mark.parametrize(
+    "host", ["", "a/b", "a?b", "a#b", "user@a", "a b", "a\nb", "a\x00b", "a:b:zz", "é", "[", "x" * 300, "a\\b", "%2e"]
+)
+async def test_a_host_that_is_none_goes_nowhere(host):
+    """It comes from a client's request."""
+    with pytest.raises(ProtocolError, match="no host name"):
+        await fetch_route(host, 80, 1.0)
+
+
+async def test_a_name_that_no_resolver_takes():
+    with pytest.raises(Unavailable):
+        await fetch_route("a" * 100 + ".example", 80, 5.0)
+    with pytest.raises(ProtocolError):
+        await fetch_route("127.0.0.1", 0, 1.0)
 
 
 @pytest.mark.parametrize("given", [None, "", "Bearer ", "Bearer wrong", "Bearer s3cret ", "bearer s3cret", "s3cret"])
@@ -119,7 +129,7 @@ async def test_writes_need_the_secret(given):
         assert (status, text) == (200, "{}")
 
 
-async def test_a_wrong_secret_is_not_tried_again():
+async def test_a_wrong_secret():
     async with Service("s3cret") as service:
         with pytest.raises(Unauthorized):
             await announce("127.0.0.1", service.port, ranks(), "other", 5.0)
@@ -169,6 +179,8 @@ async def test_ranks_must_agree():
         ("POST", "/query_dp_ranks", b'{"bootstrap_rooms": 5}', 400),
         ("GET", "/route", None, 400),
         ("GET", "/route?prefill_dp_rank=a&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0", None, 400),
+        ("GET", "/route?prefill_dp_rank=²&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0", None, 400),
+        ("GET", "/route?prefill_dp_rank=--1&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0", None, 400),
         ("GET", "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0", None, 404),
         ("GET", "/nothing", None, 404),
         ("DELETE", "/route", None, 405),

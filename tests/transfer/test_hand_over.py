@@ -12,6 +12,7 @@ import pytest
 from transfer_links import KINDS, transports
 from transfer_pair import Pair
 
+from diptych.transfer.link import LinkClosed
 from diptych.transfer.room import KVPoll
 from diptych.transfer.shm import ShmTransport, machine_id
 from diptych.transfer.tcp import TcpTransport, advertised_host, join_host_port, split_host_port
@@ -122,6 +123,26 @@ def test_addresses():
     assert split_host_port("[::1]:5") == ("::1", 5) and split_host_port("a:5") == ("a", 5)
     assert advertised_host("10.1.2.3") == "10.1.2.3"
     assert advertised_host("0.0.0.0") not in ("0.0.0.0", "")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "tcp://",
+        "tcp://a",
+        "tcp://a:",
+        "tcp://:5",
+        "tcp://a:²",
+        "tcp://a:70000",
+        f"tcp://{'a' * 100}:5",
+        "tcp://\0:5",
+    ],
+)
+async def test_addresses_that_lead_nowhere(address):
+    """They come from the other server."""
+    with pytest.raises(LinkClosed):
+        await TcpTransport().connect(address, 5.0)
 
 
 async def test_ipv6():

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transfer_links import KINDS, linked
 
-from diptych.config import ServerConfig
 from diptych.errors import ConfigError, CorruptTransfer, DiptychError, ProtocolError
 from diptych.testing.network import MemoryNetwork
 from diptych.testing.store import ArrayStore
@@ -25,7 +24,6 @@ from diptych.transfer.link import LinkClosed
 from diptych.transfer.outgoing import cuts
 from diptych.transfer.plane import DataPlane
 from diptych.transfer.ring import RingSpace
-from diptych.transfer.room import HubOptions
 from diptych.transfer.transports import data_transports
 from diptych.types import FirstToken, TokenLogprob
 
@@ -460,12 +458,6 @@ def test_stores_that_do_not_fit_are_refused():
     for store, words in ((ArrayStore(4, 2, 32), "2 kv heads, not 4"), (ArrayStore(1, 4, 17 << 20), "--page-size")):
         with pytest.raises(ConfigError, match=words):
             DataPlane(store, [], 0, 1, 4, print)
-
-
-def test_hubs_take_their_deadlines_from_the_settings(monkeypatch):
-    monkeypatch.setenv("DIPTYCH_PD_SECRET", "s")
-    config = ServerConfig(disaggregation_bootstrap_timeout=7.0, disaggregation_heartbeat_timeout=2.0)
-    assert HubOptions.of(config) == HubOptions(secret="s", bootstrap_timeout_s=7.0, heartbeat_timeout_s=2.0)
 
 
 @pytest.mark.skipif("nixl" in KINDS, reason="nixl is installed")

@@ -12,11 +12,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from aiohttp import web
+from transfer_registration import announce, registrations
 
 from diptych.net import listen_socket
 from diptych.testing.store import ArrayStore
 from diptych.transfer import wire
-from diptych.transfer.bootstrap import announce, bootstrap_app, fetch_route, registrations
+from diptych.transfer.bootstrap import bootstrap_app, fetch_route
 from diptych.transfer.plane import DataPlane
 from diptych.transfer.receive_hub import ReceiveHub
 from diptych.transfer.send_hub import SendHub
