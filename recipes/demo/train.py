@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m recipes.demo.train --out models/demo --minutes 7`.
+"""Train the demo model: `python -m recipes.demo.train --out /tmp/demo`.
 
 The schedule runs on the clock: the learning rate reaches zero when the minutes are over. Worker processes make the rows.
 """
@@ -145,7 +145,7 @@ def train(model: DemoModel, feed: Feed, device: torch.device, args: argparse.Nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=18.0, help="time to train, after compiling")
     parser.add_argument("--init", type=Path, help="a model.safetensors to go on from")
     parser.add_argument(
         "--skip", type=float, default=0.0, help="start the growth of row lengths at this share of the time"
@@ -174,6 +174,7 @@ def main() -> None:
         if args.out.resolve() != MODEL_DIR:
             shutil.copy(MODEL_DIR / name, args.out / name)
     save_file(model.export(), args.out / "model.safetensors", metadata={"format": "pt"})
+    (args.out / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     print(f"{sum(p.numel() for p in model.parameters())} parameters -> {args.out}", flush=True)
 
 
