@@ -216,6 +216,17 @@ def test_places_in_the_batch_are_limited_and_reserved_ones_count() -> None:
     assert [row[0] for row in shape(server.begin())] == ["r0", "r1"]
 
 
+def test_a_place_is_free_only_when_someone_has_left() -> None:
+    server = decoding_server(2, max_running=2)
+    server.submit(request("late", [1, 2], 1))
+    for _ in range(3):
+        assert [row[0] for row in shape(server.begin())] == ["r0", "r1"]
+        server.finish()
+    server.abort("r0")
+    assert [row[0] for row in shape(server.begin())] == ["r1", "late"]
+    server.run_to_end()
+
+
 def test_nobody_jumps_a_request_that_lacks_pages() -> None:
     server = Server(num_pages=10)
     server.submit(request("a", range(1, 25), 4, ignore_eos=True))
