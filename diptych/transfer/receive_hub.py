@@ -12,7 +12,7 @@ from diptych.transfer.commands import AnyCommand, AnyEvent
 from diptych.transfer.link import Transport
 from diptych.transfer.peer import Peer
 from diptych.transfer.receiver import NobodyReceiver, Receiver
-from diptych.transfer.room import HubCounters, HubOptions, failure
+from diptych.transfer.room import HubOptions, failure
 from diptych.transfer.tasks import Tasks
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap
 
@@ -50,7 +50,6 @@ class ReceiveHub:
         self.transport = transport
         self.fetch_route = fetch_route
         self.options = options or HubOptions()
-        self.counters = HubCounters()
         self.connect_timeout_s = min(self.options.bootstrap_timeout_s, 3 * self.options.heartbeat_timeout_s)
         self.rng = rng or random.SystemRandom()
         self._vocab_size = vocab_size

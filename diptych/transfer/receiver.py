@@ -32,7 +32,7 @@ class Receiver(RoomEnd):
     """
 
     def __init__(self, hub: ReceiveHub, peer: Peer | None, room: int, epoch: int) -> None:
-        super().__init__(room, hub.on_change, hub.options, hub.counters)
+        super().__init__(room, hub.on_change, hub.options)
         self.first: FirstToken | None = None  # with Success
         self._hub = hub
         self._peer = peer

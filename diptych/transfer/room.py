@@ -30,14 +30,6 @@ class HubOptions(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_timeout_s: float = 5.0
 
 
-class HubCounters(msgspec.Struct):
-    """Rooms of one hub that have ended. They only grow; rooms that a client aborted count nowhere."""
-
-    succeeded: int = 0
-    bootstrap_failed: int = 0  # before the two sides had met
-    transfer_failed: int = 0  # later
-
-
 class Timing(msgspec.Struct):
     """Where a room's time went. 0 until known."""
 
@@ -61,7 +53,7 @@ class RoomEnd:
     Each state but the last two may last `options.bootstrap_timeout_s`; then the room fails.
     """
 
-    def __init__(self, room: int, on_change: Callable[[int], None], options: HubOptions, counters: HubCounters) -> None:
+    def __init__(self, room: int, on_change: Callable[[int], None], options: HubOptions) -> None:
         self.room = room
         self.state = KVPoll.Bootstrapping
         self.error: Finish | None = None  # why it failed
@@ -69,7 +61,6 @@ class RoomEnd:
         self._loop = asyncio.get_running_loop()
         self._on_change = on_change
         self._timeout_s = options.bootstrap_timeout_s
-        self._counters = counters
         self._entered_at = self._loop.time()
         self._deadline: asyncio.TimerHandle | None = None
         self._extend()
@@ -85,20 +76,10 @@ class RoomEnd:
         """Move on, unless the room has ended. Returns the milliseconds spent in the state that is left."""
         now = self._loop.time()
         spent_ms = (now - self._entered_at) * 1e3
-        self._count(state)
         self.state, self._entered_at = state, now
         self._extend()
         self._changed()
         return spent_ms
-
-    def _count(self, state: KVPoll) -> None:
-        if state == KVPoll.Success:
-            self._counters.succeeded += 1
-        elif state == KVPoll.Failed and (self.error is None or self.error.code != Aborted.code):
-            if self.state == KVPoll.Bootstrapping:
-                self._counters.bootstrap_failed += 1
-            else:
-                self._counters.transfer_failed += 1
 
     def _extend(self) -> None:
         """Start the deadline over; none once the room has ended."""

@@ -14,7 +14,7 @@ from diptych.transfer.commands import AnyCommand, AnyEvent, Connect
 from diptych.transfer.control import CONTROL_PURPOSE, Conversation, disagreement, hear, say
 from diptych.transfer.heads import head_range
 from diptych.transfer.link import Link, Listener, Transport
-from diptych.transfer.room import HubCounters, HubOptions, failure
+from diptych.transfer.room import HubOptions, failure
 from diptych.transfer.sender import NobodySender, Sender
 from diptych.transfer.tasks import Tasks
 
@@ -64,7 +64,6 @@ class SendHub:
         self.tp_size = tp_size
         self.broadcast = broadcast
         self.options = options or HubOptions()
-        self.counters = HubCounters()
         self.boot_id = boot_id
         self._on_change = on_change
         self._rng = rng or random.SystemRandom()
@@ -121,7 +120,7 @@ class SendHub:
         if self._listener is not None:
             self._listener.close()
         for sender in list(self._rooms.values()):
-            sender.abort("the prefill server is stopping")
+            sender.fail(failure("the prefill server is stopping", TransferError.code))
         for early in self._early.values():
             early.deadline.cancel()
         self._early.clear()

@@ -33,7 +33,7 @@ class Sender(RoomEnd):
     """
 
     def __init__(self, hub: SendHub, room: int, num_pages: int, on_change: Callable[[int], None]) -> None:
-        super().__init__(room, on_change, hub.options, hub.counters)
+        super().__init__(room, on_change, hub.options)
         self.num_pages = num_pages
         self.prefix_tokens = 0  # that decode has already; their pages are not sent. Known from WaitingForInput on
         self._hub = hub

@@ -14,7 +14,7 @@ from diptych.testing.network import Faults, MemoryNetwork
 from diptych.testing.virtual import run_virtual
 from diptych.transfer import auth, wire
 from diptych.transfer.pool import DATA_PURPOSE
-from diptych.transfer.room import HubCounters, HubOptions, KVPoll
+from diptych.transfer.room import HubOptions, KVPoll
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, FirstToken
 
 SRC = [3, 9, 1, 20, 7, 5, 11]
@@ -334,7 +334,6 @@ def test_a_room_whose_request_never_reaches_prefill():
         await pair.decode.until(lambda: receiver.ended, 1e6)
         assert asyncio.get_running_loop().time() == pytest.approx(20.0, abs=0.2)
         assert receiver.error.code == "deadline_exceeded" and receiver.drained
-        assert pair.decode.hub.counters == HubCounters(transfer_failed=1)
         await asyncio.sleep(1)
         await finish(pair)
 
@@ -350,7 +349,6 @@ def test_a_room_whose_request_never_reaches_decode():
         await pair.prefill.until(lambda: sender.ended, 1e6)
         assert asyncio.get_running_loop().time() == pytest.approx(20.0, abs=0.2)
         assert sender.error.status == 504 and "--disaggregation-bootstrap-timeout" in sender.error.message
-        assert pair.prefill.hub.counters == HubCounters(bootstrap_failed=1)
         await finish(pair)
 
     run_virtual(main())
@@ -796,7 +794,6 @@ def test_every_pair_of_tp_sizes(prefill_tp, decode_tp, num_heads):
             assert plane.counters.pages_received == len(SRC) + len(SRC[2:])
         sent = sum(plane.counters.bytes_sent for plane in pair.prefill.planes)
         assert sent == sum(plane.counters.bytes_received for plane in pair.decode.planes)
-        assert pair.prefill.hub.counters == pair.decode.hub.counters == HubCounters(succeeded=2)
         await finish(pair)
 
     run_virtual(main())
