@@ -95,9 +95,16 @@ class DeadlineExceeded(DiptychError):
 
 
 class Aborted(DiptychError):
-    """The request was aborted: by the client, by /abort_request or by the other side of a hand-over."""
+    """Somebody asked to end the request (/abort_request), here or on the other side of its hand-over."""
 
+    status = 499
     code = "aborted"
+
+
+class ClientGone(DiptychError):
+    """The client hung up. Nobody failed, but on the other side of a hand-over it is no answer either."""
+
+    code = "client_gone"
 
 
 class TransferError(DiptychError):

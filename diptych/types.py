@@ -201,10 +201,11 @@ class Submit(msgspec.Struct, tag="submit"):
 
 
 class Abort(msgspec.Struct, tag="abort", omit_defaults=True):
-    """Abort one request; `rid` "" aborts all. `message` reaches the client."""
+    """Abort one request; `rid` "" aborts all. Client and the other side of a hand-over get `message` and `code`."""
 
     rid: str
     message: str = "aborted by the client"
+    code: str = "aborted"
 
 
 class Complete(msgspec.Struct, tag="complete"):
@@ -214,7 +215,7 @@ class Complete(msgspec.Struct, tag="complete"):
 
 
 class Control(msgspec.Struct, tag="control", omit_defaults=True):
-    """Ask the engine for something besides tokens. `op`: flush_cache | pause | continue | state | audit | drain."""
+    """Ask the engine for something besides tokens. `op`: flush_cache | pause | continue | state | audit."""
 
     id: int
     op: str

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
-from diptych.errors import BadRequest, DeadlineExceeded, DiptychError, Overloaded, Unavailable
+from diptych.errors import BadRequest, ClientGone, DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from diptych.types import (
     Abort,
     Complete,
@@ -109,7 +109,7 @@ class EngineLink:
         finally:
             del self._streams[request.rid]
             if not finished and self.alive:
-                self._send(Complete(request.rid) if stream.complete else Abort(request.rid, "the client went away"))
+                self._send(Complete(request.rid) if stream.complete else _hung_up(request.rid))
 
     def complete(self, rid: str) -> None:
         stream = self._streams.get(rid)
@@ -163,6 +163,10 @@ class EngineLink:
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(Unavailable("the engine of this server has stopped"))
+
+
+def _hung_up(rid: str) -> Abort:
+    return Abort(rid, "the client went away", ClientGone.code)
 
 
 def _from_wire(result: dict[str, Any]) -> DiptychError:

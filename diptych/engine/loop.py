@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from diptych.errors import AuditError, BadRequest, DiptychError
+from diptych.errors import Aborted, AuditError, BadRequest, DiptychError
 from diptych.sched import audit as ledger
 from diptych.sched.commit import commit, drop
 from diptych.sched.events import ChunkDone, Event, Sampled
@@ -43,6 +43,12 @@ log = logging.getLogger(__name__)
 
 STATS_PERIOD_S = 0.05  # a busy engine reports its state at most this often
 IDLE_TICK_S = 1.0  # an idle engine looks at its deadlines at least this often
+
+
+class EngineBroken(DiptychError):
+    """The engine must end: it hangs, or what it would compute from now on could be wrong."""
+
+    code = "engine_broken"
 
 
 class Role(Protocol):
@@ -158,7 +164,10 @@ class Engine:
             async with asyncio.timeout(self._watchdog_s):
                 result = await self._compute(plan)
         except TimeoutError:
-            raise DiptychError(f"a step took longer than --watchdog-timeout ({self._watchdog_s:g} s)") from None
+            raise EngineBroken(f"a step took longer than --watchdog-timeout ({self._watchdog_s:g} s)") from None
+        except EngineBroken:
+            log.exception("step %d failed", plan.step)
+            raise
         except Exception:
             log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
             drop(self.state, plan, self.now())
@@ -272,7 +281,7 @@ class Engine:
         elif isinstance(message, Abort):
             rids = [message.rid] if message.rid else [*self.state.seqs, *self.role.held()]
             for rid in dict.fromkeys(rids):
-                self._fail(rid, Finish("abort", message=message.message, status=499, code="aborted"))
+                self._fail(rid, Finish("abort", message=message.message, status=Aborted.status, code=message.code))
         elif isinstance(message, Complete):
             seq = complete(self.state, message.rid)
             if seq is not None:
@@ -281,6 +290,11 @@ class Engine:
             self._control(message)
 
     def _submit(self, request: Request, now: float) -> None:
+        if request.rid in self.state.seqs or request.rid in self.role.held():
+            # Not `refuse`: the grammar under this id is the other one's.
+            taken = BadRequest(f"request id {request.rid} is in use by another request", param="rid")
+            self._outputs.append(Output(rid=request.rid, finish=_ended_by(taken)))
+            return
         try:
             if request.sampling.grammar is not None:
                 if self._grammars is None:
@@ -294,6 +308,7 @@ class Engine:
         """End a request wherever it is: in the role's hands, in the scheduler, in both. Unknown ones are ignored."""
         held = self.role.abort(rid, finish)
         if not self.end_early(rid, finish) and held:
+            self.state.counters.aborted += 1
             self.refuse(rid, finish)
 
     def _control(self, message: Control) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 import msgspec
 
 from diptych.engine.channel import Channel
+from diptych.engine.loop import EngineBroken
 from diptych.model.runner import Runner
 from diptych.transfer.commands import AnyCommand, AnyEvent
 from diptych.transfer.plane import DataPlane
@@ -77,10 +78,16 @@ class Ranks:
             self._on_event(rank, message.event)
 
     async def compute(self, plan: Plan) -> StepResult:
-        """One forward pass on all ranks."""
+        """One forward pass on all ranks. Raises EngineBroken if it fails while others take part: where they stand is
+        unknown then, and the next collectives would add up parts of different steps."""
         for channel in self._channels:
             channel.send(RunPlan(plan))
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self.runner.run, plan)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, self.runner.run, plan)
+        except Exception as error:
+            if not self._channels:
+                raise
+            raise EngineBroken(f"step {plan.step} failed on rank 0 of {len(self._channels) + 1}") from error
 
     def broadcast(self, command: AnyCommand) -> None:
         """Give a command to every rank's data plane."""

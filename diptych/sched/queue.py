@@ -9,8 +9,9 @@ from diptych.sched.state import After, SchedState, Seq, Status
 from diptych.types import FirstToken, Request, Sampling, TokenLogprob
 
 
-def check_request(state: SchedState, request: Request) -> None:
-    """Raise if `request` can never run here, or not now; nothing is held yet.
+def check_request(state: SchedState, request: Request, num_elsewhere: int = 0) -> None:
+    """Raise if `request` can never run here, or not now; nothing is held yet. `num_elsewhere` requests wait besides
+    those in the queue, for their hand-over.
 
     ContextLengthExceeded if the prompt leaves no room for a token in the context or in the whole pool (a larger
     `max_new_tokens` is cut to what fits, as SGLang does), BadRequest for other faults, Overloaded if the queue is full.
@@ -39,8 +40,9 @@ def check_request(state: SchedState, request: Request) -> None:
         )
     if request.rid in state.seqs:
         raise BadRequest(f"request id {request.rid} is in use by another request", param="rid")
-    if len(state.waiting) >= state.config.max_queued:
-        raise Overloaded(f"{len(state.waiting)} requests are waiting already, which is the limit; try again later")
+    num_waiting = len(state.waiting) + num_elsewhere
+    if num_waiting >= state.config.max_queued:
+        raise Overloaded(f"{num_waiting} requests are waiting already, which is the limit; try again later")
 
 
 def add(state: SchedState, request: Request, now: float) -> Seq:

@@ -16,11 +16,9 @@ from diptych.sched.queue import abort, add, check_request, join, release, reserv
 from diptych.sched.state import Seq
 from diptych.transfer.incoming import Counters
 from diptych.transfer.receive_hub import ReceiveHub
-from diptych.transfer.receiver import Receiver
-from diptych.transfer.room import KVPoll, failure
+from diptych.transfer.receiver import NobodyReceiver, Receiver
+from diptych.transfer.room import KVPoll
 from diptych.types import Finish, Request, Stats
-
-UNKNOWN_FAILURE = failure("the hand-over from the prefill server failed", "kv_transfer_failed")
 
 
 class _Arrival(msgspec.Struct):
@@ -45,11 +43,14 @@ class DecodeRole:
         engine.role = self
 
     def admit(self, request: Request, now: float) -> None:
-        check_request(self._engine.state, request)
+        check_request(self._engine.state, request, len(self._prealloc))
         if request.bootstrap is None:
             add(self._engine.state, request, now)
-        else:
-            self._prealloc[request.rid] = request, self._hub.open(request.bootstrap)
+            return
+        receiver = self._hub.open(request.bootstrap)
+        if isinstance(receiver, NobodyReceiver):  # pages that nobody fills must not pass for a prefix of others
+            request = msgspec.structs.replace(request, namespace=f"\0nobody\0{request.rid}")
+        self._prealloc[request.rid] = request, receiver
 
     def advance(self, now: float) -> None:
         for arrival in [a for a in self._draining if a.receiver.drained]:
@@ -67,16 +68,14 @@ class DecodeRole:
                 for event in join(self._engine.state, arrival.seq, receiver.first, now):
                     self._engine.on_event(event)
             elif receiver.state == KVPoll.Failed:
-                self._figures.failed(met=True)
-                self._give_up(rid, receiver.error or UNKNOWN_FAILURE, now)
+                self._give_up(rid, self._figures.lost(receiver.error, met=True), now)
 
     def _advance_prealloc(self, now: float) -> None:
         full = False
         for rid, (request, receiver) in list(self._prealloc.items()):
             if receiver.state == KVPoll.Failed:
                 del self._prealloc[rid]
-                self._figures.failed(met=False)
-                self._engine.refuse(rid, receiver.error or UNKNOWN_FAILURE)
+                self._engine.refuse(rid, self._figures.lost(receiver.error, met=False))
             elif receiver.state == KVPoll.WaitingForInput and not full:
                 seq = reserve(self._engine.state, request, now)
                 if seq is None:

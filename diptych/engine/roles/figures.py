@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from diptych.errors import Aborted, ClientGone, TransferError
 from diptych.transfer.incoming import Counters
-from diptych.transfer.room import Timing
-from diptych.types import Stats
+from diptych.transfer.room import Timing, failure
+from diptych.types import Finish, Stats
 
 
 class HandoverFigures:
@@ -19,12 +22,18 @@ class HandoverFigures:
     def succeeded(self, timing: Timing) -> None:
         self._timings.append(timing)
 
-    def failed(self, *, met: bool) -> None:
-        """`met`: the two servers had found each other before it failed."""
-        if met:
-            self._transfer_failures += 1
-        else:
-            self._bootstrap_failures += 1
+    def lost(self, error: Finish | None, *, met: bool) -> Finish:
+        """How the request of a room that failed ends. `met`: the two servers had found each other before.
+
+        An abort that somebody asked for on the other side is one here too, and no failure; nor is a client that left.
+        """
+        finish = error or failure("the hand-over between prefill and decode failed", TransferError.code)
+        if finish.code == Aborted.code:
+            return msgspec.structs.replace(finish, status=Aborted.status)
+        if finish.code != ClientGone.code:
+            self._transfer_failures += met
+            self._bootstrap_failures += not met
+        return finish
 
     def add_to(self, report: Stats) -> None:
         """Fill in the hand-over's part; timings are handed out once."""

@@ -16,12 +16,10 @@ from diptych.sched.events import ChunkDone, Sampled
 from diptych.sched.queue import add, check_request
 from diptych.sched.state import Seq
 from diptych.transfer.incoming import Counters
-from diptych.transfer.room import KVPoll, failure
+from diptych.transfer.room import KVPoll
 from diptych.transfer.send_hub import SendHub
 from diptych.transfer.sender import Sender
 from diptych.types import FAKE_BOOTSTRAP_HOST, Finish, FirstToken, Request, Stats
-
-UNKNOWN_FAILURE = failure("the hand-over to the decode server failed", "kv_transfer_failed")
 
 
 class _Handover(msgspec.Struct):
@@ -54,7 +52,7 @@ class PrefillRole:
         # Prefill makes one token whatever was asked: the rest is decode's.
         sampling = msgspec.structs.replace(request.sampling, max_new_tokens=1)
         request = msgspec.structs.replace(request, sampling=sampling)
-        check_request(self._engine.state, request)
+        check_request(self._engine.state, request, self._num_bootstrapping())
         bootstrap = request.bootstrap
         assert bootstrap is not None
         num_pages = -(-len(request.prompt) // self._engine.state.config.page_size)
@@ -89,8 +87,7 @@ class PrefillRole:
     def _lose(self, rid: str, handover: _Handover) -> None:
         """The hand-over failed: the request ends here with its reason."""
         del self._handovers[rid]
-        self._figures.failed(met=handover.seq is not None)
-        finish = handover.sender.error or UNKNOWN_FAILURE
+        finish = self._figures.lost(handover.sender.error, met=handover.seq is not None)
         if handover.seq is None:
             self._engine.refuse(rid, finish)
         elif handover.computed:
@@ -114,7 +111,10 @@ class PrefillRole:
     def held(self) -> list[str]:
         return list(self._handovers)
 
+    def _num_bootstrapping(self) -> int:
+        return sum(handover.seq is None for handover in self._handovers.values())
+
     def add_stats(self, report: Stats) -> None:
-        report.num_prefill_bootstrap_queue_reqs = sum(h.seq is None for h in self._handovers.values())
+        report.num_prefill_bootstrap_queue_reqs = self._num_bootstrapping()
         report.num_prefill_inflight_queue_reqs = sum(h.computed for h in self._handovers.values())
         self._figures.add_to(report)

@@ -1,0 +1,132 @@
+"""What a prefill and a decode server do at the edges of a hand-over: two real engines on a virtual clock."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from diptych.errors import ClientGone
+from diptych.sched.audit import audit
+from diptych.testing.cluster import Cluster, SimServer
+from diptych.testing.mock_model import expected
+from diptych.testing.virtual import run_virtual
+from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, Finish, Request, Sampling
+
+PROMPT = list(range(1, 22))
+SAMPLING = Sampling(max_new_tokens=6, temperature=0.0)
+
+
+class Pair:
+    """One prefill and one decode server, connected, with decode's prefix cache on."""
+
+    @classmethod
+    async def start(cls) -> Pair:
+        self = cls()
+        self.cluster = Cluster(2, prefill=1, decode=1)
+        await self.cluster.start()
+        self.cluster.kill_server("d0")
+        self.cluster.network.revive("d0")
+        self.decode = SimServer("d0", "decode", self.cluster, 64, radix=True)
+        await self.decode.start()
+        self.cluster.servers["d0"] = self.decode
+        self.prefill = self.cluster.servers["p0"]
+        return self
+
+    async def close(self) -> None:
+        """Everything has come back; then end."""
+        await asyncio.sleep(1)
+        for server in (self.prefill, self.decode):
+            audit(server.state)
+            assert not any(server.holds().values()), (server.name, server.holds())
+        await self.cluster.close()
+
+
+def request(rid: str, room: int | None, host: str = "p0", prompt: list[int] = PROMPT) -> Request:
+    bootstrap = None if room is None else Bootstrap(host, 0, room)
+    return Request(rid=rid, prompt=prompt, sampling=SAMPLING, bootstrap=bootstrap)
+
+
+async def run(server: SimServer, wanted: Request) -> tuple[list[int], Finish]:
+    """All tokens, and the end."""
+    tokens: list[int] = []
+    async for output in server.link.generate(wanted):
+        tokens += output.tokens
+        if output.finish is not None:
+            return tokens, output.finish
+    raise AssertionError("a stream without an end")
+
+
+def test_pages_from_nobody_are_no_prefix_for_others() -> None:
+    async def story() -> None:
+        pair = await Pair.start()
+        await run(pair.decode, request("fake", 1, FAKE_BOOTSTRAP_HOST))
+        tokens, _ = await run(pair.decode, request("real", None))
+        assert tokens == expected(request("x", None), pair.decode.runner.info, 256).tokens
+        await pair.close()
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_an_abort_that_was_asked_for_is_one_on_both_sides(side: str) -> None:
+    """/abort_request on either server: neither tells an error, which a router would answer with a retry."""
+
+    async def story() -> None:
+        pair = await Pair.start()
+        pair.prefill.state.paused = True  # so that it is caught in the middle
+        ends = [asyncio.ensure_future(run(server, request("r", 7))) for server in (pair.prefill, pair.decode)]
+        await asyncio.sleep(0.2)
+        await getattr(pair, side).link.abort("r", "stop it")
+        for _, finish in await asyncio.gather(*ends):
+            assert finish == Finish("abort", message="stop it", status=499, code="aborted")
+        await pair.close()
+        assert failures(pair) == [(0, 0), (0, 0)]
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_client_that_leaves_one_side_is_an_error_on_the_other(side: str) -> None:
+    """... because what the other side has is not the answer; but it is no failure of the hand-over either."""
+
+    async def story() -> None:
+        pair = await Pair.start()
+        pair.prefill.state.paused = True
+        ends = {
+            name: asyncio.ensure_future(run(getattr(pair, name), request("r", 7))) for name in ("prefill", "decode")
+        }
+        await asyncio.sleep(0.2)
+        gone = ends.pop(side)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        ((_, finish),) = await asyncio.gather(*ends.values())
+        assert finish == Finish("abort", message="the client went away", status=500, code=ClientGone.code)
+        await pair.close()
+        assert failures(pair) == [(0, 0), (0, 0)]
+
+    run_virtual(story())
+
+
+def failures(pair: Pair) -> list[tuple[int, int]]:
+    stats = [server.link.stats for server in (pair.prefill, pair.decode)]
+    return [(s.num_bootstrap_failed_reqs_total, s.num_transfer_failed_reqs_total) for s in stats]
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_requests_that_wait_for_their_hand_over_count_as_queued(side: str) -> None:
+    async def story() -> None:
+        pair = await Pair.start()
+        server: SimServer = getattr(pair, side)
+        server.state.config = dataclasses.replace(server.state.config, max_queued=3, max_running=0)
+        waiting = [asyncio.ensure_future(run(server, request(f"r{room}", room))) for room in range(3)]
+        await asyncio.sleep(0.2)
+        _, finish = await run(server, request("late", 9))
+        assert (finish.status, finish.code) == (429, "rate_limit_exceeded")
+        await server.link.abort("", "enough")
+        assert {finish.code for _, finish in await asyncio.gather(*waiting)} == {"aborted"}
+        assert server.link.stats.num_aborted_requests_total == 3
+        await pair.close()
+
+    run_virtual(story())
