@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRANSFER_THREADS = 2  # one gathers and sums the next frame while the other does the last one
 REGISTER_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 1800.0  # the followers' weights come from the same store as ours
 
@@ -136,6 +137,7 @@ def make_plane(
         runner.info.num_kv_heads,
         on_event,
         secret=spec.config.pd_secret,
+        executor=ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer"),
         send_timeout_s=spec.config.disaggregation_heartbeat_timeout,
     )
 
@@ -258,13 +260,14 @@ async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) 
         boot_id=token_hex(16),
         rng=SystemRandom(),
     )
+    fake = config.disaggregation_transfer_backend == "fake"
     if config.disaggregation_mode == "decode":
-        return attach_decode(engine, site, fetch_route, fake=config.disaggregation_transfer_backend == "fake")
+        return attach_decode(engine, site, fetch_route, fake=fake)
 
     async def announce(registration: Registration) -> None:
         await register(spec.bootstrap_host, spec.bootstrap_port, registration, config.pd_secret, REGISTER_TIMEOUT_S)
 
-    return await attach_prefill(engine, site, config.host, config.port, announce)
+    return await attach_prefill(engine, site, config.host, config.port, announce, fake=fake)
 
 
 def main() -> None:
