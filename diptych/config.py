@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -151,10 +152,14 @@ class ServerConfig:
         """Raise ConfigError, naming the flag, for values that cannot work together."""
         if not self.model_path:
             raise ConfigError("--model-path is required: a folder with config.json, *.safetensors and tokenizer.json")
-        at_least = {"tp_size": 1, "cpu_threads": 1, "page_size": 1, "max_running_requests": 1, "max_queued_requests": 1}
-        for name, low in at_least.items():
-            if getattr(self, name) < low:
+        at_least_one = ("tp_size", "cpu_threads", "page_size", "max_running_requests", "max_queued_requests")
+        not_negative = ("context_length", "max_total_tokens", "num_reserved_decode_tokens", "drain_timeout")
+        for name, low in [*((name, 1) for name in at_least_one), *((name, 0) for name in not_negative)]:
+            if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
+        for name in ("disaggregation_bootstrap_timeout", "disaggregation_heartbeat_timeout", "watchdog_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} must be a number of seconds above 0")
         if self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
             raise ConfigError(
                 f"--chunked-prefill-size must be positive, or -1 for no limit, not {self.chunked_prefill_size}"

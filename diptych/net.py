@@ -79,10 +79,9 @@ def resolve_now(host: str, family: int = socket.AF_UNSPEC) -> str:
         return known
     try:
         return str(socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0])
-    except socket.gaierror as error:
-        raise Unavailable(
-            f"the name {host} does not resolve ({error.strerror}); check the address or the DNS"
-        ) from None
+    except (socket.gaierror, UnicodeError) as error:  # the latter: a label of no or too many letters
+        why = error.strerror if isinstance(error, OSError) else "it is no host name"
+        raise Unavailable(f"the name {host} does not resolve ({why}); check the address or the DNS") from None
 
 
 async def resolve(host: str, *, timeout_s: float = 5.0) -> str:

@@ -65,8 +65,13 @@ def attach_decode(engine: Engine, site: Site, fetch_route: FetchRoute, *, fake: 
     return hub
 
 
-async def attach_prefill(engine: Engine, site: Site, host: str, http_port: int, announce: Announce) -> SendHub:
-    """Make `engine` a prefill server: listen for decode servers on `host`, and announce all ranks."""
+async def attach_prefill(
+    engine: Engine, site: Site, host: str, http_port: int, announce: Announce, *, fake: bool = False
+) -> SendHub:
+    """Make `engine` a prefill server: listen for decode servers on `host`, and announce all ranks.
+
+    `fake`: every request is handed to nobody.
+    """
     hub = SendHub(
         site.terms,
         len(site.addresses),
@@ -74,6 +79,7 @@ async def attach_prefill(engine: Engine, site: Site, host: str, http_port: int, 
         lambda room: engine.wake.set(),
         boot_id=site.boot_id,
         options=site.options,
+        fake=fake,
         rng=site.rng,
     )
     PrefillRole(engine, hub, site.counters)

@@ -1,4 +1,4 @@
-"""What a way to reach another process must offer. Every transport passes tests/transfer/test_conformance.py."""
+"""What a way to reach another process must offer. Every transport passes tests/transfer/test_link_conformance.py."""
 
 from __future__ import annotations
 

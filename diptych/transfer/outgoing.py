@@ -161,6 +161,9 @@ class Outgoing:
         except* DiptychError as group:
             error = _first(group)
             self._fail(number, room, error.message, error.code)
+        except* Exception:
+            self._fail(number, room, "this rank could not send its pages", TransferError.code)
+            raise
 
     async def _send_pages(self, room: _Room, command: Send) -> None:
         slices = self._slices(len(command.peers))

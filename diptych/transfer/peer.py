@@ -51,11 +51,14 @@ class Peer:
             self._unsaid.append(message)
 
     async def run(self) -> None:
-        """Connect, talk until the link breaks, fail the rooms that are left."""
-        error = await self._connect_and_talk()
-        self._hub.peer_ended(self)
-        for receiver in list(self._rooms.values()):
-            receiver.fail(error)
+        """Connect, talk until the link breaks, fail the rooms that are left: whatever it was that ended it."""
+        error = failure("the connection to the prefill server failed", TransferError.code)
+        try:
+            error = await self._connect_and_talk()
+        finally:
+            self._hub.peer_ended(self)
+            for receiver in list(self._rooms.values()):
+                receiver.fail(error)
 
     async def _connect_and_talk(self) -> Finish:
         try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from diptych.errors import Aborted, DeadlineExceeded, TransferError
+from diptych.errors import DeadlineExceeded, TransferError
 from diptych.types import Finish
 
 

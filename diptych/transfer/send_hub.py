@@ -46,7 +46,7 @@ class _Ended:
 class SendHub:
     """`broadcast` hands a command to the data plane of every rank; their events come back through `handle_event`.
 
-    `on_change(room)` is called from the loop whenever a Sender's state has changed.
+    `on_change(room)` is called from the loop whenever a Sender's state has changed. `fake`: every room goes to nobody.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class SendHub:
         *,
         boot_id: str,
         options: HubOptions | None = None,
+        fake: bool = False,
         rng: random.Random | None = None,
     ) -> None:
         self.terms = terms
@@ -65,6 +66,7 @@ class SendHub:
         self.broadcast = broadcast
         self.options = options or HubOptions()
         self.boot_id = boot_id
+        self._fake = fake
         self._on_change = on_change
         self._rng = rng or random.SystemRandom()
         self._rooms: dict[int, Sender] = {}
@@ -85,7 +87,7 @@ class SendHub:
 
         Raises TransferError if the room is in use. If decode gave the room up first, the Sender has failed already.
         """
-        if nobody:
+        if nobody or self._fake:
             return NobodySender(self, room, num_pages, self._on_change)
         if room in self._rooms:
             raise TransferError(f"room {room} is in use; draw a new bootstrap_room for each request")
@@ -166,11 +168,12 @@ class SendHub:
                 return
             self._conversations[conversation] = None
             self.broadcast(Connect(conversation.addresses))
+            why = "the conversation failed"
             try:
                 why = await conversation.run()
             finally:
                 self._conversations.pop(conversation, None)
-            self._lost(conversation, why)
+                self._lost(conversation, why)
         except DiptychError:
             return  # whoever called has been told, or is gone
         finally:

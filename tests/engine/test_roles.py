@@ -130,3 +130,16 @@ def test_requests_that_wait_for_their_hand_over_count_as_queued(side: str) -> No
         await pair.close()
 
     run_virtual(story())
+
+
+def test_the_fake_backend_hands_to_nobody() -> None:
+    """--disaggregation-transfer-backend fake on a prefill server: no decode server is needed."""
+
+    async def story() -> None:
+        pair = await Pair.start()
+        pair.prefill.hub._fake = True
+        tokens, finish = await run(pair.prefill, request("r", 3))
+        assert (len(tokens), finish) == (1, Finish("length"))
+        await pair.close()
+
+    run_virtual(story())
