@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 10.0
+SILENCE_S = 15.0  # beyond the longest step that --watchdog-timeout allows: then the engine's loop hangs
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,6 +49,7 @@ class EngineProcesses:
         self._ready: asyncio.Future[Ready] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
+        self._heard = False  # a message, since somebody last looked
         self.link: EngineLink | None = None
         self.failure = ""  # why the engine ended, when it did so by itself
         self.on_death: Callable[[], None] = lambda: None
@@ -74,6 +76,7 @@ class EngineProcesses:
         except TimeoutError:
             raise DeadlineExceeded(f"the engine was not ready within {START_TIMEOUT_S:g} s") from None
         self.link = EngineLink(self._channel.send, ready.model, ready.max_total_num_tokens)
+        self._watchers.append(asyncio.create_task(self.watch_silence()))
         return self.link
 
     async def _spawn(
@@ -121,7 +124,17 @@ class EngineProcesses:
         if not self._stopping:
             self._end(f"engine process of rank {rank} ended with status {code}; its log says why")
 
+    async def watch_silence(self) -> None:
+        """Take an engine for dead that says nothing. A living one reports every second, and after every step."""
+        silent_s = 0
+        while silent_s < self._config.watchdog_timeout + SILENCE_S:
+            self._heard = False
+            await asyncio.sleep(1)  # counted, not measured: a time in which this process stood still too says nothing
+            silent_s = 0 if self._heard else silent_s + 1
+        self._end(f"the engine has said nothing for {silent_s} s (--watchdog-timeout)")
+
     def _receive(self, message: Any) -> None:
+        self._heard = True
         if isinstance(message, Ready):
             assert self._ready is not None
             self._ready.set_result(message)
@@ -147,17 +160,21 @@ class EngineProcesses:
             self.link.died()
         self.on_death()
 
-    async def stop(self) -> None:
-        """End all processes: close their channel, then SIGKILL after STOP_TIMEOUT_S. Leaves nothing behind."""
-        self._stopping = True
-        if self._channel is not None:
-            self._channel.close()
+    async def _let_end(self) -> None:
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 for process in self._processes:
                     await process.wait()
         except TimeoutError:
             log.warning("an engine process did not end within %g s and is killed", STOP_TIMEOUT_S)
+
+    async def stop(self) -> None:
+        """End all processes: close their channel, then SIGKILL after STOP_TIMEOUT_S. Leaves nothing behind."""
+        self._stopping = True
+        if self._channel is not None:
+            self._channel.close()
+        if self.link is not None:  # one that still loads does not listen, and holds nothing
+            await self._let_end()
         for process in self._processes:
             if process.returncode is None:
                 process.kill()
