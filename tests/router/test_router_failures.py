@@ -305,7 +305,7 @@ async def test_a_server_that_fails_its_checks_loses_what_waits_for_it(cluster):
 
 
 async def test_a_stream_that_flows_outlives_failed_checks(cluster):
-    settings = {"health_check_interval_secs": 0.02, "health_failure_threshold": 2}
+    settings = {"health_check_interval_secs": 0.3, "health_failure_threshold": 2}
     c = await cluster(1, 1, **settings)
     c.decode[0].gates = [asyncio.Event() for _ in range(3)]
     c.decode[0].gates[0].set()
