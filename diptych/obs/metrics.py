@@ -76,7 +76,7 @@ ENGINE: tuple[Spec, ...] = (
     _gauge("kv_used_tokens", "Tokens in the KV pool that requests hold.", "num_used_tokens"),
     _gauge("kv_evictable_tokens", "Tokens in the KV pool that only the prefix cache holds.", "evictable_tokens"),
     _gauge("gen_throughput", "Tokens generated per second, lately."),
-    _gauge("cache_hit_rate", "Part of the prompt tokens that came from the prefix cache, lately."),
+    _gauge("cache_hit_rate", "Part of the prompt tokens that came from the prefix cache, since the start."),
     _gauge("max_total_num_tokens", "Tokens the KV pool can hold."),
     _gauge("page_size", "Tokens a KV page holds."),
     _gauge("num_pages", "Pages of the KV pool."),
