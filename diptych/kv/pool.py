@@ -53,7 +53,7 @@ class PagePool:
         return pages
 
     def share(self, pages: Collection[int], holder: Holder) -> None:
-        """One more holder of each page. Raises AuditError, and changes nothing, if one is free or its already."""
+        """One more holder of each page. Raises AuditError, and changes nothing, if one is free or is held already."""
         if not pages:
             return
         held = self.leases.get(holder, set())

@@ -10,16 +10,17 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 
 
 def future_pages(state: SchedState, seq: Seq) -> int:
-    """Pages to keep free so that `seq` can go on for `reserved_decode_tokens`, or to its end if that is nearer."""
+    """Pages that `seq`, not admitted yet, wants after its first ones: for `reserved_decode_tokens`, or to its end."""
     page_size = state.config.page_size
     length = min(seq.max_tokens - 1, len(seq.tokens) + state.config.reserved_decode_tokens)
-    return max(0, pages_for(length, page_size) - max(len(seq.pages), pages_for(len(seq.tokens), page_size)))
+    return max(0, pages_for(length, page_size) - pages_for(len(seq.tokens), page_size))
 
 
 def headroom(state: SchedState) -> int:
-    """Pages to keep free for all sequences that run or will run without asking again.
+    """Pages to keep free for all sequences that run or will run without asking again, each as in `future_pages`.
 
-    A running sequence whose next token has no page yet counts that page too.
+    A running sequence whose next token has no page yet counts that page too. Written out, because it is asked for at
+    each admission and looks at every sequence.
     """
     page_size = state.config.page_size
     reserved = state.config.reserved_decode_tokens
@@ -36,10 +37,10 @@ def headroom(state: SchedState) -> int:
 
 
 def fits(state: SchedState, seq: Seq, reserve: int) -> bool:
-    """Can `seq` have pages for all its tokens now, with `reserve` pages left over and, unless it would be alone, its
-    own future?
+    """Can `seq` have pages for all its tokens now, with `reserve` pages left over?
 
-    Exact: if it answers yes, `take` succeeds. The tree is asked again only when it has changed.
+    Unless it would be alone, `future_pages` of its own must be left too. Exact: if it answers yes, `take` succeeds. The
+    tree is asked again only when it has changed.
     """
     matched, unlocked = peek(state, seq)
     needed = pages_for(len(seq.tokens), state.config.page_size) - matched
@@ -89,19 +90,20 @@ def make_room(state: SchedState, num_pages: int) -> bool:
 
 
 def offer(state: SchedState, seq: Seq) -> None:
-    """Let the tree keep the full pages computed so far, for others to reuse while `seq` goes on; the lock moves to
-    their end.
+    """Let the tree keep the full pages computed so far, for others to reuse while `seq` goes on. The lock covers them.
 
     Nothing happens if someone else was faster with the same tokens: then our pages stay ours alone until released. So
     a sequence never locks pages that are not its own, and one that is alone can use the whole pool.
     """
     seq.prefix_cached = True
-    num_pages = seq.num_computed // state.config.page_size
-    full = num_pages * state.config.page_size
-    known, _ = state.tree.peek(seq.namespace, seq.tokens, full)
-    if not state.config.radix or known * state.config.page_size > seq.prefix_tokens:
+    if not state.config.radix:
         return
-    state.tree.insert(seq.namespace, seq.tokens[:full], seq.pages[:num_pages])
+    page_size = state.config.page_size
+    full = seq.num_computed // page_size * page_size
+    known, _ = state.tree.peek(seq.namespace, seq.tokens, full)
+    if known * page_size > seq.prefix_tokens:
+        return
+    _insert(state, seq)
     match = state.tree.match(seq.namespace, seq.tokens, full)
     state.tree.lock(match)
     _unlock(state, seq)
@@ -111,9 +113,7 @@ def offer(state: SchedState, seq: Seq) -> None:
 def give_back(state: SchedState, seq: Seq, *, keep: bool) -> None:
     """End all leases of `seq`; with `keep` the tree takes the full pages computed so far first."""
     if keep and state.config.radix:
-        num_pages = seq.num_computed // state.config.page_size
-        full = num_pages * state.config.page_size
-        state.tree.insert(seq.namespace, seq.tokens[:full], seq.pages[:num_pages])
+        _insert(state, seq)
     drop_writer(state, seq)
     _unlock(state, seq)
     state.pool.release(seq.pages, seq.holder)
@@ -127,6 +127,13 @@ def drop_writer(state: SchedState, seq: Seq) -> None:
     if seq.remote_pages and seq.writer is not None:
         state.pool.release(seq.remote_pages, seq.writer)
     seq.remote_pages = []
+
+
+def _insert(state: SchedState, seq: Seq) -> None:
+    """Full pages to the tree; our own leases stay."""
+    num_pages = seq.num_computed // state.config.page_size
+    tokens = seq.tokens[: num_pages * state.config.page_size]
+    state.tree.insert(seq.namespace, tokens, seq.pages[:num_pages])
 
 
 def _unlock(state: SchedState, seq: Seq) -> None:

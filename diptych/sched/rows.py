@@ -9,10 +9,9 @@ from diptych.types import I32, I64, Plan, Row
 
 
 def build(step: int, page_size: int, decoding: list[Seq], chunks: list[tuple[Seq, int]]) -> Plan:
-    """The plan of a step: a row for each of `decoding` (one token), then for each of `chunks` (sequence, tokens). Marks
-    them in flight.
+    """The plan of a step: a row for each of `decoding` (one token), then for each of `chunks` (sequence, tokens).
 
-    Decode rows cost a few list reads each; everything of a token's size is done by numpy.
+    Marks them in flight. Decode rows cost a few list reads each; everything of a token's size is done by numpy.
     """
     num_decode = len(decoding)
     num_rows = num_decode + len(chunks)
