@@ -91,6 +91,7 @@ class FaultyLink:
     def __init__(self, inner: Link, faults: Faults) -> None:
         self._inner = inner
         self._faults = faults
+        self._turn = asyncio.Lock()  # sends of several tasks keep their order
         self.recv = inner.recv
         self.close = inner.close
 
@@ -111,12 +112,13 @@ class FaultyLink:
         self._inner.max_payload_bytes = value
 
     async def send(self, header: bytes, payload: memoryview | None = None) -> None:
-        if payload is not None and len(payload):
-            if self._faults.plan.frame_delay_s:
-                await asyncio.sleep(self._faults.plan.frame_delay_s)
-            if self._faults.rng.random() < self._faults.plan.corrupt_frames:
-                payload = _flip(payload, self._faults.rng)
-        await self._inner.send(header, payload)
+        async with self._turn:
+            if payload is not None and len(payload):
+                if self._faults.plan.frame_delay_s:
+                    await asyncio.sleep(self._faults.plan.frame_delay_s)
+                if self._faults.rng.random() < self._faults.plan.corrupt_frames:
+                    payload = _flip(payload, self._faults.rng)
+            await self._inner.send(header, payload)
 
 
 def _flip(payload: memoryview, rng: random.Random) -> memoryview:

@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import aiohttp
@@ -78,31 +78,40 @@ def test_a_stopped_prefill_server_is_noticed(fragile: PDCluster) -> None:
     back; what comes after SIGCONT is refused, and the two servers find each other again.
     """
     decode, prefill = fragile.decode[0], fragile.prefill[0]
-    body = endless(77, 2000, 4, **fragile.bootstrap(4001))
-    stopped, before = prefill.tree(), _pages_received(decode)
+    body = endless(77, 4000, 4, **fragile.bootstrap(4001))
+    before = _bytes_received(decode)
     with in_flight(prefill, [body]) as prefilled, in_flight(decode, [body]) as decoded:
-        until(lambda: _pages_received(decode) > before, "the first pages are there")
-        assert not decoded[0].done()
-        for process in stopped:
-            process.suspend()
-        stopped_at = time.monotonic()
-        status, text = decoded[0].result()
-        assert status >= 500 and "lost the prefill server" in json.loads(text)["error"]["message"]
-        assert time.monotonic() - stopped_at < 3 * HEARTBEAT_S
-        until(lambda: is_idle(decode), "decode's pages are back", 2.0)
-        assert_idle(decode)
-        pages = _pages_received(decode)
-        for process in stopped:
-            process.resume()
+        until(lambda: _bytes_received(decode) > before, "the first pages are there")
+        with _stopped(prefill):
+            stopped_at = time.monotonic()
+            status, text = decoded[0].result()
+            assert status >= 500 and "lost the prefill server" in json.loads(text)["error"]["message"]
+            assert time.monotonic() - stopped_at < 3 * HEARTBEAT_S
+            until(lambda: is_idle(decode), "decode's pages are back", 2.0)
+            assert_idle(decode)
+            taken = _bytes_received(decode)
         status, text = prefilled[0].result()
         assert status >= 500, text
     settle(fragile)
-    assert _pages_received(decode) == pages
+    assert _bytes_received(decode) == taken
     assert len(json.loads(_both(fragile, endless(78, 30, 3), 4002))["output_ids"]) == 3
 
 
-def _pages_received(decode: ServerProcess) -> int:
-    return int(decode.get("/audit")["counters"]["pages_received"])
+@contextmanager
+def _stopped(server: ServerProcess) -> Iterator[None]:
+    """SIGSTOP to all processes of a server, SIGCONT at the end."""
+    processes = server.tree()
+    try:
+        for process in processes:
+            process.suspend()
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def _bytes_received(decode: ServerProcess) -> int:
+    return int(decode.get("/audit")["counters"]["bytes_received"])
 
 
 def _both(pd: PDCluster, body: dict[str, Any], room: int) -> str:
