@@ -40,7 +40,10 @@ class Context:
     @property
     def room(self) -> Room:
         engine = self.service.engine
-        return Room(engine.model.vocab_size, min(engine.model.context_len, engine.max_total_num_tokens))
+        context = engine.model.context_len
+        longest = min(context, engine.max_total_num_tokens)
+        whole = context if self.config.disaggregation_mode == "prefill" else longest
+        return Room(engine.model.vocab_size, longest, whole)
 
     def new_id(self) -> str:
         """32 hexadecimal digits, as request ids are shown."""

@@ -57,10 +57,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Room:
-    """What the model leaves for one sequence."""
+    """What model and server leave for one sequence."""
 
     vocab_size: int
-    longest: int  # tokens of prompt and output together
+    longest: int  # a prompt must be shorter, in tokens
+    whole: int  # tokens of prompt and answer together; a prefill server keeps no answers, so its pool does not count
 
 
 class Seeds:
@@ -140,7 +141,7 @@ def check_prompt_length(prompt_tokens: int, room: Room, param: str) -> None:
 
 def max_new_tokens(asked: int | None, default: int | None, prompt_tokens: int, room: Room, param: str) -> int:
     """How many tokens may be generated. Without a wish or a default: what fits. Raises ContextLengthExceeded."""
-    left = room.longest - prompt_tokens
+    left = room.whole - prompt_tokens
     check_prompt_length(prompt_tokens, room, param)
     if asked is None:
         return left if default is None else min(left, default)
@@ -148,7 +149,7 @@ def max_new_tokens(asked: int | None, default: int | None, prompt_tokens: int, r
         raise BadRequest(f"{param} must not be negative", param=param)
     if asked > left:
         raise ContextLengthExceeded(
-            f"this model's maximum context length is {room.longest} tokens, but {prompt_tokens + asked} were requested "
+            f"this model's maximum context length is {room.whole} tokens, but {prompt_tokens + asked} were requested "
             f"({prompt_tokens} in the prompt, {asked} for the answer); shorten the prompt or lower {param}",
             param=param,
         )

@@ -142,3 +142,14 @@ async def test_the_probe_meets_nobody(serve: Serve, mode: str) -> None:
     request = server.engine.requests[0]
     assert request.bootstrap == Bootstrap(FAKE_BOOTSTRAP_HOST, 8998, 0)
     assert request.rid.startswith("HEALTH_CHECK")
+
+
+async def test_the_answer_need_not_fit_prefills_pool(serve: Serve) -> None:
+    """Only the prompt must: the answer grows on the decode server, which may be larger."""
+    body = {"input_ids": [1] * 15, "sampling_params": {"max_new_tokens": 50, "min_new_tokens": 20}, **ROOM}
+    for mode, status in (("prefill", 200), ("decode", 400)):
+        server = await serve(disaggregation_mode=mode)
+        server.engine.max_total_num_tokens = 20
+        assert (await server.post("/generate", body))[0] == status
+        status, reply = await server.post("/generate", {**body, "input_ids": [1] * 20})
+        assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
