@@ -80,8 +80,10 @@ class Ranks:
     async def compute(self, plan: Plan) -> StepResult:
         """One forward pass on all ranks. Raises EngineBroken if it fails while others take part: where they stand is
         unknown then, and the next collectives would add up parts of different steps."""
-        for channel in self._channels:
-            channel.send(RunPlan(plan))
+        if self._channels:
+            message = RunPlan(_for_followers(plan))
+            for channel in self._channels:
+                channel.send(message)
         try:
             return await asyncio.get_running_loop().run_in_executor(self.thread, self.runner.run, plan)
         except Exception as error:
@@ -100,3 +102,9 @@ class Ranks:
         for channel in self._channels:
             channel.close()
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _for_followers(plan: Plan) -> Plan:
+    """Rank 0 alone samples: masks and histories, the bulk of a plan, stay here."""
+    rows = [msgspec.structs.replace(row, mask=None, history=None) for row in plan.rows]
+    return msgspec.structs.replace(plan, rows=rows)

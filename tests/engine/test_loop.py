@@ -135,11 +135,14 @@ async def test_a_step_that_fails_on_rank_0_of_several_breaks_the_engine() -> Non
     add(state, Request(rid="a", prompt=[1, 2], sampling=Sampling()), 0.0)
     plan = schedule(state, 0.0)
     assert plan is not None
+    plan.rows[0].mask = b"\xff"
     alone, leader = (Ranks(cast(Any, Failing()), lambda *_: None, lambda _: None) for _ in range(2))
     await leader.connect([near.detach()], 5)
     with pytest.raises(EngineBroken, match="step 1 failed on rank 0 of 2"):
         await leader.compute(plan)
-    assert isinstance(await asyncio.wait_for(told.get(), 5), RunPlan)
+    heard = await asyncio.wait_for(told.get(), 5)
+    assert isinstance(heard, RunPlan) and [row.mask for row in heard.plan.rows] == [None]  # followers do not sample
+    assert plan.rows[0].mask is not None
     with pytest.raises(ValueError):
         await alone.compute(plan)
     for ranks in (alone, leader):
