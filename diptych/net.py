@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -20,6 +21,13 @@ from diptych.errors import ConfigError, Unavailable
 
 _WILDCARDS = ("", "0.0.0.0", "::", "*")
 _cached: tuple[tuple[str, int, int], dict[str, str]] | None = None
+
+
+def is_host(text: str) -> bool:
+    """Whether `text` has the form of a host name or an address (IPv6 also in brackets), and so cannot become another
+    URL than the one it is put into.
+    """
+    return re.fullmatch(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}|\[[0-9A-Fa-f:.]{2,45}\]", text) is not None
 
 
 def bind_address(host: str) -> str:

@@ -18,7 +18,7 @@ import uvloop
 from aiohttp import web
 
 from diptych import net
-from diptych.api.app import begin_drain, build_app, start_site
+from diptych.api.app import KEEPALIVE_S, begin_drain, build_app, start_site
 from diptych.api.context import CONTEXT
 from diptych.config import ServerConfig
 from diptych.engine.launch import EngineProcesses
@@ -81,7 +81,9 @@ async def _start_bootstrap(config: ServerConfig, stack: AsyncExitStack) -> tuple
         return None
     sock = net.listen_socket(config.host, config.disaggregation_bootstrap_port)
     host, port = sock.getsockname()[:2]
-    runner = web.AppRunner(bootstrap_app(config.pd_secret), access_log=None)
+    runner = web.AppRunner(
+        bootstrap_app(config.pd_secret), access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False
+    )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, sock).start()

@@ -89,6 +89,7 @@ async def start_site(app: web.Application, sock: socket.socket) -> web.AppRunner
         access_log=None,
         shutdown_timeout=CUT_S,
         keepalive_timeout=KEEPALIVE_S,
+        auto_decompress=False,  # compressed bodies are refused
         max_line_size=MAX_HEADER_BYTES,
         max_field_size=MAX_HEADER_BYTES,
     )

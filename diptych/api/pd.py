@@ -18,6 +18,7 @@ from msgspec import UNSET
 from diptych.api.limits import MAX_INT64
 from diptych.api.schemas import Pairing
 from diptych.errors import BadRequest
+from diptych.net import is_host
 from diptych.types import Bootstrap
 
 
@@ -61,6 +62,6 @@ def _one(host: str | None, port: int | None, room: int | None, mode: str, own_po
         raise BadRequest("bootstrap_port must be a port number", param="bootstrap_port")
     if mode == "decode" and not host:
         raise BadRequest("bootstrap_host is missing: the request names no prefill server", param="bootstrap_host")
-    if host and (len(host) > 255 or not host.isprintable()):
+    if host and not is_host(host):
         raise BadRequest("bootstrap_host is no host name", param="bootstrap_host")
     return Bootstrap(host or "", own_port if port is None else port, room)

@@ -23,6 +23,8 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
     """The request's JSON body as `kind`. Raises BadRequest that names the field, or PayloadTooLarge."""
     if request.content_type != "application/json":
         raise BadRequest("the Content-Type must be application/json", param="content-type")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise BadRequest("the body must not be compressed", param="content-encoding")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             body = await request.read()

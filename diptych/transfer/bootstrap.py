@@ -27,7 +27,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from diptych.errors import BadRequest, DiptychError, NotFound, ProtocolError, Unauthorized, Unavailable
-from diptych.net import Resolver
+from diptych.net import Resolver, is_host
 
 MAX_BODY_BYTES = 64 << 10
 DP_RANK_EXPIRES_S = 120.0
@@ -242,7 +242,7 @@ class _Service:
 
     def _check_secret(self, request: web.Request) -> None:
         """Raises Unauthorized unless the request carries the secret, or none is set."""
-        given = request.headers.get("Authorization", "").encode()
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if self._secret and not hmac.compare_digest(given, f"Bearer {self._secret}".encode()):
             raise Unauthorized("this route needs the hand-over's secret as a bearer token")
 
@@ -266,9 +266,9 @@ def _query_int(request: web.Request, name: str) -> int:
 
 def _url(host: str, port: int, path: str) -> str:
     """Raises ProtocolError for what is no host: it comes from a request, and must not become another URL."""
-    bare = host.strip("[]")
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}", bare) or not 0 < port < 65536:
+    if not is_host(host) or not 0 < port < 65536:
         raise ProtocolError("bootstrap_host and bootstrap_port are no host name and port")
+    bare = host.strip("[]")
     return f"http://[{bare}]:{port}{path}" if ":" in bare else f"http://{bare}:{port}{path}"
 
 

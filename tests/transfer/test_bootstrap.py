@@ -1,5 +1,7 @@
 """The bootstrap service over real HTTP, and its client."""
 
+import asyncio
+
 import aiohttp
 import msgspec
 import pytest
@@ -127,6 +129,17 @@ async def test_writes_need_the_secret(given):
         assert await service.ask("GET", "/route", params=ALL) == before
         status, text = await service.ask("POST", "/query_dp_ranks", json={"bootstrap_rooms": [1]})
         assert (status, text) == (200, "{}")
+
+
+async def test_a_secret_that_is_no_text():
+    """Raw bytes in the header are a wrong secret, not a failure."""
+    async with Service("s3cret") as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        head = b"PUT /route HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer \xff\xfe\r\n"
+        writer.write(head + b"Content-Length: 2\r\n\r\n{}")
+        assert (await reader.readline()).split()[1] == b"401"
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_a_wrong_secret():
