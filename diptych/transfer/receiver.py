@@ -18,7 +18,7 @@ from diptych.errors import Aborted, ProtocolError, TransferError
 from diptych.transfer import wire
 from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Expect, Expecting, Received, TransferFailed
 from diptych.transfer.room import KVPoll, RoomEnd, failure
-from diptych.types import Finish, FirstToken
+from diptych.types import Finish, FirstToken, TokenLogprob
 
 if TYPE_CHECKING:
     from diptych.transfer.peer import Peer
@@ -184,7 +184,7 @@ class NobodyReceiver(Receiver):
 
     def reserve(self, pages: Sequence[int], generations: Sequence[int], prefix_tokens: int = 0) -> None:
         if not self.ended:
-            self.first = FirstToken(token=self._token, cached_tokens=0)
+            self.first = FirstToken(self._token, 0, TokenLogprob(None, self._token))
             self._enter(KVPoll.Success)
 
     def _fail(self, error: Finish, tell: bool = True) -> None:
