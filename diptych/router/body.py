@@ -27,7 +27,6 @@ _BOOTSTRAP = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 class _Fields(msgspec.Struct):
     """The members that matter, still as JSON text: their types are the servers' to judge."""
 
-    stream: msgspec.Raw = msgspec.Raw()
     n: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
@@ -50,7 +49,6 @@ class Ask(msgspec.Struct, frozen=True):
     separator: bytes  # what comes between its members and more of them
     key: bytes  # the prompt as sent, at most KEY_BYTES of it, for cache-aware routing; b"" if there is none
     num_rooms: int | None  # how many rooms a batch or n > 1 needs, None: one, not in a list
-    stream: bool
     merges_logprobs: bool  # the prompt's logprobs are in the prefill server's answer and must be moved to decode's
 
 
@@ -74,7 +72,6 @@ def read_body(body: bytes) -> Ask:
         separator=b"" if _is_empty(body, end) else b",",
         key=bytes(memoryview(prompt)[:KEY_BYTES]),
         num_rooms=_num_rooms(found),
-        stream=bytes(found.stream) == b"true",
         merges_logprobs=_is_set(found.return_logprob) or (_is_set(found.echo) and _is_set(found.logprobs)),
     )
 

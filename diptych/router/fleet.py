@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from diptych.errors import Unavailable
-from diptych.router.breaker import Breaker, Circuit
+from diptych.router.breaker import Breaker
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.exchange import Exchange
 from diptych.router.pick import PickState, pick
@@ -148,7 +148,3 @@ class Fleet:
             server.suspected.set()
             if gone:
                 self.mark(server, False, "gone: it takes no connections")
-
-    def count(self, role: str, circuit: Circuit) -> int:
-        now = self._now()
-        return sum(server.breaker.state(now) is circuit for server in self.roles[role])

@@ -30,6 +30,8 @@ class HealthChecker:
     def start(self) -> None:
         if not self._config.disable_health_check:
             self._tasks = [asyncio.create_task(self._watch(server)) for server in self._fleet.servers]
+            for task in self._tasks:
+                task.add_done_callback(_tell_defect)
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -85,3 +87,9 @@ class HealthChecker:
             ok = server.draining = False
         server.checks[ok] += 1
         return ok
+
+
+def _tell_defect(task: asyncio.Task[None]) -> None:
+    """A checker ends only when it is stopped."""
+    if not task.cancelled():
+        log.critical("a health checker has died; restart the router", exc_info=task.exception())

@@ -112,7 +112,7 @@ def test_a_clients_own_rooms_are_replaced():
 
 def test_what_else_is_read():
     ask = read_body(b'{"messages": [{"role":"user"}], "stream": true}')
-    assert (ask.key, ask.stream, ask.merges_logprobs) == (b'[{"role":"user"}]', True, False)
+    assert (ask.key, ask.merges_logprobs) == (b'[{"role":"user"}]', False)
     assert read_body(b'{"text":"a","return_logprob":true}').merges_logprobs
     assert read_body(b'{"text":["a"],"return_logprob":[true]}').merges_logprobs
     assert read_body(b'{"prompt":"a","echo":true,"logprobs":1}').merges_logprobs
