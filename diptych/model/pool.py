@@ -16,6 +16,7 @@ from diptych.types import I64
 DEFAULT_POOL_BYTES = 256 << 20
 MAX_DEFAULT_CONTEXTS = 64
 MEMORY_PAGE = 4096
+KEYS, VALUES = 0, 1  # fourth dimension of the pool
 
 
 class KVPool:
@@ -45,7 +46,7 @@ class KVPool:
         self.pages[:, :, layer][page, :, :, slot] = both
 
     def index(self, runs: I64, run_tokens: int) -> Tensor:
-        """Where runs of tokens are, for `gather`. A run is `run_tokens` slots of a page (a divisor of its size); run r
+        """Where runs of tokens are in a `source`. A run is `run_tokens` slots of a page (a divisor of its size); run r
         is the (r % runs a page)-th of page r // runs a page. `[n, k]` runs give `[n * heads * k]`, in this order."""
         per_page = self.page_size // run_tokens
         page, part = np.divmod(runs[:, None, :], per_page)
@@ -53,12 +54,10 @@ class KVPool:
         index = head * (self.num_layers * 2 * per_page) + part
         return torch.from_numpy(index.reshape(-1)).to(self.pages.device)
 
-    def gather(self, layer: int, index: Tensor, run_tokens: int, keys: Tensor, values: Tensor) -> None:
-        """Copy one layer's keys and values of runs (see `index`) to `keys` and `values`, `[runs, run_tokens * dim]`."""
-        per_page = self.page_size // run_tokens
-        source = self.pages.view(-1, run_tokens * self.head_dim)
-        torch.index_select(source, 0, index + 2 * layer * per_page, out=keys)
-        torch.index_select(source, 0, index + (2 * layer + 1) * per_page, out=values)
+    def source(self, layer: int, kind: int, run_tokens: int) -> Tensor:
+        """A view to select runs from by `index`: one layer's keys (`kind` KEYS) or VALUES, `[…, run_tokens * dim]`."""
+        first = (2 * layer + kind) * self.page_size * self.head_dim
+        return self.pages.view(-1)[first:].view(-1, run_tokens * self.head_dim)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

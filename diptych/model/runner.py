@@ -12,10 +12,11 @@ from torch.distributed import ProcessGroup
 
 from diptych.config import ServerConfig
 from diptych.kv.store import PageStore
-from diptych.model.attention import AttentionBackend, PagedAttention
+from diptych.model.attention import AttentionBackend
 from diptych.model.layers import padded_rows
 from diptych.model.load import load_model
 from diptych.model.logprobs import token_logprobs
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
 from diptych.model.pool import CpuPageStore, KVPool, kv_page_bytes, pool_pages
 from diptych.model.sampling import sample

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diptych.model.attention import PagedAttention
 from diptych.model.layers import Linear, padded_rows
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.pool import KVPool
 from diptych.types import Plan
 

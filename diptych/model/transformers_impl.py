@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from diptych.errors import ConfigError
-from diptych.model.attention import AttentionBackend, PagedAttention
+from diptych.model.attention import AttentionBackend
 from diptych.model.config import architecture_of, eos_token_ids
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.pool import KVPool
 from diptych.model.selftest import plan_of_one
 from diptych.model.weights import DummySource, find_files, fingerprint
