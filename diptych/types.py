@@ -54,6 +54,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     def greedy(self) -> bool:
         return self.temperature < 1e-6 or self.top_k == 1
 
+    @property
+    def penalized(self) -> bool:
+        """The choice depends on which tokens have occurred so far."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 class LogprobSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """Which log-probabilities to return. They are log_softmax of the model's raw logits, before any sampling change."""

@@ -44,18 +44,14 @@ def _changes_logits(row: Row) -> bool:
         row.mask is not None
         or row.sampling.logit_bias
         or row.num_output < row.sampling.min_new_tokens
-        or has_penalty(row.sampling)
+        or row.sampling.penalized
     )
-
-
-def has_penalty(sampling: Sampling) -> bool:
-    return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
 
 
 def change_logits(row: Row, logits: Tensor, eos_token_ids: Sequence[int]) -> None:
     """Apply all that comes before temperature to one row `[vocab]`, in place."""
     sampling = row.sampling
-    if has_penalty(sampling):
+    if sampling.penalized:
         _penalize(row, logits)
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=logits.device)

@@ -6,7 +6,7 @@ from diptych.errors import AuditError, BadRequest, ContextLengthExceeded, Overlo
 from diptych.sched.events import Event, accept_token
 from diptych.sched.pages import drop_writer, fits, give_back, headroom, offer, take
 from diptych.sched.state import After, SchedState, Seq, Status
-from diptych.types import FirstToken, Request, Sampling, TokenLogprob
+from diptych.types import FirstToken, Request, TokenLogprob
 
 
 def check_request(state: SchedState, request: Request, num_elsewhere: int = 0) -> None:
@@ -192,7 +192,7 @@ def _new_seq(state: SchedState, request: Request, now: float) -> Seq:
         num_prompt=num_prompt,
         max_tokens=min(num_prompt + request.sampling.max_new_tokens, state.max_len),
         arrival_at=now,
-        needs_history=has_penalty(request.sampling),
+        needs_history=request.sampling.penalized,
         next_target=num_prompt,
     )
 
@@ -204,8 +204,3 @@ def _want_prompt_logprobs(seq: Seq) -> None:
         return
     seq.prompt_logprobs = [TokenLogprob(None, seq.tokens[0])] if spec.prompt_start == 0 else []
     seq.next_target = max(1, spec.prompt_start)
-
-
-def has_penalty(sampling: Sampling) -> bool:
-    """Does sampling depend on which tokens have occurred so far?"""
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
