@@ -80,7 +80,7 @@ class TransformersModel:
             self._model = self._dummy(seed) if load_format == "dummy" else self._load()
         except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
             raise ConfigError(f"transformers cannot load this model: {str(error).splitlines()[0]}") from error
-        self._model.eval().to(device)
+        self._model.train(False).to(device)
         self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         text = self._config.get_text_config()
         self.max_position = self.max_context = int(getattr(text, "max_position_embeddings", 0) or 0)

@@ -162,6 +162,20 @@ def test_a_neighbour_with_nonsense_in_its_cache_does_not_show(server: tuple[Runn
     same(seq, expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_chunks_and_company_do_not_show_in_half_precision(server: tuple[Runner, int], dtype: str) -> None:
+    path, page_size = runner_folder[server[0].info.fingerprint], server[1]
+    runner = Runner(ServerConfig(model_path=path, page_size=page_size, max_total_tokens=2000, dtype=dtype))
+    assert runner.exact
+    whole, chunked, company = sequence(8), sequence(8), sequence(7)
+    Driver(runner, page_size).generate(whole, NUM_OUTPUTS)
+    driver = Driver(runner, page_size, seed=3)
+    while len(chunked.outputs) < NUM_OUTPUTS:
+        parts = [(seq, min(90, len(seq.tokens) - seq.num_cached)) for seq in (company, chunked)]
+        driver.run(parts)
+    same(chunked, whole)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_self_test_passes_with_one_thread_and_with_two(threads: int) -> None:
     before = torch.get_num_threads()
