@@ -17,7 +17,7 @@ Quantity = int | float | str
 Port = int | str  # a number, or the name of a container port
 Seconds = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
-EnvName = Annotated[str, Meta(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
+EnvName = Annotated[str, Meta(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$(?!\n)")]  # `$` alone lets a last line end pass
 MountPath = Annotated[str, Meta(min_length=1, pattern="^[^:]*$")]
 
 
@@ -110,7 +110,7 @@ class Container(Object, frozen=True, kw_only=True):
         " stdinOnce terminationMessagePath terminationMessagePolicy tty volumeDevices"
     )
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$(?!\n)", max_length=63)]
     command: tuple[str, ...] = ()
     args: tuple[str, ...] = ()
     working_dir: str = ""

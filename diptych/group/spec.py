@@ -57,7 +57,7 @@ class Role(Object, frozen=True, kw_only=True):
         " templatePatch components"
     )
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$(?!\n)", max_length=63)]
     template: PodTemplate
     replicas: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 1
     dependencies: tuple[str, ...] = ()
@@ -229,7 +229,14 @@ def _check_service(service: Service, reading: Reading) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice: the second would silently win."""
+    """Safe YAML that refuses a key written twice (the second would silently win) and text no process can be given."""
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+            raise yaml.constructor.ConstructorError(
+                None, None, "text must not contain a NUL character", node.start_mark
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -247,6 +254,10 @@ def _documents(text: str) -> list[Any]:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(f"the manifest is no valid YAML: {line}{getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise ConfigError("the manifest is no valid YAML: it is nested too deeply") from None
+    except ValueError as error:  # a date or number in form, but not in value
+        raise ConfigError(f"the manifest is no valid YAML: {error}") from None
 
 
 def _at(document: Any, path: str) -> Any:

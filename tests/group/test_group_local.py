@@ -139,6 +139,8 @@ async def test_scaling(run_group: Any, fetch: Any) -> None:
             running.supervisor.scale("c", 1)
         with pytest.raises(ConfigError, match="-1 replicas"):
             running.supervisor.scale("a", -1)
+        with pytest.raises(ConfigError, match="at most 254"):  # refused before anything starts
+            running.supervisor.scale("a", 255)
 
 
 async def test_what_a_pod_is_told(run_group: Any, fetch: Any, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def _changed(path: str, value: Any) -> str:
         ("spec.roles[0].dependencies", ["decod"], "spec.roles[0].dependencies[0]: there is no role decod"),
         ("spec.roles[2].name", "prefill", "spec.roles[2].name: prefill is already used"),
         ("spec.roles[2].name", "Decode", "spec.roles[2].name: expected str matching regex"),
+        ("spec.roles[2].name", "decode\n", "spec.roles[2].name: expected str matching regex"),
         ("spec.roles[2].name", "d" * 60, "spec.roles[2].name: makes pod names longer than 63 characters"),
         ("spec.roles[1].dependencies", ["scheduler"], "spec.roles: dependencies go in a circle: scheduler -> "),
         ("spec.roles[1].restartPolicy", "Always", "spec.roles[1].restartPolicy: invalid enum value 'Always'"),
@@ -117,6 +118,11 @@ def test_all_mistakes_at_once() -> None:
         ("- 1", "document 1: needs apiVersion and kind"),
         ("!!python/object/apply:os.system [true]", "no valid YAML"),
         ("", "needs exactly one RoleBasedGroup, has 0"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
+        ("a: " + "9" * 5000, "no valid YAML"),
+        ("a: 2001-99-99", "no valid YAML"),
+        (r'a: ["b", "c\0d"]', "line 1: text must not contain a NUL character"),
     ],
 )
 def test_what_is_no_manifest(broken: str, message: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
 from diptych.errors import ConfigError
+from diptych.group.local.addresses import HOSTS
 from diptych.group.pod import Container, gpus_wanted, probes
 from diptych.group.spec import Manifest, Role, Unmodelled
 
@@ -67,6 +68,7 @@ def refuse(manifest: Manifest, claims: Mapping[str, str], gpus: int) -> None:
         for name in sorted(used - set(claims))
     ]
     problems += gpu_problems(manifest.group.spec.roles, {}, gpus)
+    problems += address_problems(sum(role.replicas for role in manifest.group.spec.roles), len(manifest.services))
     if problems:
         raise ConfigError("this manifest cannot run on this machine:\n" + "\n".join(f"  {each}" for each in problems))
 
@@ -86,6 +88,13 @@ def gpu_problems(roles: tuple[Role, ...], replicas: Mapping[str, int], gpus: int
         f"the pods ask for {wanted} GPUs (nvidia.com/gpu) and there are {gpus}; ask for fewer, "
         "or run on the CPU with CUDA_VISIBLE_DEVICES= in the environment of `diptych up`"
     ]
+
+
+def address_problems(pods: int, services: int) -> list[str]:
+    """Whether each pod and each Service can have an address of its own."""
+    if pods + services <= len(HOSTS):
+        return []
+    return [f"a group on one machine has at most {len(HOSTS)} pods and Services, not {pods + services}"]
 
 
 def _users(claim: str, manifest: Manifest) -> list[str]:

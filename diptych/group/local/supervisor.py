@@ -99,14 +99,17 @@ class Supervisor:
             pod.kill()
 
     def scale(self, role: str, replicas: int) -> None:
-        """Raises ConfigError for an unknown role, a bad number, too few GPUs, or a group that is ending."""
+        """Raises ConfigError for an unknown role, a bad number, no GPUs or addresses for it, a group that is ending."""
         self._prepared.manifest.group.role(role)
         if self._desired.deleted:
             raise ConfigError(f"group {self._desired.group} is being taken down")
         if replicas < 0:
             raise ConfigError(f"{replicas} replicas: the number must be 0 or more")
         wanted = {each.name: each.replicas for each in self._desired.roles} | {role: replicas}
-        problems = limits.gpu_problems(self._prepared.manifest.group.spec.roles, wanted, len(self._prepared.gpus))
+        manifest = self._prepared.manifest
+        problems = limits.gpu_problems(manifest.group.spec.roles, wanted, len(self._prepared.gpus))
+        leaving = sum(index >= wanted[name] for name, index in self._pods)  # they still have their addresses
+        problems += limits.address_problems(sum(wanted.values()) + leaving, len(manifest.services))
         if problems:
             raise ConfigError(problems[0])
         roles = tuple(
