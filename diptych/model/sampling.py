@@ -114,37 +114,38 @@ def _restricted(sampling: Sampling, vocab_size: int) -> bool:
     return 0 < sampling.top_k < vocab_size or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
-def _draw_restricted(settings: Sequence[Sampling], scaled: Tensor, keys: Tensor) -> Tensor:
-    """Draw among the tokens that top_k, top_p and min_p leave. Looks at few candidates first; more of them give the
-    same result, because everything about a candidate depends on those before it alone."""
+def _draw_restricted(settings: Sequence[Sampling], scaled: Tensor, keys: Tensor, look: int = FIRST_LOOK) -> Tensor:
+    """Draw among the tokens that top_k, top_p and min_p leave. Looks at the `look` likeliest first, and at more for
+    rows that may need them: the result is the same, because all that concerns a candidate is what comes before it."""
     vocab_size = scaled.shape[1]
     top_k = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in settings]
-    count = min(vocab_size, max(k if k < vocab_size else FIRST_LOOK for k in top_k))
-    limits = torch.tensor(top_k, device=scaled.device).unsqueeze(1)
-    top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=scaled.device).unsqueeze(1)
-    min_p = torch.tensor([s.min_p for s in settings], dtype=torch.float64, device=scaled.device).unsqueeze(1)
-    while True:
-        values, ids = ordered_top(scaled, count)
-        keep, complete = _keep(scaled, values, limits, top_p, min_p)
-        if count == vocab_size or complete:
-            break
-        count = vocab_size
+    count = min(vocab_size, max(k if k < vocab_size else look for k in top_k))
+    values, ids = ordered_top(scaled, count)
+    keep = _keep(scaled, values, top_k, settings)
     scores = torch.where(keep, values + gumbel(keys, ids), -torch.inf)
-    return ids.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+    tokens = ids.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+    unsure = [i for i, last in enumerate(keep[:, -1].tolist()) if last and top_k[i] > count]
+    if unsure:
+        rows = torch.tensor(unsure, device=scaled.device)
+        tokens[rows] = _draw_restricted([settings[i] for i in unsure], scaled[rows], keys[rows], look * 8)
+    return tokens
 
 
-def _keep(scaled: Tensor, values: Tensor, limits: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, bool]:
-    """Which candidates (`values`, in order) stay, and whether all that stay are among the candidates."""
-    count = values.shape[1]
+def _keep(scaled: Tensor, values: Tensor, top_k: list[int], settings: Sequence[Sampling]) -> Tensor:
+    """Which candidates (`values`, likeliest first) stay: `[rows, candidates]`."""
+    count, device = values.shape[1], values.device
+    limits = torch.tensor(top_k, device=device).unsqueeze(1)
+    top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=device).unsqueeze(1)
+    min_p = torch.tensor([s.min_p for s in settings], dtype=torch.float64, device=device).unsqueeze(1)
     highest = values[:, :1]
     weights = (values - highest).exp().double()
     mass = weights.cumsum(1)
-    everything = (scaled - highest).exp().double().sum(1, keepdim=True)
-    within = mass.gather(1, (limits - 1).clamp(max=count - 1))
-    total = torch.where(limits <= count, within, everything)
-    order = torch.arange(count, device=values.device)
+    total = mass.gather(1, (limits - 1).clamp(max=count - 1))  # of what top_k leaves
+    if max(top_k) == scaled.shape[1]:
+        everything = (scaled - highest).exp().double().sum(1, keepdim=True)
+        total = torch.where(limits < scaled.shape[1], total, everything)
     # top_p: the shortest run from the top whose mass reaches top_p, so a token stays if the mass before it does not
-    keep = (order < limits) & ((mass - weights < top_p * total) | (top_p >= 1.0)) & (weights >= min_p)
+    enough = (mass - weights >= top_p * total) & (top_p < 1.0)
+    keep = (torch.arange(count, device=device) < limits) & ~enough & (weights >= min_p)
     keep[:, 0] = True
-    complete = ~keep[:, -1:] | (limits <= count)
-    return keep, bool(complete.all())
+    return keep

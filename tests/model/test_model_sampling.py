@@ -12,7 +12,7 @@ import torch
 from diptych.model.logprobs import token_logprobs
 from diptych.model.noise import gumbel, hash_counters, mix, row_key, uniform
 from diptych.model.order import ordered_top
-from diptych.model.sampling import FIRST_LOOK, change_logits, sample
+from diptych.model.sampling import FIRST_LOOK, _draw_restricted, change_logits, sample
 from diptych.types import LogprobSpec, Row, Sampling
 
 VOCAB = 40
@@ -93,13 +93,14 @@ def test_a_draw_depends_on_its_own_row_alone() -> None:
     assert [together[i] for i in some] == sample([rows[i] for i in some], logits[some], EOS).tolist()
 
 
-def test_looking_at_few_candidates_first_gives_the_same_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    flat = logits_of(3, 64, vocab=2000, spread=0.3)  # top_p keeps more than the first look sees
-    rows = [row(Sampling(seed=i, top_p=(0.05, 0.3, 0.95)[i % 3])) for i in range(64)]
-    expected = sample(rows, flat, EOS).tolist()
-    monkeypatch.setattr("diptych.model.sampling.FIRST_LOOK", 2000)
-    assert FIRST_LOOK < 2000
-    assert sample(rows, flat, EOS).tolist() == expected
+def test_looking_at_few_candidates_first_gives_the_same_draw() -> None:
+    flat = logits_of(3, 96, vocab=5000, spread=0.3)  # top_p keeps more than the first look sees, or the second
+    settings = [Sampling(seed=i, top_p=(0.02, 0.3, 0.95)[i % 3]) for i in range(96)]
+    keys = torch.tensor([[row_key(s.seed, 0)] for s in settings])
+    expected = sample([row(s) for s in settings], flat, EOS).tolist()
+    assert FIRST_LOOK * 8 < 5000
+    for look in (300, 2500, 5000):
+        assert _draw_restricted(settings, flat, keys, look).tolist() == expected
 
 
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
