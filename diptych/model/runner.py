@@ -58,6 +58,7 @@ class Runner:
     def run(self, plan: Plan) -> StepResult:
         """Compute a step: store the KV of its tokens, sample its rows. Blocks. Ranks above 0 return no rows."""
         started = time.perf_counter()
+        torch.get_num_threads()  # makes --cpu-threads hold in the thread that calls; oneDNN would not ask
         sampling = [b for b, row in enumerate(plan.rows) if row.samples]
         targets = [b for b, row in enumerate(plan.rows) if row.prompt_targets]
         wanted = [int(plan.q_starts[b + 1]) - 1 for b in sampling]
