@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 from aiohttp.http import HttpProcessingError
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 
 class _OneLine(logging.Formatter):
-    """Line breaks within an event become visible marks, so that a client's text cannot forge a line; tracebacks stay
-    as they are.
+    """Line breaks and other control characters within an event become visible marks, so that a client's text can
+    neither forge a line nor command a terminal; tracebacks stay as they are.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
+        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().formatMessage(record))
 
 
 def _shorten(record: logging.LogRecord) -> bool:

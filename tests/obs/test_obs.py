@@ -76,6 +76,15 @@ def test_one_line_an_event(restore_logging: object, monkeypatch: pytest.MonkeyPa
     assert "I server diptych.test: a client wrote x\\n2026-01-01 forged line\\r" in lines[0]
 
 
+def test_control_characters_are_shown_as_marks(restore_logging: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from a client (the rid of /abort_request) and must not command the terminal that shows the log."""
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    logs.set_up("info", "server")
+    logging.getLogger("diptych.test").info("[%s]", "\x1b[2J\x00\x9b\u2028ünï 你好")
+    assert stream.getvalue().endswith("[\\x1b[2J\\x00\\x9b\\u2028ünï 你好]\n")
+
+
 def test_malformed_http_is_one_line(restore_logging: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anybody can send it, so it must not fill the log with tracebacks."""
     stream = io.StringIO()
