@@ -119,9 +119,10 @@ def load_model_config(folder: Path) -> ModelConfig:
     if head_dim % 8:
         raise ConfigError(f"config.json: head_dim must be a multiple of 8, not {head_dim}")
     max_position = _get(raw, "max_position_embeddings", int)
+    vocab_size = _get(raw, "vocab_size", int)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=_get(raw, "vocab_size", int),
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=_get(raw, "intermediate_size", int),
         num_layers=_get(raw, "num_hidden_layers", int),
@@ -136,7 +137,7 @@ def load_model_config(folder: Path) -> ModelConfig:
         qk_norm=NATIVE[architecture],
         rope=_rope(raw, max_position),
         dtype=checkpoint_dtype(raw),
-        eos_token_ids=eos_token_ids(folder, raw),
+        eos_token_ids=eos_token_ids(folder, raw, vocab_size),
     )
 
 
@@ -148,8 +149,9 @@ def checkpoint_dtype(raw: dict[str, Any]) -> str:
     return str(name)
 
 
-def eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    """Ids that end a sequence: those of config.json and of generation_config.json together, in this order."""
+def eos_token_ids(folder: Path, raw: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a sequence: those of config.json and of generation_config.json together, in this order. Ids that the
+    model cannot produce are left out."""
     sources = [raw]
     if (folder / "generation_config.json").is_file():
         sources.append(read_json(folder, "generation_config.json"))
@@ -157,7 +159,7 @@ def eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     for source in sources:
         value = source.get("eos_token_id")
         for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int):
+            if isinstance(token, int) and 0 <= token < vocab_size:
                 found[token] = None
     return tuple(found)
 

@@ -151,7 +151,7 @@ class TransformersModel:
             head_dim=self.head_dim,
             kv_dtype=str(self._dtype).removeprefix("torch."),
             context_len=context_len,
-            eos_token_ids=eos_token_ids(self._folder, raw),
+            eos_token_ids=eos_token_ids(self._folder, raw, self.vocab_size),
             num_parameters=num_parameters,
             weight_bytes=num_parameters * self._dtype.itemsize,
             fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],

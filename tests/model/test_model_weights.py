@@ -176,7 +176,7 @@ def test_rope_and_end_ids_are_read_from_either_spelling(folder: Path) -> None:
     change(folder, rope_parameters={**scaling, "rope_theta": 5e5}, eos_token_id=[7, 9])
     new = load_model_config(folder)
     change(folder, rope_parameters=None, rope_theta=500000, rope_scaling={**scaling, "type": "yarn"})
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 11]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 11, 99999]}))
     old = load_model_config(folder)
     assert new.rope == old.rope
     assert new.rope.theta == 500000.0
