@@ -13,6 +13,7 @@ import logging
 import signal
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
+from secrets import token_hex
 
 import uvloop
 from aiohttp import web
@@ -46,10 +47,12 @@ async def _serve(config: ServerConfig) -> int:
         sock = net.bind_socket(config.host, config.port)
         stack.callback(sock.close)
         config = dataclasses.replace(config, port=sock.getsockname()[1])
-        bootstrap = await _start_bootstrap(config, stack)
+        # Without a secret only our own engine, which is told a key drawn here, may register with the service.
+        bootstrap_key = config.pd_secret or token_hex(16)
+        bootstrap = await _start_bootstrap(config, bootstrap_key, stack)
         if bootstrap is not None:
             config = dataclasses.replace(config, disaggregation_bootstrap_port=bootstrap[1])
-        engine = EngineProcesses(config, bootstrap=bootstrap or ("", 0))
+        engine = EngineProcesses(config, bootstrap=bootstrap or ("", 0), bootstrap_key=bootstrap_key)
         stack.push_async_callback(engine.stop)
         log.info("loading %s", config.model_name)
         start = asyncio.ensure_future(engine.start())
@@ -75,15 +78,13 @@ async def _serve(config: ServerConfig) -> int:
         return 0
 
 
-async def _start_bootstrap(config: ServerConfig, stack: AsyncExitStack) -> tuple[str, int] | None:
+async def _start_bootstrap(config: ServerConfig, key: str, stack: AsyncExitStack) -> tuple[str, int] | None:
     """The bootstrap service of a prefill server: host and port at which its engine registers. None on other servers."""
     if config.disaggregation_mode != "prefill":
         return None
     sock = net.listen_socket(config.host, config.disaggregation_bootstrap_port)
     host, port = sock.getsockname()[:2]
-    runner = web.AppRunner(
-        bootstrap_app(config.pd_secret), access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False
-    )
+    runner = web.AppRunner(bootstrap_app(key), access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, sock).start()

@@ -53,6 +53,8 @@ class Context:
         """Why this server cannot serve now; "" when it can."""
         if not self.service.engine.alive:
             return "the engine of this server has stopped"
+        if self.service.engine.stalled:
+            return "the engine of this server does not answer"
         return "this server is draining" if self.draining else ""
 
     def check_serving(self) -> None:

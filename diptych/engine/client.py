@@ -34,6 +34,7 @@ class EngineClient(Protocol):
     stats: Stats
     max_total_num_tokens: int
     alive: bool
+    stalled: bool  # alive, but it has said nothing for some seconds
 
     def generate(self, request: Request) -> AsyncIterator[Output]:
         """The request's outputs, up to the one with `finish`. Closing the iterator early aborts the request.
@@ -87,6 +88,7 @@ class EngineLink:
         self.max_total_num_tokens = max_total_num_tokens
         self.stats = Stats()
         self.alive = True
+        self.stalled = False
         self.on_stats: Callable[[Stats], None] = lambda stats: None
         self._send = send
         self._streams: dict[str, _Stream] = {}

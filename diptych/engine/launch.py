@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 10.0
+STALL_S = 5  # of silence, after which this server is not ready: its engine's process is stopped, or starved
 SILENCE_S = 15.0  # beyond the longest step that --watchdog-timeout allows: then the engine's loop hangs
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -40,8 +41,9 @@ def _die_with_parent() -> None:
 class EngineProcesses:
     """The processes of one engine. `link` is what the API uses once `start` has returned."""
 
-    def __init__(self, config: ServerConfig, *, bootstrap: tuple[str, int] = ("", 0)) -> None:
+    def __init__(self, config: ServerConfig, *, bootstrap: tuple[str, int] = ("", 0), bootstrap_key: str = "") -> None:
         self._config = config
+        self._bootstrap_key = bootstrap_key  # what its registration must show
         self._bootstrap = bootstrap  # host and port of the bootstrap service in this process
         self._processes: list[asyncio.subprocess.Process] = []
         self._directory = ""
@@ -95,6 +97,7 @@ class EngineProcesses:
             "follower_fds": fds,
             "bootstrap_host": self._bootstrap[0],
             "bootstrap_port": self._bootstrap[1],
+            "bootstrap_key": self._bootstrap_key,
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -125,12 +128,17 @@ class EngineProcesses:
             self._end(f"engine process of rank {rank} ended with status {code}; its log says why")
 
     async def watch_silence(self) -> None:
-        """Take an engine for dead that says nothing. A living one reports every second, and after every step."""
+        """Notice an engine that says nothing: soon it is stalled, in the end it counts as dead. A living one sends
+        something every second, whatever its model computes.
+        """
         silent_s = 0
         while silent_s < self._config.watchdog_timeout + SILENCE_S:
             self._heard = False
             await asyncio.sleep(1)  # counted, not measured: a time in which this process stood still too says nothing
             silent_s = 0 if self._heard else silent_s + 1
+            if self.link is not None and self.link.stalled != (silent_s >= STALL_S):
+                self.link.stalled = silent_s >= STALL_S
+                log.warning("the engine %s", f"has said nothing for {silent_s} s" if silent_s else "is back")
         self._end(f"the engine has said nothing for {silent_s} s (--watchdog-timeout)")
 
     def _receive(self, message: Any) -> None:

@@ -45,7 +45,7 @@ from diptych.transfer.room import HubOptions
 from diptych.transfer.send_hub import SendHub
 from diptych.transfer.tcp import TcpTransport
 from diptych.transfer.transports import data_transports
-from diptych.types import Failed, FromEngine, Ready, StepResult, ToEngine
+from diptych.types import Failed, FromEngine, Outputs, Ready, StepResult, ToEngine
 
 if TYPE_CHECKING:
     from diptych.testing.faults import Faults
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRANSFER_THREADS = 2  # one gathers and sums the next frame while the other does the last one
+PULSE_S = 1.0
 REGISTER_TIMEOUT_S = 10.0
 LOAD_TIMEOUT_S = 1800.0  # the followers' weights come from the same store as ours
 
@@ -67,6 +68,7 @@ class Spec(msgspec.Struct):
     follower_fds: list[int] = []  # rank 0 only: to ranks 1…
     bootstrap_host: str = ""  # prefill, rank 0: where to register
     bootstrap_port: int = 0
+    bootstrap_key: str = ""
 
 
 def load(spec: Spec) -> Runner:
@@ -201,6 +203,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     log.info("ready: %d tokens of KV cache, %s", pool_tokens, runner.info.architecture)
 
     loop_task = asyncio.create_task(engine.run())
+    pulse_task = asyncio.create_task(pulse(channel))
     end_task = asyncio.create_task(ended.wait())
     done, _ = await asyncio.wait({loop_task, end_task}, return_when=asyncio.FIRST_COMPLETED)
     engine.stop()
@@ -214,10 +217,18 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
         await ranks.plane.close()
     ranks.close()
     end_task.cancel()
+    pulse_task.cancel()
     if loop_task in done:
         loop_task.result()
     if lost:
         raise DiptychError(f"tensor-parallel rank {lost[0]} died")
+
+
+async def pulse(channel: Channel) -> None:
+    """Let the API process know that this one is alive, whatever the compute thread does."""
+    while True:
+        channel.send(Outputs([]))
+        await asyncio.sleep(PULSE_S)
 
 
 def census(ranks: Ranks, hub: SendHub | ReceiveHub | None) -> dict[str, Any]:
@@ -265,7 +276,7 @@ async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) 
         return attach_decode(engine, site, fetch_route, fake=fake)
 
     async def announce(registration: Registration) -> None:
-        await register(spec.bootstrap_host, spec.bootstrap_port, registration, config.pd_secret, REGISTER_TIMEOUT_S)
+        await register(spec.bootstrap_host, spec.bootstrap_port, registration, spec.bootstrap_key, REGISTER_TIMEOUT_S)
 
     return await attach_prefill(engine, site, config.host, config.port, announce, fake=fake)
 

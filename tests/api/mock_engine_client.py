@@ -35,6 +35,7 @@ class MockEngineClient:
         self.stats = Stats(page_size=16, num_pages=64, max_total_num_tokens=100_000)
         self.max_total_num_tokens = 100_000
         self.alive = True
+        self.stalled = False
         self.script = script
         self.requests: list[Request] = []
         self.closed_early: list[str] = []

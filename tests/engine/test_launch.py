@@ -6,7 +6,7 @@ import asyncio
 
 from diptych.config import ServerConfig
 from diptych.engine.client import EngineLink
-from diptych.engine.launch import SILENCE_S, EngineProcesses
+from diptych.engine.launch import SILENCE_S, STALL_S, EngineProcesses
 from diptych.testing.mock_model import MockRunner
 from diptych.testing.virtual import run_virtual
 from diptych.types import Outputs
@@ -24,9 +24,14 @@ def test_an_engine_that_falls_silent_is_taken_for_dead() -> None:
         for _ in range(20):
             engine._receive(Outputs([]))
             await asyncio.sleep(30)  # as long as a step may take
-        assert not watch.done() and engine.link.alive
+        assert not watch.done() and engine.link.alive and engine.link.stalled
+        engine._receive(Outputs([]))
+        await asyncio.sleep(2)
+        assert not engine.link.stalled
+        await asyncio.sleep(STALL_S)
+        assert engine.link.stalled and engine.link.alive
         await died.wait()
-        assert asyncio.get_running_loop().time() < 600 + 30 + SILENCE_S + 2
+        assert asyncio.get_running_loop().time() < 602 + 30 + SILENCE_S + 2
         assert "said nothing for 45 s" in engine.failure and not engine.link.alive
         await watch
 
