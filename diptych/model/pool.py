@@ -68,8 +68,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
-class CpuPageStore:
-    """The pool's bytes, without a copy in between; see diptych.kv.store.PageStore."""
+class PoolStore:
+    """The pool's bytes, whatever the device; see diptych.kv.store.PageStore. On a CPU both calls copy once."""
 
     def __init__(self, pool: KVPool) -> None:
         num_pages, num_heads, num_layers, _, page_size, head_dim = pool.pages.shape
@@ -77,16 +77,24 @@ class CpuPageStore:
         self.num_pages, self.num_heads = num_pages, num_heads
         self.head_bytes = num_layers * 2 * page_size * head_dim * pool.pages.element_size()
         self.layout = f"page,head,layer,kv,slot,dim:{dtype}:{page_size}:{num_layers}:{head_dim}"
-        self._bytes = pool.pages.view(num_pages, num_heads, -1).view(torch.uint8).numpy()
+        self._bytes = pool.pages.view(num_pages, num_heads, -1).view(torch.uint8)
 
     def read(self, pages: Sequence[int], head_start: int, head_stop: int) -> memoryview:
         """See PageStore.read."""
-        return self._bytes[np.asarray(pages), head_start:head_stop].reshape(-1).data
+        if self._bytes.device.type == "cpu":
+            return self._bytes.numpy()[np.asarray(pages), head_start:head_stop].reshape(-1).data
+        found = self._bytes[torch.tensor(pages, device=self._bytes.device), head_start:head_stop]
+        return found.reshape(-1).cpu().numpy().data
 
     def write(self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview) -> None:
         """See PageStore.write."""
         shape = (len(pages), head_stop - head_start, self.head_bytes)
-        self._bytes[np.asarray(pages), head_start:head_stop] = np.frombuffer(data, np.uint8).reshape(shape)
+        values = np.frombuffer(data, np.uint8).reshape(shape)
+        if self._bytes.device.type == "cpu":
+            self._bytes.numpy()[np.asarray(pages), head_start:head_stop] = values
+            return
+        device = self._bytes.device
+        self._bytes[torch.tensor(pages, device=device), head_start:head_stop] = torch.tensor(values, device=device)
 
 
 def kv_page_bytes(num_heads: int, num_layers: int, head_dim: int, page_size: int, itemsize: int) -> int:

@@ -18,7 +18,7 @@ from diptych.model.load import load_model
 from diptych.model.logprobs import token_logprobs
 from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
-from diptych.model.pool import CpuPageStore, KVPool, kv_page_bytes, pool_pages
+from diptych.model.pool import KVPool, PoolStore, kv_page_bytes, pool_pages
 from diptych.model.sampling import sample
 from diptych.types import LogprobSpec, ModelInfo, Plan, RowResult, StepResult, TokenLogprob
 
@@ -51,7 +51,7 @@ class Runner:
         mib = self.num_pages * page_bytes >> 20
         progress(f"KV pool: {self.num_pages} pages of {config.page_size} tokens, {mib} MiB")
         self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.dtype, self.device)
-        self.store: PageStore = CpuPageStore(self.pool)
+        self.store: PageStore = PoolStore(self.pool)
         self.attention: AttentionBackend = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
 
     @torch.inference_mode()
