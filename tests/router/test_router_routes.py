@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import psutil
 import pytest
 from mock_server import hang, refuse
 from prometheus_client.parser import text_string_to_metric_families
@@ -273,7 +274,8 @@ async def test_metrics(cluster):
     assert found["smg_worker_cb_state", "decode", c.decode[0].url] == 0
     assert found["smg_router_requests_active",] == 0
     assert found["diptych_router_ready",] == 1
-    assert 0 < found["process_resident_memory_bytes",] < 300e6
+    resident = psutil.Process().memory_info().rss  # the router runs in this process; tests/e2e bounds its own
+    assert 0.5 * resident < found["process_resident_memory_bytes",] < 1.5 * resident
     assert b"made/up" not in data
 
 
