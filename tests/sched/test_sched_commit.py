@@ -243,10 +243,10 @@ def test_throughput_is_measured_over_a_second_and_nothing_when_idle() -> None:
 def test_idle_time_does_not_lower_the_throughput() -> None:
     server = Server()
     server.submit(request("a", [1, 2, 3], 5, ignore_eos=True))
-    for _ in range(4):
+    for _ in range(5):
         commit_tokens(server, 5)
-    server.run()
     assert server.state.counters.throughput == 2.0
+    server.release(server.state.seqs["a"])
     server.now += 100.0
     server.submit(request("b", [1, 2, 3], 5, ignore_eos=True))
     commit_tokens(server, 5)
