@@ -88,7 +88,6 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     namespace: str = ""  # tenant salt: the radix cache never crosses it
     logprobs: LogprobSpec | None = None
     bootstrap: Bootstrap | None = None
-    priority: int = 0
 
 
 # ---- what comes back ---------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from diptych.api.jobs import (
     make_job,
     namespace_of,
     pairs_of,
-    priority_of,
     request_ids,
 )
 from diptych.api.limits import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS, within
@@ -87,7 +86,7 @@ async def _jobs(body: GenerateBody, prompts: list[list[int]], batch: bool, ctx: 
     check_count(count)
     reply_id, rids = request_ids(body.rid, count, ctx)
     pairs = pairs_of(body, count, ctx)
-    namespace, priority = namespace_of(body.cache_salt, body.extra_key), priority_of(body.priority)
+    namespace = namespace_of(body.cache_salt, body.extra_key)
     jobs = []
     for index, (prompt, fields) in enumerate(zip(prompts, params, strict=True)):
         grammar = grammar_of(fields, None, "sampling_params.")
@@ -115,7 +114,6 @@ async def _jobs(body: GenerateBody, prompts: list[list[int]], batch: bool, ctx: 
                     sampling=sampling,
                     bootstrap=pairs[at],
                     namespace=namespace,
-                    priority=priority,
                     logprobs=_logprob_spec(body, index, len(prompts), len(prompt), room.vocab_size),
                     skip_special=fields.skip_special_tokens,
                     keep_stop=fields.no_stop_trim,

@@ -26,7 +26,6 @@ from diptych.errors import BadRequest
 from diptych.text.grammar import validate
 from diptych.types import Bootstrap, Grammar, LogprobSpec, Request, Sampling
 
-MAX_PRIORITY = 1 << 31
 KNOWN_GRAMMARS = 256
 
 
@@ -78,12 +77,6 @@ def namespace_of(cache_salt: str | None, extra_key: str | None) -> str:
     return "\0".join(value for value in (cache_salt, extra_key) if value)
 
 
-def priority_of(priority: int | None) -> int:
-    if priority is not None and not -MAX_PRIORITY <= priority < MAX_PRIORITY:
-        raise BadRequest("priority must fit 32 bits", param="priority")
-    return priority or 0
-
-
 def pairs_of(fields: Pairing, count: int, ctx: Context) -> list[Bootstrap | None]:
     config = ctx.config
     return bootstraps(fields, config.disaggregation_mode, config.disaggregation_bootstrap_port, count)
@@ -111,7 +104,6 @@ def make_job(
     sampling: Sampling,
     bootstrap: Bootstrap | None,
     namespace: str,
-    priority: int,
     logprobs: LogprobSpec | None,
     skip_special: bool | None,
     keep_stop: bool | None,
@@ -128,7 +120,6 @@ def make_job(
         namespace=namespace,
         logprobs=logprobs,
         bootstrap=bootstrap,
-        priority=priority,
     )
     return Job(request, skip_special is not False, bool(keep_stop), discard)
 
@@ -153,7 +144,7 @@ def openai_jobs(
     room = ctx.room
     reply_id, rids = request_ids(body.rid, count, ctx)
     pairs = pairs_of(body, count, ctx)
-    namespace, priority = namespace_of(body.cache_salt, body.extra_key), priority_of(body.priority)
+    namespace = namespace_of(body.cache_salt, body.extra_key)
     base = seed_from(body.seed, ctx.seeds, "seed")
     jobs = []
     for index in range(count):
@@ -176,7 +167,6 @@ def openai_jobs(
                 sampling=sampling,
                 bootstrap=pairs[index],
                 namespace=namespace,
-                priority=priority,
                 logprobs=logprobs,
                 skip_special=body.skip_special_tokens,
                 keep_stop=body.no_stop_trim,

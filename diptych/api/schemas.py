@@ -80,13 +80,13 @@ class OpenAIFields(SamplingFields, kw_only=True):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     rid: str | list[str] | None = None
-    priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
     bootstrap_host: Host = UNSET
     bootstrap_port: Number = UNSET
     bootstrap_room: Number = UNSET
     # not supported
+    priority: Any = None
     lora_path: Any = None
     session_params: Any = None
     return_hidden_states: Any = None
@@ -156,13 +156,13 @@ class GenerateBody(Struct, kw_only=True):
     return_text_in_logprobs: bool | None = None
     stream: bool | None = None
     rid: str | list[str] | None = None
-    priority: int | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
     bootstrap_host: Host = UNSET
     bootstrap_port: Number = UNSET
     bootstrap_room: Number = UNSET
     # not supported
+    priority: Any = None
     input_embeds: Any = None
     image_data: Any = None
     video_data: Any = None
@@ -179,6 +179,7 @@ _UNSUPPORTED = (
     "beam_width",
     "custom_params",
     "custom_logit_processor",
+    "priority",
     "lora_path",
     "session_params",
     "return_hidden_states",

@@ -339,7 +339,6 @@ def _with_rid(request: Request, rid: str) -> Request:
         namespace=request.namespace,
         logprobs=request.logprobs,
         bootstrap=request.bootstrap,
-        priority=request.priority,
     )
 
 

@@ -268,13 +268,13 @@ async def test_sampling_fields_arrive(serve: Serve) -> None:
         "ignore_eos": True,
     }
     extra = {"max_tokens": 9, "max_completion_tokens": 8, "min_tokens": 2, "logit_bias": {"42": 3}, "stop": "x"}
-    await server.post(PATH, {**HI, **given, **extra, "cache_salt": "me", "priority": 3, "rid": "mine"})
+    await server.post(PATH, {**HI, **given, **extra, "cache_salt": "me", "rid": "mine"})
     request = server.engine.requests[0]
     for name, value in given.items():
         assert getattr(request.sampling, name) == (tuple(value) if isinstance(value, list) else value)
     assert (request.sampling.max_new_tokens, request.sampling.min_new_tokens) == (8, 2)
     assert (request.sampling.logit_bias, request.sampling.stop) == ({42: 3.0}, ("x",))
-    assert (request.namespace, request.priority, request.rid) == ("me", 3, "mine")
+    assert (request.namespace, request.rid) == ("me", "mine")
 
 
 async def test_a_grammar_decides_the_end(serve: Serve) -> None:
