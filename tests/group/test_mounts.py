@@ -37,8 +37,8 @@ def test_the_longest_mount_wins(path: str, expected: str, monkeypatch: pytest.Mo
 
 
 def test_a_mount_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIPTYCH_MOUNTS", '[["/", "/root"]]')
-    assert resolve("/a/b") == "/root/a/b"
+    monkeypatch.setenv("DIPTYCH_MOUNTS", '[["/", "/base"]]')
+    assert resolve("/a/b") == "/base/a/b"
 
 
 def test_malformed(monkeypatch: pytest.MonkeyPatch) -> None:
