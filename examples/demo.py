@@ -116,7 +116,10 @@ def converse(url: str, *, once: bool) -> int:
     print("  " + "   ".join(f"{name} {n:+.0f}" for name, n in moved.items()) + "\n")
     if not once:
         print(NEXT.format(url=url))
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        ends = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # so that sigwait gets them, and no handler
+        signal.sigwait(ends)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)  # `diptych down` inherits the mask
     return 0
 
 
