@@ -45,6 +45,38 @@ ToRank = RunPlan | MovePages
 FromRank = RankReady | PagesMoved
 
 
+class Follower:
+    """A follower's part: carries rank 0's messages out one after the other, in the order they came.
+
+    The order matters: rank 0 may be done with a plan (its last layer asks nothing of the other ranks when no row is
+    sampled) before this rank has stored that plan's keys and values, and says then that they can be sent.
+
+    `run` computes a plan and blocks; `move` begins to carry a data command out and returns.
+    """
+
+    def __init__(self, run: Callable[[Plan], object], move: Callable[[AnyCommand], None]) -> None:
+        self._run = run
+        self._move = move
+        self._messages: asyncio.Queue[ToRank] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+
+    def hear(self, message: ToRank) -> None:
+        self._messages.put_nowait(message)
+
+    async def obey(self) -> None:
+        """Never returns. Raises what a plan raises: what this rank would compute from then on would be wrong."""
+        loop = asyncio.get_running_loop()
+        while True:
+            message = await self._messages.get()
+            if isinstance(message, RunPlan):
+                await loop.run_in_executor(self._thread, self._run, message.plan)
+            else:
+                self._move(message.command)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
 class Ranks:
     """Rank 0's hold on all ranks. `on_event(rank, event)` hears from every data plane, `on_death(rank)` of deaths."""
 

@@ -29,7 +29,7 @@ from diptych.config import ServerConfig
 from diptych.engine.channel import Channel
 from diptych.engine.handover import Site, attach_decode, attach_prefill
 from diptych.engine.loop import Engine
-from diptych.engine.ranks import PagesMoved, RankReady, Ranks, RunPlan, ToRank
+from diptych.engine.ranks import Follower, PagesMoved, RankReady, Ranks, ToRank
 from diptych.engine.roles.unified import UnifiedRole
 from diptych.errors import DiptychError
 from diptych.model import parallel
@@ -38,14 +38,14 @@ from diptych.obs import logs
 from diptych.sched.state import SchedConfig, new_state
 from diptych.text.grammar import GrammarCompiler
 from diptych.transfer.bootstrap import Registration, fetch_route, register
-from diptych.transfer.commands import AnyEvent
+from diptych.transfer.commands import AnyCommand, AnyEvent
 from diptych.transfer.plane import DataPlane
 from diptych.transfer.receive_hub import ReceiveHub
 from diptych.transfer.room import HubOptions
 from diptych.transfer.send_hub import SendHub
 from diptych.transfer.tcp import TcpTransport
 from diptych.transfer.transports import data_transports
-from diptych.types import Failed, FromEngine, Outputs, Ready, StepResult, ToEngine
+from diptych.types import Failed, FromEngine, Outputs, Ready, ToEngine
 
 if TYPE_CHECKING:
     from diptych.testing.faults import Faults
@@ -93,33 +93,26 @@ def load_faults(spec: Spec) -> Faults | None:
 async def follow(spec: Spec, runner: Runner) -> None:
     """Ranks 1…: run plans and move pages as rank 0 says, until it is gone."""
     gone = asyncio.Event()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
-    failure: list[BaseException] = []
 
-    def hear(message: ToRank) -> None:
-        if isinstance(message, RunPlan):
-            asyncio.get_running_loop().run_in_executor(thread, runner.run, message.plan).add_done_callback(check)
-        else:
-            assert plane is not None
-            plane.execute(message.command)
+    def move(command: AnyCommand) -> None:
+        assert plane is not None
+        plane.execute(command)
 
-    def check(future: asyncio.Future[StepResult]) -> None:
-        error = future.exception()
-        if error is not None:
-            failure.append(error)
-            gone.set()
-
-    channel = Channel(ToRank, hear, gone.set)
+    follower = Follower(runner.run, move)
+    channel = Channel(ToRank, follower.hear, gone.set)
     plane = make_plane(spec, runner, lambda event: channel.send(PagesMoved(event)), load_faults(spec))
     addresses = await plane.start(spec.config.host) if plane else []
     await channel.open(spec.leader_fd)
     channel.send(RankReady(addresses))
-    await gone.wait()
+    obeying, leaderless = asyncio.create_task(follower.obey()), asyncio.create_task(gone.wait())
+    await asyncio.wait({obeying, leaderless}, return_when=asyncio.FIRST_COMPLETED)
     if plane:
         await plane.close()
-    thread.shutdown(wait=False, cancel_futures=True)
-    if failure:
-        raise failure[0]
+    follower.close()
+    leaderless.cancel()
+    if obeying.done():
+        obeying.result()
+    obeying.cancel()
 
 
 def make_plane(
