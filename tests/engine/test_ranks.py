@@ -1,0 +1,56 @@
+"""A follower's order: what it sends must have been computed by itself, however far ahead rank 0 is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from diptych.engine.ranks import Follower, MovePages, RunPlan
+from diptych.model.selftest import plan_of_one
+from diptych.transfer.commands import AnyCommand, Send
+
+PLAN = plan_of_one(0, 4, 1)
+SEND = Send(1, 1, [["tcp://127.0.0.1:1"]], [0], [0], [0])
+
+
+async def test_pages_are_sent_after_the_plan_that_fills_them() -> None:
+    done: list[str] = []
+    computing, proceed, moved = threading.Event(), threading.Event(), asyncio.Event()
+
+    def run(_: object) -> None:
+        computing.set()
+        assert proceed.wait(10)
+        done.append("computed")
+
+    def move(_: AnyCommand) -> None:
+        done.append("sent")
+        moved.set()
+
+    follower = Follower(run, move)
+    obeying = asyncio.create_task(follower.obey())
+    follower.hear(RunPlan(PLAN))
+    follower.hear(MovePages(SEND))
+    assert await asyncio.to_thread(computing.wait, 10)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert done == []
+    proceed.set()
+    async with asyncio.timeout(10):
+        await moved.wait()
+    assert done == ["computed", "sent"]
+    obeying.cancel()
+    follower.close()
+
+
+async def test_a_failed_plan_ends_the_follower() -> None:
+    def run(_: object) -> None:
+        raise RuntimeError("no memory")
+
+    follower = Follower(run, lambda _: None)
+    follower.hear(RunPlan(PLAN))
+    async with asyncio.timeout(10):
+        with pytest.raises(RuntimeError, match="no memory"):
+            await follower.obey()
+    follower.close()
