@@ -6,15 +6,18 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from diptych.engine.channel import Channel
 from diptych.engine.loop import EngineBroken
-from diptych.model.runner import Runner
 from diptych.transfer.commands import AnyCommand, AnyEvent
 from diptych.transfer.plane import DataPlane
 from diptych.types import Plan, StepResult
+
+if TYPE_CHECKING:
+    from diptych.model.runner import Runner
 
 
 class RunPlan(msgspec.Struct, tag="run"):
@@ -78,10 +81,17 @@ class Follower:
 
 
 class Ranks:
-    """Rank 0's hold on all ranks. `on_event(rank, event)` hears from every data plane, `on_death(rank)` of deaths."""
+    """Rank 0's hold on all ranks. `on_event(rank, event)` hears from every data plane, `on_death(rank)` of deaths.
+
+    `channel` makes the ends of the channels to followers: simulations have their own.
+    """
 
     def __init__(
-        self, runner: Runner, on_event: Callable[[int, AnyEvent], None], on_death: Callable[[int], None]
+        self,
+        runner: Runner,
+        on_event: Callable[[int, AnyEvent], None],
+        on_death: Callable[[int], None],
+        channel: type[Channel] = Channel,
     ) -> None:
         self.runner = runner
         self.plane: DataPlane | None = None  # set by the worker when this server hands over
@@ -89,6 +99,7 @@ class Ranks:
         self.addresses: list[list[str]] = []
         self._on_event = on_event
         self._on_death = on_death
+        self._channel = channel
         self._channels: list[Channel] = []
         self._ready: list[asyncio.Future[list[str]]] = []
 
@@ -97,7 +108,7 @@ class Ranks:
         loop = asyncio.get_running_loop()
         for rank, fd in enumerate(fds, start=1):
             self._ready.append(loop.create_future())
-            channel: Channel = Channel(FromRank, partial(self._hear, rank), partial(self._on_death, rank))
+            channel = self._channel(FromRank, partial(self._hear, rank), partial(self._on_death, rank))
             await channel.open(fd)
             self._channels.append(channel)
         async with asyncio.timeout(timeout_s):
