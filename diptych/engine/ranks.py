@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -91,7 +91,7 @@ class Ranks:
         runner: Runner,
         on_event: Callable[[int, AnyEvent], None],
         on_death: Callable[[int], None],
-        channel: type[Channel] = Channel,
+        channel: Callable[[Any, Callable[[Any], None], Callable[[], None]], Channel] = Channel,
     ) -> None:
         self.runner = runner
         self.plane: DataPlane | None = None  # set by the worker when this server hands over
