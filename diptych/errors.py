@@ -125,6 +125,19 @@ class ProtocolError(DiptychError):
     code = "protocol_error"
 
 
+class EngineBroken(DiptychError):
+    """The engine must end: it hangs, or what it would compute from now on could be wrong."""
+
+    code = "engine_broken"
+
+
+class RoomInUse(BadRequest):
+    """Two requests cannot meet the other side in the same room at once."""
+
+    status = 409
+    code = "room_in_use"
+
+
 class OutOfPages(DiptychError):
     """The KV pool has no free page. Internal: the scheduler answers it by evicting or preempting."""
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from diptych.engine.step import Compute, run_step
 from diptych.errors import Aborted, AuditError, BadRequest, DiptychError
 from diptych.sched import audit as ledger
-from diptych.sched.commit import commit, drop
+from diptych.sched.commit import commit
 from diptych.sched.events import ChunkDone, Event, Sampled
 from diptych.sched.plan import schedule
 from diptych.sched.queue import abort, complete, release, retract
@@ -45,10 +46,7 @@ STATS_PERIOD_S = 0.05  # a busy engine reports its state at most this often
 IDLE_TICK_S = 1.0  # an idle engine looks at its deadlines at least this often
 
 
-class EngineBroken(DiptychError):
-    """The engine must end: it hangs, or what it would compute from now on could be wrong."""
-
-    code = "engine_broken"
+STEP_FAILED = Finish("abort", message="the model failed on this request", status=500, code="step_failed")
 
 
 class Role(Protocol):
@@ -88,7 +86,7 @@ class Engine:
     def __init__(
         self,
         state: SchedState,
-        compute: Callable[[Plan], Awaitable[StepResult]],
+        compute: Compute,
         emit: Callable[[FromEngine], None],
         *,
         grammars: GrammarCompiler | None,
@@ -143,9 +141,8 @@ class Engine:
                 continue
             # 3) run it, 4) write down what it did, 5) tell the API process
             result = await self._step(plan)
-            if result is not None:
-                for event in commit(self.state, plan, result, loop.time()):
-                    self.on_event(event)
+            for event in commit(self.state, plan, result, loop.time()):
+                self.on_event(event)
             self._publish(loop.time(), idle=False)
 
     async def _sleep(self) -> None:
@@ -157,25 +154,12 @@ class Engine:
 
     # ---- one step ----
 
-    async def _step(self, plan: Plan) -> StepResult | None:
-        """Run the plan. A failed step ends its own requests and nothing else; a hung one ends the engine."""
+    async def _step(self, plan: Plan) -> StepResult:
+        """Run the plan; requests that cannot be computed end with an error."""
         refused = self._fill_masks(plan)
-        try:
-            async with asyncio.timeout(self._watchdog_s):
-                result = await self._compute(plan)
-        except TimeoutError:
-            raise EngineBroken(f"a step took longer than --watchdog-timeout ({self._watchdog_s:g} s)") from None
-        except EngineBroken:
-            log.exception("step %d failed", plan.step)
-            raise
-        except Exception:
-            log.exception("step %d failed; its %d requests end with an error", plan.step, len(plan.rows))
-            drop(self.state, plan, self.now())
-            for row in plan.rows:
-                self._fail(
-                    row.rid, Finish("abort", message="the model failed on this step", status=500, code="step_failed")
-                )
-            return None
+        result, failed = await run_step(self._compute, plan, self._watchdog_s)
+        for rid in failed:
+            self._fail(rid, STEP_FAILED)
         for rid, error in refused:
             self._fail(rid, _ended_by(error))
         return result

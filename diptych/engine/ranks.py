@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from diptych.engine.channel import Channel
-from diptych.engine.loop import EngineBroken
+from diptych.errors import EngineBroken
 from diptych.transfer.commands import AnyCommand, AnyEvent
 from diptych.transfer.plane import DataPlane
 from diptych.types import Plan, StepResult

@@ -9,7 +9,7 @@ from diptych.sched.queue import release, retract
 from diptych.sched.state import After, SchedState, Seq, Status
 from diptych.types import Plan, Row, RowResult, StepResult
 
-__all__ = ["ChunkDone", "Event", "Sampled", "commit", "drop"]
+__all__ = ["ChunkDone", "Event", "Sampled", "commit"]
 
 THROUGHPUT_WINDOW_S = 1.0
 
@@ -31,18 +31,13 @@ def commit(state: SchedState, plan: Plan, result: StepResult, now: float) -> lis
     state.counters.steps += 1
     state.counters.forward_s += result.duration_s
     _measure(state, sum(isinstance(event, Sampled) for event in events), now)
-    drop(state, plan, now)
-    return events
-
-
-def drop(state: SchedState, plan: Plan, now: float) -> None:
-    """The step of `plan` is over. Called alone: it failed, and its sequences stand where they stood before."""
     state.computing = False
     for row in plan.rows:
         seq = state.seqs[row.rid]
         seq.in_flight = False
         if seq.after_step is not After.NOTHING:
             _do_after_step(state, seq, now)
+    return events
 
 
 def _commit_row(state: SchedState, seq: Seq, row: Row, result: RowResult, events: list[Event]) -> None:

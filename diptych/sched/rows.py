@@ -57,6 +57,29 @@ def build(step: int, page_size: int, decoding: list[Seq], chunks: list[tuple[Seq
     )
 
 
+def split(plan: Plan) -> list[Plan]:
+    """The rows of `plan` as plans of one row, in order, each with views of its arrays.
+
+    A row writes only the slots of its own tokens and reads only pages that no other row writes, so they can be run
+    after `plan` was, wholly or in part, and give what it would have given.
+    """
+    return [_only(plan, index) for index in range(len(plan.rows))]
+
+
+def _only(plan: Plan, index: int) -> Plan:
+    start, stop = int(plan.q_starts[index]), int(plan.q_starts[index + 1])
+    return Plan(
+        step=plan.step,
+        rows=[plan.rows[index]],
+        token_ids=plan.token_ids[start:stop],
+        positions=plan.positions[start:stop],
+        slots=plan.slots[start:stop],
+        q_starts=np.array([0, stop - start], np.int32),
+        kv_lens=plan.kv_lens[index : index + 1],
+        pages=plan.pages[index : index + 1],
+    )
+
+
 def _row(seq: Seq, start: int, length: int) -> Row:
     stop = start + length
     samples = stop == len(seq.tokens)

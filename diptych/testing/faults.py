@@ -19,6 +19,7 @@ from diptych.transfer.commands import AnyEvent, Sent, TransferFailed
 from diptych.transfer.link import Link, Listener, Transport
 
 VARIABLE = "DIPTYCH_TEST_FAULTS"
+NO_TOKEN = 1 << 30  # no vocabulary has it: on a CPU the embedding raises
 
 
 class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +30,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     corrupt_frames: float = 0.0  # data frames with one flipped bit
     frame_delay_s: float = 0.0  # wait before each data frame: keeps a transfer under way
     retract_every: int = 0  # steps after which all that runs loses its pages; 0: never
+    poison_token: int = -1  # a prompt that has it makes the model's forward pass fail
 
 
 class Faults:
@@ -62,7 +64,14 @@ class Faults:
         return hear
 
     def disturb(self, state: SchedState, now: float) -> None:
-        """Before a step: retract everything, youngest first, as memory pressure would."""
+        """Before a step: spoil what is to be computed, and take memory away."""
+        for seq in state.seqs.values():
+            if self.plan.poison_token in seq.request.prompt:
+                seq.tokens[: seq.num_prompt] = [NO_TOKEN] * seq.num_prompt
+        self._retract(state, now)
+
+    def _retract(self, state: SchedState, now: float) -> None:
+        """Everything, youngest first, as memory pressure would."""
         every = self.plan.retract_every
         if every and state.step - self._retracted_at >= every and state.running:
             self._retracted_at = state.step

@@ -7,30 +7,49 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from diptych.engine.channel import Channel
-from diptych.engine.loop import Engine, EngineBroken
+from diptych.engine.loop import Engine
 from diptych.engine.ranks import RankReady, Ranks, RunPlan, ToRank
 from diptych.engine.roles.unified import UnifiedRole
+from diptych.errors import EngineBroken
 from diptych.sched.audit import audit
 from diptych.sched.plan import schedule
 from diptych.sched.queue import add
 from diptych.sched.state import SchedConfig, SchedState, new_state
 from diptych.testing.mock_model import MockRunner, expected
 from diptych.testing.virtual import run_virtual
-from diptych.types import FromEngine, Output, Outputs, Plan, Request, Sampling, StepResult, Submit
+from diptych.types import (
+    Abort,
+    FromEngine,
+    LogprobSpec,
+    Output,
+    Outputs,
+    Plan,
+    Request,
+    Sampling,
+    StepResult,
+    Submit,
+    TokenLogprob,
+)
 
 Compute = Callable[[Plan], Awaitable[StepResult]]
 
 
 class Server:
-    """A server of both phases. `broken`: what happens at each step instead of computing, by step number."""
+    """A server of both phases. `broken`: what happens at each step instead of computing, by step number.
+
+    A pass with one of the `poisonous` requests fails after it has filled the slots it was to write with something else.
+    """
 
     def __init__(self, broken: dict[int, Callable[[], Awaitable[Any]]], watchdog_s: float = 300.0) -> None:
         self.runner = MockRunner(16, 4, context_len=64)
         self.state = make_state()
         self.outputs: dict[str, list[Output]] = {}
+        self.poisonous: set[str] = set()
+        self.passes: list[list[str]] = []
         self._broken = broken
         self.engine = Engine(self.state, self._compute, self._emit, grammars=None, watchdog_s=watchdog_s)
         UnifiedRole(self.engine)
@@ -39,6 +58,10 @@ class Server:
         await asyncio.sleep(0.01)
         if plan.step in self._broken:
             await self._broken[plan.step]()
+        self.passes.append([row.rid for row in plan.rows])
+        if self.poisonous.intersection(self.passes[-1]):
+            self.runner.run(msgspec.structs.replace(plan, token_ids=plan.token_ids + 1))
+            raise ValueError("cannot compute this")
         return self.runner.run(plan)
 
     def _emit(self, message: FromEngine) -> None:
@@ -47,40 +70,75 @@ class Server:
                 self.outputs.setdefault(output.rid, []).append(output)
 
     def submit(self, rid: str, prompt: list[int]) -> Request:
-        request = Request(rid=rid, prompt=prompt, sampling=Sampling(max_new_tokens=4, temperature=0.0))
+        request = Request(
+            rid=rid, prompt=prompt, sampling=Sampling(max_new_tokens=4, temperature=0.0), logprobs=LogprobSpec(top=2)
+        )
         self.engine.deliver(Submit(request))
         return request
+
+    def right(self, request: Request) -> list[TokenLogprob | None]:
+        """The tokens it must give, with their logprobs."""
+        return expected(request, self.runner.info, 64).logprobs
 
     def codes(self, rid: str) -> list[str]:
         """The ends that were told; a request has one."""
         return [output.finish.code for output in self.outputs[rid] if output.finish is not None]
 
-    def tokens(self, rid: str) -> list[int]:
-        return [token for output in self.outputs[rid] for token in output.tokens]
+    def tokens(self, rid: str) -> list[TokenLogprob | None]:
+        return [logprob for output in self.outputs[rid] for logprob in output.logprobs or ()]
 
 
 def make_state() -> SchedState:
     return new_state(SchedConfig(page_size=4, context_len=64, reserved_decode_tokens=4), 16)
 
 
-async def fail() -> None:
-    raise ValueError("out of luck")
+@pytest.mark.parametrize("decoding", [False, True])
+@pytest.mark.parametrize("poisonous", ["", "a", "b", "bc", "abcd"])
+def test_a_request_that_makes_a_pass_fail_ends_alone(poisonous: str, decoding: bool) -> None:
+    """The others of the step go on with the same tokens and logprobs, and leave nothing wrong in the cache."""
 
-
-def test_a_failed_step_ends_its_own_requests_only() -> None:
     async def story() -> None:
-        server = Server({2: fail})
+        server = Server({})
         running = asyncio.ensure_future(server.engine.run())
-        for rid in "ab":
-            server.submit(rid, [1, 2, 3])
+        requests = {rid: server.submit(rid, [1, 2, 3, 4, 5, ord(rid)]) for rid in "abcd"}
+        await asyncio.sleep(0.015 if decoding else 0)  # 10 ms a step; the first takes all the prompts
+        server.poisonous.update(poisonous)
         await asyncio.sleep(1)
-        assert server.codes("a") == server.codes("b") == ["step_failed"]
-        later = server.submit("a", [1, 2, 3])
+        for rid, request in requests.items():
+            assert server.codes(rid) == (["step_failed"] if rid in poisonous else [""]), rid
+            if rid not in poisonous:
+                assert server.tokens(rid) == server.right(request)
+        if poisonous:
+            assert server.passes[decoding : decoding + 5] == [[*"abcd"], ["a"], ["b"], ["c"], ["d"]]
+        server.poisonous.clear()
         server.outputs.clear()
+        again = [server.submit(rid, list(request.prompt)) for rid, request in requests.items()]
         await asyncio.sleep(1)
-        assert server.codes("a") == [""]
-        assert server.tokens("a") == expected(later, server.runner.info, 64).tokens
+        assert [server.tokens(request.rid) for request in again] == [server.right(request) for request in again]
         audit(server.state)
+        assert not server.state.seqs
+        server.engine.stop()
+        await running
+
+    run_virtual(story())
+
+
+def test_what_comes_while_a_failed_step_is_repaired_waits_for_its_end() -> None:
+    """An abort of a request of that step, between two of its rows: its pages come back after all of them."""
+
+    async def story() -> None:
+        server = Server({})
+        running = asyncio.ensure_future(server.engine.run())
+        first, _, third = (server.submit(rid, [1, 2, 3]) for rid in "abc")
+        server.poisonous.add("b")
+        await asyncio.sleep(0.015)
+        server.engine.deliver(Abort("a"))
+        await asyncio.sleep(1)
+        assert [server.codes(rid) for rid in "abc"] == [["aborted"], ["step_failed"], [""]]
+        assert server.tokens("a") == server.right(first)[:1]
+        assert server.tokens("c") == server.right(third)
+        audit(server.state)
+        assert not server.state.seqs
         server.engine.stop()
         await running
 
@@ -112,7 +170,7 @@ def test_a_request_under_a_taken_id_leaves_the_first_alone() -> None:
         running = asyncio.ensure_future(server.engine.run())
         await asyncio.sleep(1)
         assert sorted(server.codes("a")) == ["", "invalid_value"]
-        assert server.tokens("a") == expected(first, server.runner.info, 64).tokens
+        assert server.tokens("a") == server.right(first)
         server.engine.stop()
         await running
 

@@ -8,10 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from sched_server import Server, hand_over, mixed, request
 
 from diptych.sched.audit import audit
-from diptych.sched.commit import drop
+from diptych.sched.commit import commit
 from diptych.sched.queue import abort
+from diptych.sched.rows import split
 from diptych.sched.state import Seq, Status
-from diptych.types import Bootstrap, FirstToken, Request
+from diptych.types import Bootstrap, FirstToken, Request, RowResult, StepResult
 
 TRUNK = [1 + index * 37 % 100 for index in range(32)]  # what most prompts begin with
 prompts = st.tuples(st.integers(0, 28), st.lists(st.integers(1, 3), min_size=1, max_size=4)).map(
@@ -92,13 +93,18 @@ class SchedMachine(RuleBasedStateMachine):
             self.server.step()
 
     @precondition(lambda self: self.server.plan is not None)
-    @rule()
-    def fail(self) -> None:
-        """The step is lost after it has written into its pages."""
+    @rule(poison=st.integers(0, 12))
+    def fail(self, poison: int) -> None:
+        """The step is lost after it has written into its pages; its rows are run again, and one may fail alone."""
         plan, self.server.plan = self.server.plan, None
         self.server.runner.run(plan)
-        drop(self.state, plan, self.server.now)
+        rows = [self.server.runner.run(part).rows[0] for part in split(plan)]
+        if poison < len(rows):
+            self.server.abort(plan.rows[poison].rid, keep=False)
+            rows[poison] = RowResult(-1)
+        events = commit(self.state, plan, StepResult(rows=rows), self.server.now)
         audit(self.state)
+        self.server.take(events)
 
     @precondition(lambda self: self.state.running)
     @rule(data=st.data())

@@ -11,6 +11,7 @@ from diptych.errors import AuditError
 from diptych.sched.commit import Sampled, commit
 from diptych.sched.plan import LPM_PATIENCE, schedule
 from diptych.sched.queue import add, reserve
+from diptych.sched.rows import split
 from diptych.sched.state import SchedConfig, Status, new_state
 from diptych.types import Bootstrap, LogprobSpec, Plan, RowResult, Sampling, StepResult
 
@@ -53,6 +54,23 @@ def test_a_plan_lists_decode_rows_first_and_its_arrays_say_where_each_token_goes
     ]
     kinds = [plan.token_ids, plan.positions, plan.slots, plan.q_starts, plan.kv_lens, plan.pages]
     assert [array.dtype.name for array in kinds] == ["int32", "int32", "int64", "int32", "int32", "int32"]
+
+
+def test_the_rows_of_a_plan_run_one_by_one_give_what_the_plan_gives() -> None:
+    """Also after the plan has been run, wholly or in part: writing the same slots again changes nothing."""
+    server = decoding_server(2)
+    server.submit(request("p", range(10, 20)))
+    plan = server.begin()
+    assert plan is not None
+    parts = split(plan)
+    assert [shape(part) for part in parts] == [[row] for row in shape(plan)]
+    p = parts[2]
+    assert (p.q_starts.tolist(), p.kv_lens.tolist(), p.token_ids.tolist()) == ([0, 10], [10], [*range(10, 20)])
+    assert p.pages.tolist() == [server.state.running[2].pages]
+    server.runner.run(parts[1])
+    whole = server.runner.run(plan).rows
+    assert [server.runner.run(part).rows for part in reversed(parts)] == [[row] for row in reversed(whole)]
+    server.run_to_end()
 
 
 def test_rows_carry_what_sampling_needs() -> None:
