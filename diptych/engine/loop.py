@@ -185,7 +185,7 @@ class Engine:
         seq = event.seq
         rid = seq.rid
         grammar = self._grammar_of.get(rid)
-        if grammar is not None and event.token >= 0:
+        if grammar is not None:
             grammar.advance(event.token)
         finish = event.finish
         if finish is not None and not self.role.finished(seq, event):
@@ -209,7 +209,7 @@ class Engine:
         self._outputs.append(
             Output(
                 rid=seq.rid,
-                tokens=[token] if token >= 0 else [],
+                tokens=[token],
                 logprobs=[logprob] if wanted and logprob is not None else None,
                 prompt_logprobs=prompt_logprobs,
                 finish=finish,

@@ -10,8 +10,7 @@ from diptych.types import Finish, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """`seq` has a new token (-1: none, because max_new_tokens is 0). With `finish` it was the last; the pages stay
-    until released.
+    """`seq` has a new token. With `finish` it was the last; the pages stay until released.
 
     `prompt_logprobs` come once, with the first token, and only if they were asked for.
     """
@@ -46,11 +45,8 @@ def accept_token(state: SchedState, seq: Seq, token: int, logprob: TokenLogprob 
         counters.prompt_tokens += seq.num_prompt
         counters.cached_tokens += seq.cached_tokens
     finish = _finish(state, seq, token)
-    if seq.max_tokens == seq.num_prompt:  # max_new_tokens 0: only the prompt's logprobs are wanted
-        token, logprob, finish = -1, None, Finish("length")
-    else:
-        seq.tokens.append(token)
-        counters.generation_tokens += 1
+    seq.tokens.append(token)
+    counters.generation_tokens += 1
     if finish is not None:
         seq.move(Status.FINISHED)
         state.running.remove(seq)

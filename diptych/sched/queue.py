@@ -29,9 +29,9 @@ def check_request(state: SchedState, request: Request, num_elsewhere: int = 0) -
             f"the prompt has {num_prompt} tokens, but {limit} leaves room for at most {most}; shorten it",
             param="prompt",
         )
-    if request.sampling.max_new_tokens < 0:
+    if request.sampling.max_new_tokens < 1:  # none at all is the API's business: it throws a token away
         raise BadRequest(
-            f"max_new_tokens must be at least 0, not {request.sampling.max_new_tokens}", param="max_new_tokens"
+            f"max_new_tokens must be at least 1, not {request.sampling.max_new_tokens}", param="max_new_tokens"
         )
     if request.logprobs is not None and request.logprobs.prompt_start >= num_prompt:
         raise BadRequest(

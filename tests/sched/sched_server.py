@@ -128,9 +128,8 @@ class Server:
                 self._take_token(event, got)
 
     def _take_token(self, event: Sampled, got: Got) -> None:
-        if event.token != -1:
-            got.tokens.append(event.token)
-            got.logprobs.append(event.logprob)
+        got.tokens.append(event.token)
+        got.logprobs.append(event.logprob)
         if event.prompt_logprobs is not None:
             assert got.prompt_logprobs is None, "prompt logprobs came twice"
             got.prompt_logprobs = event.prompt_logprobs

@@ -55,18 +55,6 @@ def test_ends(changes: dict[str, object], tokens: list[int], finish: Finish) -> 
     assert server.state.seqs["a"].num_computed == 3 + len(tokens) - 1
 
 
-def test_no_new_tokens_computes_the_prompt_and_ends() -> None:
-    server = Server()
-    server.submit(request("a", [1, 2, 3], 0, logprobs=LogprobSpec(prompt_start=0)))
-    (chunk, sampled) = server.step() or []
-    assert isinstance(chunk, ChunkDone)
-    assert isinstance(sampled, Sampled)
-    assert (sampled.token, sampled.logprob, sampled.finish) == (-1, None, Finish("length"))
-    assert [entry.token for entry in sampled.prompt_logprobs or []] == [1, 2, 3]
-    server.check()
-    server.check_empty()
-
-
 # ---- pages complete ----
 
 

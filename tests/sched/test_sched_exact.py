@@ -22,7 +22,7 @@ def workload(seed: int, count: int, longest: int = CONTEXT - 4) -> list[Request]
         length = rng.randrange(1, longest)
         shared = rng.choice([0, length, rng.randrange(length + 1)])
         prompt = trunk[:shared] + [rng.randrange(1, 101) for _ in range(length - shared)]
-        requests.append(mixed(f"r{index}", prompt, rng.randrange(10_000), rng.randrange(0, 24)))
+        requests.append(mixed(f"r{index}", prompt, rng.randrange(10_000), rng.randrange(1, 24)))
     return requests
 
 
@@ -125,7 +125,7 @@ def test_prefill_and_decode_apart_give_the_same(prefill_world: int, decode_world
 
 def with_room(one: Request, room: int) -> Request:
     """The request as a router sends it; prompt logprobs stay with prefill, and at least one token is wanted."""
-    changed = request(one.rid, one.prompt, max(1, one.sampling.max_new_tokens), namespace=one.namespace)
+    changed = request(one.rid, one.prompt, one.sampling.max_new_tokens, namespace=one.namespace)
     return Request(
         rid=one.rid,
         prompt=one.prompt,

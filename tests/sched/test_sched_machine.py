@@ -62,7 +62,7 @@ class SchedMachine(RuleBasedStateMachine):
 
     # ---- what clients do ----
 
-    @rule(several=st.lists(prompts, min_size=1, max_size=4), seed=st.integers(0, 999), max_new=st.integers(0, 16))
+    @rule(several=st.lists(prompts, min_size=1, max_size=4), seed=st.integers(0, 999), max_new=st.integers(1, 16))
     def submit(self, several: list[list[int]], seed: int, max_new: int) -> None:
         for prompt in several:
             self.server.submit(mixed(self.name(), prompt, seed, max_new))

@@ -28,7 +28,7 @@ WRITER = ("writer", 77)
             "the prompt has 64 tokens, but the model's context of 64 tokens leaves room for at most 63",
             "prompt",
         ),
-        ({"prompt": [1], "max_new": -1}, BadRequest, "max_new_tokens must be at least 0, not -1", "max_new_tokens"),
+        ({"prompt": [1], "max_new": 0}, BadRequest, "max_new_tokens must be at least 1, not 0", "max_new_tokens"),
         (
             {"prompt": [1, 2], "logprobs": LogprobSpec(prompt_start=2)},
             BadRequest,
