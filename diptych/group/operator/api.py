@@ -16,8 +16,8 @@ from kubernetes.client import ApiClient, Configuration
 from kubernetes.client.rest import RESTResponse
 
 from diptych.errors import DiptychError, NotFound, Overloaded, Unavailable
-from diptych.group.operator.kinds import Json, Kind
 from diptych.group.operator.metrics import Metrics
+from diptych.group.operator.resources import Json, Kind
 
 FIELD_MANAGER = "diptych"
 APPLY_PATCH, MERGE_PATCH = "application/apply-patch+yaml", "application/merge-patch+json"

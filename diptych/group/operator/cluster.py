@@ -16,8 +16,8 @@ from diptych.errors import NotFound
 from diptych.group.operator.api import Api, ApiError
 from diptych.group.operator.events import Events
 from diptych.group.operator.informer import Informer
-from diptych.group.operator.kinds import Json, Kind, key_of
 from diptych.group.operator.metrics import Metrics
+from diptych.group.operator.resources import GROUP, Json, Kind, key_of
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -43,6 +43,10 @@ class Cluster:
     def of_group(self, kind: Kind, namespace: str, group: str) -> list[Json]:
         """The objects that carry the group's label."""
         return self._informers[kind].of_group(namespace, group)
+
+    def owned(self, kind: Kind, uid: str) -> list[Json]:
+        """The objects whose owner is the object `uid`."""
+        return self._informers[kind].owned(uid)
 
     def apply(self, kind: Kind, obj: Json, subresource: str = "") -> bool:
         """Write `obj`, all that is ours of it, unless it is there like that. Whether it was written.
@@ -70,6 +74,14 @@ class Cluster:
         new = self.api.merge(kind, namespace, name, patch, subresource)
         self._metrics.writes.labels("patch", kind.kind).inc()
         self._informers[kind].saw(new)
+
+    def scale_group(self, group: Json, field: str, index: int, replicas: int) -> None:
+        """Set `spec.<field>[<index>].replicas`. Raises Conflict if the group has changed."""
+        metadata = group["metadata"]
+        items = [dict(each) for each in group["spec"][field]]
+        items[index]["replicas"] = replicas
+        patch = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {field: items}}
+        self.merge(GROUP, metadata["namespace"], metadata["name"], patch)
 
     def delete(self, kind: Kind, obj: Json, propagation: str = "Background") -> bool:
         """Delete this very object, unless that has been asked for already. Whether it was asked for now."""

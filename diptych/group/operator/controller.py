@@ -46,9 +46,11 @@ class Workers:
     def __init__(self, queue: KeyQueue[Key], reconcilers: dict[str, Reconciler], metrics: Metrics, num: int) -> None:
         self._queue, self._reconcilers, self._metrics = queue, reconcilers, metrics
         self._stopping = threading.Event()
+        self.started = False
         self._threads = [threading.Thread(target=self._work, name=f"reconcile-{i}", daemon=True) for i in range(num)]
 
     def start(self) -> None:
+        self.started = True
         for thread in self._threads:
             thread.start()
 

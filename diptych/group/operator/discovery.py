@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from diptych.group import names
-from diptych.group.operator.kinds import Json
+from diptych.group.operator.resources import Json
 
 
 def config_yaml(group: str, roles: Sequence[Json], replicas: Mapping[str, int]) -> str:

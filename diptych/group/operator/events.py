@@ -16,7 +16,7 @@ from typing import Literal
 
 from diptych.errors import DiptychError
 from diptych.group.operator.api import Api
-from diptych.group.operator.kinds import EVENT, Json
+from diptych.group.operator.resources import EVENT, Json
 
 log = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import msgspec
 
 from diptych.errors import DiptychError, NotFound
 from diptych.group import names
 from diptych.group.operator.api import Api, Gone, Watch
-from diptych.group.operator.kinds import Json, Kind, key_of
 from diptych.group.operator.metrics import Metrics
+from diptych.group.operator.resources import Json, Kind, key_of
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Informer:
         self._lock = threading.Lock()
         self._objects: dict[Key, bytes] = {}
         self._versions: dict[Key, str] = {}
-        self._groups: dict[Key, Key] = {}  # of each object that belongs to a group
-        self._of_group: dict[Key, dict[Key, None]] = {}
+        self._groups = _Index()  # by (namespace, group) of the group's label
+        self._owners = _Index()  # by the uid of the controlling owner
         self._deleted: OrderedDict[Key, str] = OrderedDict()  # when, lately
         self._stopping = threading.Event()
         self._watch: Watch | None = None
@@ -84,8 +84,15 @@ class Informer:
 
     def of_group(self, namespace: str, group: str) -> list[Json]:
         """The objects with this group's label."""
+        return self._select(self._groups, (namespace, group))
+
+    def owned(self, uid: str) -> list[Json]:
+        """The objects whose controller is the object `uid`."""
+        return self._select(self._owners, uid)
+
+    def _select(self, index: _Index, value: Hashable) -> list[Json]:
         with self._lock:
-            texts = [self._objects[key] for key in self._of_group.get((namespace, group), ())]
+            texts = [self._objects[key] for key in index.keys_of(value)]
         return [msgspec.json.decode(text) for text in texts]
 
     def keys(self) -> list[Key]:
@@ -169,20 +176,19 @@ class Informer:
             if known == version or (only_newer and known is not None and _newer(known, version)):
                 return
             self._deleted.pop(key, None)
-            self._unindex(key)
             self._objects[key] = text
             self._versions[key] = version
             group = (obj["metadata"].get("labels") or {}).get(GROUP_LABEL)
-            if group:
-                self._groups[key] = (key[0], group)
-                self._of_group.setdefault((key[0], group), {})[key] = None
+            self._groups.set(key, (key[0], group) if group else None)
+            self._owners.set(key, _controller(obj))
         self._on_change(obj)
 
     def _drop(self, key: Key, version: str = "") -> None:
         with self._lock:
             text = self._objects.pop(key, None)
             self._versions.pop(key, None)
-            self._unindex(key)
+            self._groups.set(key, None)
+            self._owners.set(key, None)
             if version:
                 self._deleted[key] = version
                 self._deleted.move_to_end(key)
@@ -191,12 +197,35 @@ class Informer:
         if text is not None:
             self._on_change(msgspec.json.decode(text))
 
-    def _unindex(self, key: Key) -> None:
-        group = self._groups.pop(key, None)
-        if group is not None:
-            del self._of_group[group][key]
-            if not self._of_group[group]:
-                del self._of_group[group]
+
+class _Index:
+    """Keys by one value each has."""
+
+    def __init__(self) -> None:
+        self._value: dict[Key, Hashable] = {}
+        self._keys: dict[Hashable, dict[Key, None]] = {}
+
+    def set(self, key: Key, value: Hashable | None) -> None:
+        """`key` has this value from now on; None: no value."""
+        old = self._value.get(key)
+        if old == value:
+            return
+        if old is not None:
+            del self._value[key]
+            del self._keys[old][key]
+            if not self._keys[old]:
+                del self._keys[old]
+        if value is not None:
+            self._value[key] = value
+            self._keys.setdefault(value, {})[key] = None
+
+    def keys_of(self, value: Hashable) -> list[Key]:
+        return list(self._keys.get(value, ()))
+
+
+def _controller(obj: Json) -> str | None:
+    owners = obj["metadata"].get("ownerReferences") or []
+    return next((each["uid"] for each in owners if each.get("controller")), None)
 
 
 def _newer(one: str, two: str) -> bool:

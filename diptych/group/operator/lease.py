@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from diptych.errors import DiptychError, NotFound
 from diptych.group.operator.api import Api, Conflict
-from diptych.group.operator.kinds import LEASE, Json
+from diptych.group.operator.resources import LEASE, Json
 
 log = logging.getLogger(__name__)
 

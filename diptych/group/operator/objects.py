@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from diptych.group import names
-from diptych.group.operator.kinds import ADAPTER, DISRUPTION_BUDGET, GROUP, POD_GROUP, VOLCANO_POD_GROUP, Json, Kind
+from diptych.group.operator.resources import ADAPTER, DISRUPTION_BUDGET, GROUP, POD_GROUP, VOLCANO_POD_GROUP, Json, Kind
 
 ROLE_SIZE = f"{names.PREFIX}/role-size"
 DEFAULT_SCHEDULE_TIMEOUT_S = 60

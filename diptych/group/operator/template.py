@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diptych.group import names
-from diptych.group.operator.kinds import Json
+from diptych.group.operator.resources import Json
 
 CONFIG_VOLUME, CONFIG_PATH = "rbg-cluster-config", "/etc/rbg"
 POD_INDEX_LABEL = "apps.kubernetes.io/pod-index"
