@@ -1,6 +1,7 @@
 """Is this server alive, is it ready, can it generate?
 
-`/health` and `/ready` say what the server knows of itself: 503 while it drains or when its engine is gone.
+`/health` and `/ready` say what the server knows of itself: 503 while it drains or when its engine is gone. A decode
+server adds that it can do the prefill itself, so that a router may ask it to.
 `/health_generate` proves it: the engine generates a token for nobody, and any answer of the engine within 20 s counts.
 """
 
@@ -25,7 +26,8 @@ async def health(request: web.Request) -> web.Response:
     trouble = ctx.trouble()
     if trouble:
         raise Unavailable(trouble)
-    return json_response({"status": "ok"})
+    able = {"local_prefill": True} if ctx.config.disaggregation_mode == "decode" else {}
+    return json_response({"status": "ok", **able})
 
 
 async def health_generate(request: web.Request) -> web.Response:

@@ -7,12 +7,11 @@ be told with its own status, or tried again elsewhere.
 from __future__ import annotations
 
 import asyncio
-import re
 
 import msgspec
 
 from diptych.errors import DiptychError, UpstreamError
-from diptych.router import logprobs
+from diptych.router import logprobs, verdict
 from diptych.router.body import Ask
 from diptych.router.exchange import Body, Client, Exchange, Headers, ServerLost, Upstream, read_all
 from diptych.router.fleet import Leg
@@ -25,7 +24,6 @@ LINGER_S = 5.0  # how long prefill's answer may outlast decode's
 
 _SSE = b"text/event-stream"
 _ERROR_EVENT = b'data: {"error"'
-_TRANSFER_FAILED = re.compile(rb"kv_transfer|KVTransferError|transfer failed", re.IGNORECASE)
 
 
 class Reply(msgspec.Struct):
@@ -49,6 +47,11 @@ class Blame(msgspec.Struct):
         """It counts against the server. A kept connection that had ended, a full server or a client's error do not."""
         return not self.lost.reused if self.lost is not None else _is_fault(self.reply.status)
 
+    @property
+    def leaving(self) -> bool:
+        """The server has said that it takes nothing new any more."""
+        return self.lost is None and verdict.is_leaving(self.reply.status, self.reply.data)
+
 
 class Failure(msgspec.Struct):
     """Why an attempt failed. Nobody is blamed when the hand-over failed and no one can say on which side."""
@@ -59,6 +62,11 @@ class Failure(msgspec.Struct):
     @property
     def lost(self) -> bool:
         return any(blame.lost is not None for blame in self.blames)
+
+    @property
+    def moves(self) -> bool:
+        """Another try is no repetition: the server serves nobody any more, so that all its requests must move."""
+        return self.lost or any(blame.leaving for blame in self.blames)
 
     @property
     def retryable(self) -> bool:
@@ -165,8 +173,8 @@ class Attempt:
         if not blames or (answered and all(blame.lost is not None and blame.lost.sent for blame in blames)):
             return None
         failure = Failure(blames[0].reply, blames)
-        if not lost and _TRANSFER_FAILED.search(failure.reply.data):
-            failure.blames = self._silent_side(failure.reply)
+        if not lost:
+            failure.blames = self._guilty(blames[0])
         now = self._loop.time()
         for blame in failure.blames:
             blame.leg.end(now, blame.charged or None)
@@ -174,10 +182,20 @@ class Attempt:
             leg.end(now)
         return failure
 
-    def _silent_side(self, reply: Reply) -> list[Blame]:
-        """Of a pair whose hand-over failed, the server that has said nothing, if the other has."""
-        silent = [leg for leg in self.legs if leg.exchange is None]
-        return [Blame(leg, reply) for leg in silent] if len(silent) < len(self.legs) else []
+    def _guilty(self, told: Blame) -> list[Blame]:
+        """Whose fault it is that a server has told an error: nobody's, if no one can say on which side."""
+        found = verdict.guilt(told.leg.server.role, told.reply.status, told.reply.data)
+        if found is verdict.Guilt.TELLER or self.alone:
+            return [told]
+        if found is verdict.Guilt.SILENT:
+            silent = [leg for leg in self.legs if leg.exchange is None]
+            return [Blame(leg, told.reply) for leg in silent] if len(silent) < len(self.legs) else []
+        return [Blame(leg, told.reply) for leg in self.legs if leg.server.role == found.value]
+
+    @property
+    def alone(self) -> bool:
+        """One server does both phases."""
+        return self._prefill is None
 
     @property
     def legs(self) -> list[Leg]:

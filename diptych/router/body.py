@@ -89,6 +89,11 @@ def add_rooms(ask: Ask, prefill: ServerAddress, rng: random.Random) -> Body:
     return memoryview(ask.body)[: ask.end], ask.separator + fields[1:]
 
 
+def without_rooms(ask: Ask) -> Body:
+    """The body for a decode server that does the prefill itself: it meets nobody."""
+    return memoryview(ask.body)[: ask.end], ask.separator + b'"bootstrap_host":null}'
+
+
 def _is_empty(body: bytes, end: int) -> bool:
     """Whether the object that ends at `end` has no members: only white space comes between its braces."""
     blank = _BLANK.match(body, body.rindex(b"{", 0, end) + 1, end)

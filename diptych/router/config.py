@@ -62,6 +62,9 @@ class RouterConfig:
     queue_size: int = flag(100, "requests that may wait beyond --max-concurrent-requests; beyond that 429")
     queue_timeout_secs: float = flag(60.0, "longest wait in that queue; then 408")
     max_payload_size: int = flag(32 << 20, "largest body of a request, and of an answer that is not streamed, in bytes")
+    disable_prefill_fallback: bool = flag(
+        False, "answer 503 while no prefill server is healthy, rather than let decode servers do the prefill"
+    )
     # retries
     disable_retries: bool = flag(False, "answer with the first failure")
     retry_max_retries: int = flag(5, "how often a request is sent to other servers at most")

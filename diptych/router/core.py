@@ -9,7 +9,7 @@ import random
 
 from diptych.errors import DeadlineExceeded
 from diptych.router.attempt import Attempt, Failure
-from diptych.router.body import Ask, add_rooms, read_body
+from diptych.router.body import Ask, add_rooms, read_body, without_rooms
 from diptych.router.config import RouterConfig
 from diptych.router.exchange import Body, Client, ClientRequest, Headers, Upstream
 from diptych.router.fleet import Fleet, Leg, Server
@@ -66,6 +66,7 @@ class Core:
             failure = await attempt.run(request.method, request.path, headers, body, client)
             if failure is None:
                 self._metrics.broken_streams += attempt.broken is not None
+                self._metrics.fallbacks += attempt.alone and self._config.disaggregated
                 self._metrics.served(request.route, arrived_at, attempt.first_at, self._loop.time())
                 return
             num_lost += any(blame.lost is not None and blame.lost.sent for blame in failure.blames)
@@ -83,6 +84,9 @@ class Core:
         if not self._config.disaggregated:
             prefill, decode = None, Leg(self._fleet.choose("worker", ask.key, avoid), size, now)
             body: Body = (request.body,)
+        elif self._fleet.falls_back and not self._config.disable_prefill_fallback:
+            prefill, decode = None, Leg(self._fleet.choose("decode", ask.key, avoid, alone=True), size, now)
+            body = without_rooms(ask)
         else:
             chosen = self._fleet.choose("prefill", ask.key, avoid)
             decode = Leg(self._fleet.choose("decode", ask.key, avoid), size, now)
@@ -103,15 +107,19 @@ class Core:
                 log.info("%s server %s failed: %s", server.role, server.address.url, why)
             if lost is not None:
                 self._fleet.suspect(server, gone=lost.gone)
+            elif blame.leaving:
+                self._fleet.leave(server)
 
     def _may_retry(self, failure: Failure, retry: int, num_lost: int) -> bool:
-        """A lost server's requests may all move, as it is lost once; other failures share the budget."""
+        """The requests of a server that is lost or leaving may all move, as it goes once; other failures share the
+        budget.
+        """
         if not failure.retryable or self._config.disable_retries:
             return False
         if retry >= self._config.retry_max_retries or num_lost > MAX_LOST:
             self._metrics.retries_exhausted += 1
             return False
-        if failure.lost or self._budget.spend(self._loop.time()):
+        if failure.moves or self._budget.spend(self._loop.time()):
             return True
         self._metrics.retries_over_budget += 1
         return False

@@ -24,7 +24,8 @@ class Server:
         self.address = address
         self.role = role  # prefill | decode | worker
         self.healthy = config.disable_health_check
-        self.draining = False  # as its last check said: unhealthy then, but it ends the requests it has
+        self.draining = False  # as it said last: unhealthy then, but it ends the requests it has
+        self.local_prefill = False  # a decode server that can do both phases, as its last good check said
         self.breaker = Breaker(config)
         self.num_requests = 0
         self.prompt_bytes = 0
@@ -42,6 +43,7 @@ class Server:
             "worker_type": self.role,
             "bootstrap_port": self.address.bootstrap_port,
             "is_healthy": self.healthy,
+            "local_prefill": self.local_prefill,
             "load": self.num_requests,
             "prompt_bytes": self.prompt_bytes,
             "circuit": self.breaker.state(now).name.lower(),
@@ -113,14 +115,21 @@ class Fleet:
     def missing(self) -> list[str]:
         return [role for role, servers in self.roles.items() if not any(server.healthy for server in servers)]
 
-    def choose(self, role: str, key: bytes, avoid: Collection[Server]) -> Server:
-        """The server of `role` for a request. Raises Unavailable when none is healthy.
+    @property
+    def falls_back(self) -> bool:
+        """No prefill server is healthy, but a decode server is that can do both phases."""
+        lacks = not any(server.healthy for server in self.roles.get("prefill", ()))
+        return lacks and any(server.healthy and server.local_prefill for server in self.roles.get("decode", ()))
+
+    def choose(self, role: str, key: bytes, avoid: Collection[Server], *, alone: bool = False) -> Server:
+        """The server of `role` for a request; `alone`: one that can do both phases. Raises Unavailable when none is
+        healthy.
 
         Servers to `avoid`, and those whose circuit is open, are taken only when there is no other: breakers tell who is
         better, and when all are open they tell nothing.
         """
         now = self._now()
-        healthy = [server for server in self.roles[role] if server.healthy]
+        healthy = [server for server in self.roles[role] if server.healthy and (server.local_prefill or not alone)]
         if not healthy:
             raise Unavailable(f"no {role} server is healthy; try again in a moment")
         closed = [server for server in healthy if server.breaker.allows(now)] or healthy
@@ -141,6 +150,13 @@ class Fleet:
             self._states[server.role].tree.remove(server.address)  # it comes back with an empty cache
             for leg in list(server.legs) if not server.draining else ():
                 leg.give_up()
+
+    def leave(self, server: Server) -> None:
+        """A server has told a request that it takes nothing new. What it has begun it may end."""
+        if self._checked:
+            server.suspected.set()
+            server.draining = True
+            self.mark(server, False, "leaving: it takes nothing new")
 
     def suspect(self, server: Server, *, gone: bool) -> None:
         """A request has lost a server; `gone`: it takes no connections. Its health is checked at once."""

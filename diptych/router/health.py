@@ -9,16 +9,19 @@ from diptych.errors import DiptychError
 from diptych.router.config import RouterConfig
 from diptych.router.exchange import Headers, Upstream, read_all
 from diptych.router.fleet import Fleet, Server
+from diptych.router.verdict import does_prefill, is_leaving
 
 RECHECK_S = 1.0  # between checks of a server that is not healthy, or has just failed one
 MAX_ANSWER_BYTES = 1 << 20
-DRAINING = b"draining"  # in the answer of a server that takes nothing new but ends what it has begun
 
 log = logging.getLogger(__name__)
 
 
 class HealthChecker:
-    """Asks each server how it is. At first one good answer is enough; later it takes as many as configured."""
+    """Asks each server how it is. At first one good answer is enough; later it takes as many as configured.
+
+    A server that says that it is leaving is believed at once.
+    """
 
     def __init__(self, config: RouterConfig, fleet: Fleet, upstream: Upstream, headers: Headers) -> None:
         self._config = config
@@ -53,6 +56,8 @@ class HealthChecker:
             if ok and not server.healthy and good >= (config.health_success_threshold if seen else 1):
                 seen = True
                 self._fleet.mark(server, True, "healthy")
+            elif server.healthy and server.draining:
+                self._fleet.mark(server, False, "leaving: it takes nothing new")
             elif server.healthy and bad >= config.health_failure_threshold:
                 self._fleet.mark(server, False, f"unhealthy: {bad} checks failed")
             steady = ok and server.healthy
@@ -82,7 +87,9 @@ class HealthChecker:
                 finally:
                     exchange.close()
             ok = 200 <= exchange.status < 300
-            server.draining = not ok and DRAINING in answer
+            server.draining = is_leaving(exchange.status, answer)
+            if ok:
+                server.local_prefill = does_prefill(answer)
         except (DiptychError, TimeoutError):
             ok = server.draining = False
         server.checks[ok] += 1

@@ -44,6 +44,8 @@ class MockServer:
         self.num_cancelled = 0
         self.left = asyncio.Event()  # a client has gone while its request was being served
         self.healthy = True
+        self.local_prefill = False  # as our decode servers can
+        self.refusal: tuple[int, str] | None = None  # status and message of every answer, health checks too
         self.gates: list[asyncio.Event] = []  # gates[i] holds token i of a stream back
         self.port = 0
         self._runner: web.AppRunner | None = None
@@ -78,7 +80,16 @@ class MockServer:
         return found
 
     async def _health(self, request: web.Request) -> web.Response:
+        if self.refusal is not None:
+            return self._refused()
+        if self.local_prefill:
+            return web.json_response({"status": "ok", "local_prefill": True})
         return web.Response(status=200 if self.healthy else 503)
+
+    def _refused(self) -> web.Response:
+        assert self.refusal is not None
+        status, message = self.refusal
+        return web.json_response({"error": {"message": message, "code": "service_unavailable"}}, status=status)
 
     async def _control(self, request: web.Request) -> web.Response:
         self.controls.append((request.method, request.path_qs, await request.read()))
@@ -96,6 +107,8 @@ class MockServer:
         self.raw.append(raw)
         self.bodies.append(body)
         self.headers.append(request.headers)
+        if self.refusal is not None:
+            return self._refused()
         try:
             if self.scripts:
                 answer = await self.scripts.popleft()(self, request, body)
@@ -113,6 +126,9 @@ class MockServer:
     async def _meet(self, body: dict[str, Any]) -> None:
         if self.role == "worker":
             assert "bootstrap_room" not in body
+            return
+        if self.local_prefill and body["bootstrap_host"] is None:
+            assert "bootstrap_room" not in body and "bootstrap_port" not in body
             return
         rooms = body["bootstrap_room"]
         for room in rooms if isinstance(rooms, list) else [rooms]:
