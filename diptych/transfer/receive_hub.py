@@ -12,7 +12,7 @@ from diptych.transfer.commands import AnyCommand, AnyEvent
 from diptych.transfer.link import Transport
 from diptych.transfer.peer import Peer
 from diptych.transfer.receiver import NobodyReceiver, Receiver
-from diptych.transfer.room import HubOptions, failure
+from diptych.transfer.room import HubOptions, failure, in_use
 from diptych.transfer.tasks import Tasks
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap
 
@@ -59,11 +59,12 @@ class ReceiveHub:
         self._tasks = Tasks()
 
     def open(self, bootstrap: Bootstrap) -> Receiver:
-        """Begin to receive a room; starts the handshake. Raises TransferError if the room is in use."""
+        """Begin to receive a room; starts the handshake. Raises RoomInUse, also while a rank may still write for
+        a request that has failed."""
         if self._fake or bootstrap.host == FAKE_BOOTSTRAP_HOST:
             return NobodyReceiver(self, bootstrap.room, self._vocab_size)
         if bootstrap.room in self._rooms:
-            raise TransferError(f"room {bootstrap.room} is in use; draw a new bootstrap_room for each request")
+            raise in_use(bootstrap.room)
         key = (bootstrap.host, bootstrap.port)
         peer = self._peers.get(key)
         if peer is None:

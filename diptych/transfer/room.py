@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from diptych.errors import DeadlineExceeded, TransferError
+from diptych.errors import DeadlineExceeded, RoomInUse, TransferError
 from diptych.types import Finish
 
 
@@ -45,6 +45,12 @@ class Timing(msgspec.Struct):
 
 def failure(message: str, code: str, status: int = TransferError.status) -> Finish:
     return Finish(type="abort", message=message, status=status, code=code)
+
+
+def in_use(room: int) -> RoomInUse:
+    return RoomInUse(
+        f"room {room} is in use by another request; draw a new bootstrap_room for each", param="bootstrap_room"
+    )
 
 
 class RoomEnd:

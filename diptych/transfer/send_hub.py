@@ -8,13 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diptych.errors import DeadlineExceeded, DiptychError, Overloaded, TransferError
+from diptych.errors import DeadlineExceeded, DiptychError, Overloaded, RoomInUse, TransferError
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import AnyCommand, AnyEvent, Connect
 from diptych.transfer.control import CONTROL_PURPOSE, Conversation, disagreement, hear, say
 from diptych.transfer.heads import head_range
 from diptych.transfer.link import Link, Listener, Transport
-from diptych.transfer.room import HubOptions, failure
+from diptych.transfer.room import HubOptions, failure, in_use
 from diptych.transfer.sender import NobodySender, Sender
 from diptych.transfer.tasks import Tasks
 
@@ -85,12 +85,12 @@ class SendHub:
     def open(self, room: int, num_pages: int, *, nobody: bool = False) -> Sender:
         """Begin to hand over a prompt of `num_pages` pages. `nobody`: the request's bootstrap host is the fake one.
 
-        Raises TransferError if the room is in use. If decode gave the room up first, the Sender has failed already.
+        Raises RoomInUse. If decode gave the room up first, the Sender has failed already.
         """
         if nobody or self._fake:
             return NobodySender(self, room, num_pages, self._on_change)
         if room in self._rooms:
-            raise TransferError(f"room {room} is in use; draw a new bootstrap_room for each request")
+            raise in_use(room)
         ended = self._ended.pop(room, None)
         sender = self._rooms[room] = Sender(self, room, num_pages, self._on_change)
         early = self._early.pop(room, None)
@@ -229,7 +229,7 @@ class SendHub:
             if not sender.attached:
                 sender.attach(conversation, epoch)
             elif not sender.speaks_with(conversation, epoch):
-                self._answer_abort(conversation, room, epoch, f"room {room} is in use", TransferError.code)
+                self._answer_abort(conversation, room, epoch, in_use(room).message, RoomInUse.code)
             return
         ended = self._ended.get(room)
         if ended is not None and ended.epoch in (epoch, None):

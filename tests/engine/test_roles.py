@@ -109,6 +109,52 @@ def test_a_client_that_leaves_one_side_is_an_error_on_the_other(side: str) -> No
     run_virtual(story())
 
 
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_a_room_in_use_is_a_conflict_for_the_second_request(side: str) -> None:
+    """409 where the second one arrives, whether or not the other server has heard of it; the first is not disturbed."""
+
+    async def story() -> None:
+        pair = await Pair.start()
+        pair.prefill.state.paused = True
+        first = [asyncio.ensure_future(run(server, request("r", 7))) for server in (pair.prefill, pair.decode)]
+        await asyncio.sleep(0.2)
+        _, finish = await run(getattr(pair, side), request("s", 7))
+        assert (finish.status, finish.code) == (409, "room_in_use")
+        assert finish.message == "room 7 is in use by another request; draw a new bootstrap_room for each"
+        pair.prefill.state.paused = False
+        (_, one), (tokens, end) = await asyncio.gather(*first)
+        assert (one, end.type, tokens) == (Finish("length"), "length", right(pair))
+        await pair.close()
+        assert failures(pair) == [(0, 0), (0, 0)]
+
+    run_virtual(story())
+
+
+def test_a_room_in_use_by_another_decode_server_is_a_conflict() -> None:
+    """Two decode servers open the same room: prefill tells the one that comes later."""
+
+    async def story() -> None:
+        pair = await Pair.start()
+        await pair.cluster.start_server("d1", "decode")
+        other = pair.cluster.servers["d1"]
+        pair.prefill.state.paused = True
+        first = [asyncio.ensure_future(run(server, request("r", 7))) for server in (pair.prefill, pair.decode)]
+        await asyncio.sleep(0.2)
+        _, finish = await run(other, request("s", 7))
+        assert (finish.status, finish.code) == (409, "room_in_use")
+        pair.prefill.state.paused = False
+        _, (tokens, _) = await asyncio.gather(*first)
+        assert tokens == right(pair)
+        audit(other.state)
+        await pair.close()
+
+    run_virtual(story())
+
+
+def right(pair: Pair) -> list[int]:
+    return expected(request("x", None), pair.decode.runner.info, 256).tokens
+
+
 def failures(pair: Pair) -> list[tuple[int, int]]:
     stats = [server.link.stats for server in (pair.prefill, pair.decode)]
     return [(s.num_bootstrap_failed_reqs_total, s.num_transfer_failed_reqs_total) for s in stats]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from diptych.errors import Aborted, ClientGone, TransferError
+from diptych.errors import Aborted, ClientGone, RoomInUse, TransferError
 from diptych.transfer.incoming import Counters
 from diptych.transfer.room import Timing, failure
 from diptych.types import Finish, Stats
@@ -25,11 +25,13 @@ class HandoverFigures:
     def lost(self, error: Finish | None, *, met: bool) -> Finish:
         """How the request of a room that failed ends. `met`: the two servers had found each other before.
 
-        An abort that somebody asked for on the other side is one here too, and no failure; nor is a client that left.
+        What somebody asked for on the other side is so here too, and no failure: an abort, a room that was taken; nor
+        is a client that left.
         """
         finish = error or failure("the hand-over between prefill and decode failed", TransferError.code)
-        if finish.code == Aborted.code:
-            return msgspec.structs.replace(finish, status=Aborted.status)
+        for kind in (Aborted, RoomInUse):
+            if finish.code == kind.code:
+                return msgspec.structs.replace(finish, status=kind.status)
         if finish.code != ClientGone.code:
             self._transfer_failures += met
             self._bootstrap_failures += not met
