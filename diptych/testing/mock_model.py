@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,28 +61,75 @@ class MockStore:
 
     def __init__(self, pool: U64) -> None:
         self._pool = pool  # [page, head, layer, 2, slot, dim], a view of the runner's
-        self.num_pages, self.num_heads = pool.shape[:2]
+        self.num_pages, self.num_heads, self.num_layers = pool.shape[:3]
         self.head_bytes = int(np.prod(pool.shape[2:])) * pool.itemsize
         self.layout = f"page,head,layer,kv,slot,dim:uint64:{pool.shape[4]}:{pool.shape[2]}:{pool.shape[5]}"
 
-    def read(self, pages: Sequence[int], head_start: int, head_stop: int) -> memoryview:
+    def read(self, pages: Sequence[int], head_start: int, head_stop: int, layers: range | None = None) -> memoryview:
         """See PageStore.read."""
-        return memoryview(self._pool[list(pages), head_start:head_stop].tobytes())
+        first, last = (layers.start, layers.stop) if layers is not None else (0, self.num_layers)
+        return memoryview(self._pool[list(pages), head_start:head_stop, first:last].tobytes())
 
-    def write(self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview) -> None:
+    def write(
+        self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview, layers: range | None = None
+    ) -> None:
         """See PageStore.write."""
+        first, last = (layers.start, layers.stop) if layers is not None else (0, self.num_layers)
         values = np.frombuffer(data, np.uint64)
-        shape = (len(pages), head_stop - head_start, *self._pool.shape[2:])
+        shape = (len(pages), head_stop - head_start, last - first, *self._pool.shape[3:])
         if values.size != int(np.prod(shape)):
             raise ValueError(f"{len(data)} bytes for {len(pages)} pages of {head_stop - head_start} heads")
-        self._pool[list(pages), head_start:head_stop] = values.reshape(shape)
+        self._pool[list(pages), head_start:head_stop, first:last] = values.reshape(shape)
+
+
+class MockRank:
+    """What one rank holds and does: the pages of its heads. What it reads of them is added up over the ranks.
+
+    Each entry of a slot is the content xor a key of its own. Reading takes a weighted sum of what all entries of all
+    heads say; the weights sum to one, so that entries that agree give the content, and any that does not spoils it.
+    """
+
+    def __init__(self, pool: U64, keys: U64, weights: U64) -> None:
+        self._pool = pool  # [page, head, layer, 2, slot, dim]
+        self._keys, self._weights = keys, weights  # [head, layer, 2, dim]
+        self.store = MockStore(pool)
+
+    def read(self, plan: Plan, lengths: NDArray[np.int32]) -> U64:
+        """This rank's part of what the first `lengths[b]` slots of each row say, row after row: [sum of lengths]."""
+        page_size = self._pool.shape[4]
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        positions = _positions(lengths)
+        slots = self._pool[plan.pages[rows, positions // page_size], :, :, :, positions % page_size]
+        return ((slots ^ self._keys) * self._weights).sum(axis=(1, 2, 3, 4), dtype=np.uint64)
+
+    def write(self, plan: Plan, contents: U64, layers: slice = slice(None)) -> None:
+        """Store what the plan's tokens stand for, [T], in `layers` of all heads."""
+        page_size = self._pool.shape[4]
+        values = contents.reshape(-1, 1, 1, 1, 1) ^ self._keys[:, layers]
+        self._pool[plan.slots // page_size, :, layers, :, plan.slots % page_size] = values
+
+    def wrong(self, pages: NDArray[np.int32], contents: U64) -> list[int]:
+        """The positions from 0 on at which some entry in `pages` is not what `contents` demands."""
+        page_size = self._pool.shape[4]
+        positions = np.arange(len(contents))
+        slots = self._pool[pages[positions // page_size], :, :, :, positions % page_size]
+        differs = slots ^ self._keys != contents.reshape(-1, 1, 1, 1, 1)
+        return [int(position) for position in np.flatnonzero(differs.any(axis=(1, 2, 3, 4)))]
+
+
+class Inputs(NamedTuple):
+    """What the inputs of a step do: the content of each, [T], and for each row the fingerprints after each of them."""
+
+    contents: U64
+    after: list[list[int]]
 
 
 class MockRunner:
-    """All ranks of a mock model in one object: `stores[r]` is what rank r holds (`num_kv_heads / world` heads each),
+    """All ranks of a mock model in one object: `ranks[r]` holds `num_kv_heads / world` heads, `stores[r]` is its pages,
     `store` rank 0's.
 
     Fresh pages are full of garbage, as real ones are. `run` is a function of the plan and of the pages' contents alone.
+    Whoever simulates ranks that are not at the same place at the same time calls its parts instead.
     """
 
     def __init__(
@@ -99,16 +147,16 @@ class MockRunner:
             raise ValueError(f"{num_kv_heads} heads cannot be split over {world} ranks")
         self.num_pages, self.page_size = num_pages, page_size
         shape = (num_pages, num_kv_heads, NUM_LAYERS, 2, page_size, HEAD_DIM)
-        self._pool: U64 = _mix_all(np.arange(int(np.prod(shape)), dtype=np.uint64)).reshape(shape)
-        per_rank = num_kv_heads // world
-        self.stores = [MockStore(self._pool[:, rank * per_rank : (rank + 1) * per_rank]) for rank in range(world)]
-        self.store = self.stores[0]
-        # Each entry of a slot is the content xor a key of its own. Reading takes a weighted sum of what all entries
-        # say; the weights sum to one, so that entries that agree give the content, and any that does not spoils it.
+        pool: U64 = _mix_all(np.arange(int(np.prod(shape)), dtype=np.uint64)).reshape(shape)
         entries = (num_kv_heads, NUM_LAYERS, 2, HEAD_DIM)
-        self._keys: U64 = _mix_all(np.arange(1, int(np.prod(entries)) + 1, dtype=np.uint64)).reshape(entries)
-        self._weights: U64 = _mix_all(~self._keys) | np.uint64(1)
-        self._weights.flat[:1] += np.uint64(1) - self._weights.sum(keepdims=True, dtype=np.uint64).reshape(1)
+        keys: U64 = _mix_all(np.arange(1, int(np.prod(entries)) + 1, dtype=np.uint64)).reshape(entries)
+        weights: U64 = _mix_all(~keys) | np.uint64(1)
+        weights.flat[:1] += np.uint64(1) - weights.sum(keepdims=True, dtype=np.uint64).reshape(1)
+        share = num_kv_heads // world
+        heads = [slice(rank * share, (rank + 1) * share) for rank in range(world)]
+        self.ranks = [MockRank(pool[:, mine], keys[mine], weights[mine]) for mine in heads]
+        self.stores = [rank.store for rank in self.ranks]
+        self.store = self.stores[0]
         self.info = ModelInfo(
             architecture="Mock",
             vocab_size=vocab_size,
@@ -125,35 +173,60 @@ class MockRunner:
 
     def run(self, plan: Plan) -> StepResult:
         """Compute one step. `duration_s` is 0: whoever simulates time adds it."""
-        return StepResult(rows=[self._run_row(plan, index, row) for index, row in enumerate(plan.rows)])
+        inputs = self.begin(plan, self._read(plan, num_cached(plan)))
+        for rank in self.ranks:
+            rank.write(plan, inputs.contents)
+        return self.end(plan, inputs, self._read(plan, plan.kv_lens))
 
-    def _run_row(self, plan: Plan, index: int, row: Row) -> RowResult:
-        start, stop = int(plan.q_starts[index]), int(plan.q_starts[index + 1])
-        num_cached = int(plan.kv_lens[index]) - (stop - start)
-        fingerprint = self._read(plan.pages[index], num_cached)
-        after: list[int] = []  # the fingerprint after each input token
+    def begin(self, plan: Plan, cached: U64) -> Inputs:
+        """`cached`: what the slots before the step's inputs say, added up over the ranks."""
         contents: list[int] = []
-        inputs = zip(plan.token_ids[start:stop].tolist(), plan.positions[start:stop].tolist(), strict=True)
-        for token, position in inputs:
-            contents.append(_content(token, position, fingerprint))
-            fingerprint = _extend(fingerprint, contents[-1], position)
-            after.append(fingerprint)
-        self._write(plan.slots[start:stop], contents)
-        fingerprint = self._read(plan.pages[index], int(plan.kv_lens[index]))
-        return result_of_row(row, fingerprint, after, self.info)
+        after: list[list[int]] = []
+        for index, fingerprint in enumerate(_fingerprints(cached, num_cached(plan))):
+            span = slice(int(plan.q_starts[index]), int(plan.q_starts[index + 1]))
+            after.append([])
+            for token, position in zip(plan.token_ids[span].tolist(), plan.positions[span].tolist(), strict=True):
+                contents.append(_content(token, position, fingerprint))
+                fingerprint = _extend(fingerprint, contents[-1], position)
+                after[-1].append(fingerprint)
+        return Inputs(np.array(contents, np.uint64), after)
 
-    def _read(self, pages: NDArray[np.int32], length: int) -> int:
-        """The fingerprint of the first `length` slots of `pages`."""
-        num_pages = -(-length // self.page_size)
-        slots = self._pool[pages[:num_pages]].transpose(0, 4, 1, 2, 3, 5)  # [page, slot, head, layer, 2, dim]
-        slots = slots.reshape(-1, *self._keys.shape)[:length]
-        contents = ((slots ^ self._keys) * self._weights).sum(axis=(1, 2, 3, 4), dtype=np.uint64)
-        positions = np.arange(length, dtype=np.uint64) * np.uint64(0x632BE59BD9B4E019)
-        return (_EMPTY + int(_mix_all(contents + positions).sum(dtype=np.uint64))) & _MASK
+    def end(self, plan: Plan, inputs: Inputs, stored: U64) -> StepResult:
+        """`stored`: what all slots up to the step's inputs say now."""
+        rows = zip(plan.rows, _fingerprints(stored, plan.kv_lens), inputs.after, strict=True)
+        return StepResult(rows=[result_of_row(row, state, after, self.info) for row, state, after in rows])
 
-    def _write(self, slots: NDArray[np.int64], contents: list[int]) -> None:
-        values = np.array(contents, np.uint64).reshape(-1, 1, 1, 1, 1) ^ self._keys
-        self._pool[slots // self.page_size, :, :, :, slots % self.page_size] = values
+    def _read(self, plan: Plan, lengths: NDArray[np.int32]) -> U64:
+        return np.sum([rank.read(plan, lengths) for rank in self.ranks], axis=0, dtype=np.uint64)
+
+
+def num_cached(plan: Plan) -> NDArray[np.int32]:
+    """[B] tokens in the cache before the step."""
+    return plan.kv_lens - np.diff(plan.q_starts)
+
+
+def contents_of(tokens: Sequence[int]) -> U64:
+    """What each of `tokens` must have left in the cache."""
+    contents: list[int] = []
+    fingerprint = _EMPTY
+    for position, token in enumerate(tokens):
+        contents.append(_content(token, position, fingerprint))
+        fingerprint = _extend(fingerprint, contents[-1], position)
+    return np.array(contents, np.uint64)
+
+
+def _positions(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """0, 1, ... for each row, row after row."""
+    stops = np.cumsum(lengths, dtype=np.int64)
+    return np.arange(stops[-1]) - np.repeat(stops - lengths, lengths)
+
+
+def _fingerprints(contents: U64, lengths: NDArray[np.int32]) -> list[int]:
+    """The fingerprint of each row's slots."""
+    extents = _mix_all(contents + _positions(lengths).astype(np.uint64) * np.uint64(0x632BE59BD9B4E019))
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(extents, dtype=np.uint64)])
+    stops = np.cumsum(lengths, dtype=np.int64)
+    return [(_EMPTY + int(value)) & _MASK for value in sums[stops] - sums[stops - lengths]]
 
 
 def result_of_row(row: Row, fingerprint: int, after: list[int], info: ModelInfo) -> RowResult:

@@ -2,7 +2,8 @@
 
 Endpoints are named; each has a Transport. Links are reliable and ordered, as TCP's are, so what a bad network does to
 them is what TCP makes of it: a lost packet is a pause, a dead route is a silent link, a reset is a broken one. On top
-of that come faults that no honest link shows (duplicates, flipped bits): the protocol must survive those as well.
+of that come faults that no honest link shows (duplicates, stale frames, flipped bits): the protocol must survive those
+as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diptych.transfer.wire import HANDSHAKE_HEADER_BYTES, MAX_HEADER_BYTES, MAX_
 Pair = tuple[str, str]
 _WINDOW_BYTES = 4 << 20  # on its way in one direction of one link; then send waits
 _OVERHEAD_BYTES = 64
+_NUM_KEPT = 32  # data frames that each endpoint got last, for `stale_p`
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Faults:
     duplicate_p: float = 0.0  # the message is delivered twice (once both ends are past the handshake)
     cut_p: float = 0.0  # the link breaks instead of delivering the message
     connect_fail_p: float = 0.0
+    stale_p: float = 0.0  # a data frame that the other end got before, over any link, comes again after this message
     tamper: Callable[[Pair, Parcel], list[Parcel]] | None = None  # what arrives instead
 
 
@@ -74,6 +77,7 @@ class MemoryNetwork:
         self._num_addresses = 0
         self._stalled: set[Pair] = set()  # directions in which nothing moves
         self._dead: set[str] = set()
+        self._kept: dict[str, deque[Parcel]] = {}
         self._relaxed = asyncio.Event()  # a stall has ended, or an endpoint is back
 
     def transport(self, endpoint: str) -> MemoryTransport:
@@ -158,6 +162,15 @@ class MemoryNetwork:
         self._links.append(ours)
         listener.on_link(theirs)
         return ours
+
+    def keep(self, endpoint: str, parcel: Parcel) -> None:
+        """Only data frames have payloads."""
+        if self.faults.stale_p and parcel.payload:
+            self._kept.setdefault(endpoint, deque(maxlen=_NUM_KEPT)).append(parcel)
+
+    def draw_stale(self, endpoint: str) -> list[Parcel]:
+        kept = self._kept.get(endpoint)
+        return [self.rng.choice(kept)] if kept and self.rng.random() < self.faults.stale_p else []
 
     def draw_delay(self) -> float:
         return self.rng.uniform(*self.faults.delay_s)
@@ -302,6 +315,8 @@ class MemoryLink:
         parcels = [parcel] if faults.tamper is None else faults.tamper(out.pair, parcel)
         if network.rng.random() < faults.duplicate_p and self._past_handshake and self.other._past_handshake:
             parcels = [copy for copy in parcels for _ in range(2)]
+        if parcel.payload:
+            parcels = parcels + network.draw_stale(out.pair[1])
         delay = network.draw_delay() + (faults.pause_s if network.rng.random() < faults.pause_p else 0.0)
         out.ready_at = max(out.ready_at, self._loop.time() + delay)
         for copy in parcels:
@@ -317,7 +332,9 @@ class MemoryLink:
             self._deliver()
 
     def _deliver(self) -> None:
-        self._out.arrived.append(self._out.in_flight.popleft())
+        parcel = self._out.in_flight.popleft()
+        self._network.keep(self._out.pair[1], parcel)
+        self._out.arrived.append(parcel)
         self._out.changed.set()
 
     def _hang_up(self) -> None:

@@ -7,6 +7,7 @@ nothing will ever end is an error instead of a hang.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -36,7 +37,10 @@ class _Clock:
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """For code that waits only through asyncio: no sockets, no threads. Executors run their work at once, in place."""
+    """For code that waits only through asyncio: no sockets, no threads.
+
+    Executors run their work at once, in place. Work that takes virtual time is a coroutine function.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +53,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
+        if inspect.iscoroutinefunction(func):
+            return self.create_task(func(*args))
         done: asyncio.Future[T] = self.create_future()
         try:
             done.set_result(func(*args))

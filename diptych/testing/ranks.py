@@ -1,0 +1,122 @@
+"""The ranks of a simulated server: each computes its share of the mock model in its own virtual time.
+
+As in the real model, ranks wait for each other where attention adds up what all heads say, and where logits are
+gathered if a row is sampled; in between each goes at its own pace. So a rank that leads can be done with a chunk before
+another has stored the last layer's keys and values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from diptych.engine.ranks import Follower, PagesMoved, RankReady, ToRank
+from diptych.testing.mock_model import NUM_LAYERS, U64, Inputs, MockRunner, num_cached
+from diptych.testing.pipe import PipeChannel, Pipes
+from diptych.transfer.commands import AnyEvent
+from diptych.transfer.plane import DataPlane
+from diptych.types import Plan, RowResult, StepResult
+
+STEP_S = (0.002, 0.02)
+LAG_S = (0.0, 0.003)
+LATE_P, LATE_S = 0.1, (0.01, 0.1)  # a rank whose processor is taken away in the middle of a step
+
+_FIRST_LAYERS, _LAST_LAYER = slice(0, NUM_LAYERS - 1), slice(NUM_LAYERS - 1, NUM_LAYERS)
+
+
+class Lockstep:
+    """Where the ranks of one server wait for each other: the collectives of its steps, counted by each rank."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._parts: dict[int, list[U64]] = {}
+        self._sums: dict[int, asyncio.Future[U64]] = {}
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    async def add(self, number: int, part: U64) -> U64:
+        """The sum of what all ranks bring to their collective `number`, once the last one is there."""
+        parts = self._parts.setdefault(number, [])
+        total = self._sums.setdefault(number, asyncio.get_running_loop().create_future())
+        parts.append(part)
+        if len(parts) == self._world:
+            del self._parts[number], self._sums[number]
+            total.set_result(np.sum(parts, axis=0, dtype=np.uint64))
+        return await asyncio.shield(total)
+
+
+class SimRank:
+    """Stands where a rank's Runner stands. `inspect(plan)` is called when this rank begins a step."""
+
+    def __init__(
+        self, runner: MockRunner, rank: int, lockstep: Lockstep, rng: random.Random, inspect: Callable[[Plan], None]
+    ) -> None:
+        self._runner, self._share = runner, runner.ranks[rank]
+        self._leads = rank == 0
+        self._lockstep = lockstep
+        self._rng = rng
+        self._inspect = inspect
+        self._num_collectives = 0
+
+    async def run(self, plan: Plan) -> StepResult:
+        """One step. Rows that sample nothing need no logits: then this rank is done without the others."""
+        await asyncio.sleep(self._rng.uniform(*STEP_S))
+        self._inspect(plan)
+        inputs = self._runner.begin(plan, await self._add(self._share.read(plan, num_cached(plan))))
+        self._share.write(plan, inputs.contents, _FIRST_LAYERS)
+        late = LATE_S if self._rng.random() < LATE_P else LAG_S
+        await asyncio.sleep(self._rng.uniform(*late))
+        self._share.write(plan, inputs.contents, _LAST_LAYER)
+        if not any(row.samples or row.prompt_targets is not None for row in plan.rows):
+            return StepResult(rows=[RowResult(-1) for _ in plan.rows])
+        return await self._sample(plan, inputs)
+
+    async def _sample(self, plan: Plan, inputs: Inputs) -> StepResult:
+        stored = await self._add(self._share.read(plan, plan.kv_lens))
+        return self._runner.end(plan, inputs, stored) if self._leads else StepResult(rows=[])
+
+    async def _add(self, part: U64) -> U64:
+        self._num_collectives += 1
+        return await self._lockstep.add(self._num_collectives, part)
+
+
+class SimFollower:
+    """The process of a rank above 0, as `diptych.engine.worker.follow` sets it up. `start`, then `kill`."""
+
+    def __init__(
+        self,
+        kind: type[Follower],
+        rank: SimRank,
+        pipes: Pipes,
+        fd: int,
+        make_plane: Callable[[Callable[[AnyEvent], None]], DataPlane],
+        on_end: Callable[[], None],
+    ) -> None:
+        run: Any = rank.run
+        self.plane = make_plane(lambda event: self._channel.send(PagesMoved(event)))
+        self._follower = kind(run, self.plane.execute)
+        self._pipes, self._fd = pipes, fd
+        self._on_end = on_end
+        self._channel = PipeChannel(pipes, ToRank, self._follower.hear, self.kill)
+        self._obeying: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    async def start(self, host: str) -> None:
+        addresses = await self.plane.start(host)
+        await self._channel.open(self._fd)
+        self._channel.send(RankReady(addresses))
+        self._obeying = asyncio.ensure_future(self._follower.obey())
+
+    def kill(self) -> None:
+        """Nothing of it runs on; the leader sees its channel end."""
+        if self._closing is None and self._obeying is not None:
+            self._on_end()
+            self._pipes[self._fd].die()
+            self._obeying.cancel()
+            self._closing = asyncio.ensure_future(self.plane.close())
+            self._follower.close()
