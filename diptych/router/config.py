@@ -58,6 +58,7 @@ class RouterConfig:
     max_tree_size: int = flag(16 << 20, "cache_aware: bytes of routed prompts to remember")
     # limits
     request_timeout_secs: float = flag(1800.0, "longest time one request may take")
+    body_timeout_secs: float = flag(60.0, "longest time for a request's body to arrive, in seconds; then 408")
     max_concurrent_requests: int = flag(-1, "requests served at a time; -1: no limit")
     queue_size: int = flag(100, "requests that may wait beyond --max-concurrent-requests; beyond that 429")
     queue_timeout_secs: float = flag(60.0, "longest wait in that queue; then 408")
@@ -138,6 +139,7 @@ _AT_LEAST: dict[str, float] = {
     "balance_rel_threshold": 1,
     "max_tree_size": 0,
     "request_timeout_secs": 0.001,
+    "body_timeout_secs": 0.001,
     "max_concurrent_requests": -1,
     "queue_size": 0,
     "queue_timeout_secs": 0,

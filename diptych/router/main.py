@@ -90,8 +90,12 @@ class Router:
         self.app = App(config, self.fleet, core, Control(config, self.fleet, self._upstream), self.metrics, rng)
         headers = [(b"authorization", b"Bearer " + config.key.encode())] if config.key else []
         self._health = HealthChecker(config, self.fleet, self._upstream, headers)
-        self._server = HttpServer(self.app.handle, max_body_bytes=config.max_payload_size)
-        self._metrics_server = HttpServer(self.app.metrics_only, max_body_bytes=0)
+        self._server = HttpServer(
+            self.app.handle, max_body_bytes=config.max_payload_size, body_timeout_s=config.body_timeout_secs
+        )
+        self._metrics_server = HttpServer(
+            self.app.metrics_only, max_body_bytes=0, body_timeout_s=config.body_timeout_secs
+        )
         self.port = self.metrics_port = 0  # what the kernel chose, once they listen
 
     @property

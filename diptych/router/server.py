@@ -38,12 +38,18 @@ class HeadTooLarge(BadRequest):
     code = "header_too_large"
 
 
+class BodyTimeout(BadRequest):
+    status = 408
+    code = "body_timeout"
+
+
 class HttpServer:
     """Listens, and has `handler` answer each request in a task of its own; a client that goes away cancels its task."""
 
-    def __init__(self, handler: Handler, *, max_body_bytes: int) -> None:
+    def __init__(self, handler: Handler, *, max_body_bytes: int, body_timeout_s: float) -> None:
         self.handler = handler
         self.max_body_bytes = max_body_bytes
+        self.body_timeout_s = body_timeout_s
         self.connections: set[ClientConnection] = set()
         self.draining = False  # answers close their connections
         self.idle = asyncio.Event()  # no request is being served or waits for it
@@ -98,6 +104,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing = False  # nothing more is read; what waits is still served
         self._refusal: DiptychError | None = None  # the last answer of a connection that broke the rules
         self._since = loop.time()  # of the state that check_deadline looks at
+        self._body_since = 0.0  # when the last head was complete
         self._receiving = False
         self._reset()
 
@@ -115,6 +122,8 @@ class ClientConnection(asyncio.Protocol):
             limit = RECEIVE_S if self._receiving or self._closing else IDLE_S
         if now - self._since > limit:
             self.abort()
+        elif self._receiving and self._head_done and now - self._body_since > self._server.body_timeout_s:
+            self._refuse(BodyTimeout(f"the body did not arrive within {self._server.body_timeout_s:g} s"))
 
     # asyncio.Protocol
 
@@ -142,7 +151,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if not self._receiving or self._head_done:  # a head has one deadline, a body may take its time
+        if not self._receiving or self._head_done:  # a head has one deadline, a body one and must go on meanwhile
             self._since = self._loop.time()
         self._receiving = True
         try:
@@ -175,6 +184,7 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._head_done = True
+        self._body_since = self._loop.time()
         self._version = self._parser.get_http_version()
         self._upgrading = self._parser.should_upgrade()
         if self._upgrading and self._parser.get_method() == b"CONNECT":

@@ -277,6 +277,32 @@ async def test_connections_without_progress_end(cluster, monkeypatch, connect):
     assert answer.result()[0] == 200 and answer.result()[1].count(b"data:") == len(TOKENS) + 1
 
 
+@pytest.mark.parametrize("framing", ["a length", "chunks"])
+async def test_a_body_that_drips_has_a_deadline(cluster, monkeypatch, connect, framing):
+    """Bytes that keep coming are progress, but not for ever. A request that is there in time is not concerned."""
+    monkeypatch.setattr("diptych.router.server.SWEEP_S", 0.01)
+    c = await cluster(1, 1, body_timeout_secs=0.1)
+    reader, writer = await connect(c)
+    writer.write(request())
+    assert (await read_answer(reader))[0] == 200
+    head = "transfer-encoding: chunked" if framing == "chunks" else "content-length: 1000000"
+    writer.write(f"POST /generate HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode())
+
+    async def drip():
+        while not writer.is_closing():  # noqa: ASYNC110
+            writer.write(b"1\r\na\r\n" if framing == "chunks" else b"a")
+            await asyncio.sleep(0.005)
+
+    dripping = asyncio.create_task(drip())
+    async with asyncio.timeout(10):
+        status, data = await read_answer(reader)
+    dripping.cancel()
+    await asyncio.gather(dripping, return_exceptions=True)
+    assert status == 408 and json.loads(data)["error"]["code"] == "body_timeout"
+    assert len(c.decode[0].bodies) == 1
+    assert (await c.post("/generate", BODY))[0] == 200
+
+
 async def test_a_client_that_never_reads_is_left(cluster, monkeypatch):
     monkeypatch.setattr("diptych.router.server.STALL_S", 0.2)
     monkeypatch.setattr("diptych.router.server.SWEEP_S", 0.05)
