@@ -21,6 +21,7 @@ from typing import Any
 
 import uvloop
 
+from diptych.kv.share import Grid
 from diptych.testing.store import ArrayStore
 from diptych.transfer import wire
 from diptych.transfer.bootstrap import Route
@@ -50,12 +51,11 @@ class Side:
             self.store,
             data_transports(backend),
             0,
-            1,
-            NUM_HEADS,
+            Grid(NUM_HEADS, 1),
             lambda event: self.hub.handle_event(0, event),
             executor=executor,
         )
-        self.terms = wire.Terms(self.store.layout, "bench", 16, NUM_HEADS)
+        self.terms = wire.Terms(self.store.layout, "bench", 16, NUM_HEADS, 1)
         self.changed = asyncio.Event()
 
     def on_change(self, room: int) -> None:

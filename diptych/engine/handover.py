@@ -26,14 +26,15 @@ Announce = Callable[[Registration], Awaitable[None]]
 class Site(msgspec.Struct, frozen=True, kw_only=True):
     """Where and what this server is, in a hand-over.
 
-    `broadcast` hands a command to every rank's data plane; `addresses` are where each rank receives; `counters` are
-    rank 0's.
+    `broadcast` hands a command to every rank's data plane; `addresses` are where each rank receives, stage by stage
+    (`pp_size` of them); `counters` are rank 0's.
     """
 
     info: ModelInfo
     layout: str
     page_size: int
     addresses: list[list[str]]
+    pp_size: int = 1
     broadcast: Callable[[AnyCommand], None]
     counters: Counters
     transport: Transport  # of the control links
@@ -43,7 +44,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def terms(self) -> Terms:
-        return Terms(self.layout, self.info.fingerprint, self.page_size, self.info.num_kv_heads)
+        return Terms(self.layout, self.info.fingerprint, self.page_size, self.info.num_kv_heads, self.info.num_layers)
 
 
 def attach_decode(engine: Engine, site: Site, fetch_route: FetchRoute, *, fake: bool = False) -> ReceiveHub:
@@ -55,6 +56,7 @@ def attach_decode(engine: Engine, site: Site, fetch_route: FetchRoute, *, fake: 
         lambda room: engine.wake.set(),
         boot_id=site.boot_id,
         vocab_size=site.info.vocab_size,
+        pp_size=site.pp_size,
         transport=site.transport,
         fetch_route=fetch_route,
         options=site.options,
@@ -85,11 +87,14 @@ async def attach_prefill(
     PrefillRole(engine, hub, site.counters)
     address = await hub.start(site.transport, host)
     ip, _, port = address.rpartition("://")[2].rpartition(":")
+    tp_size = len(site.addresses) // site.pp_size
     for rank in range(len(site.addresses)):
         await announce(
             Registration(
-                attn_tp_size=len(site.addresses),
-                attn_tp_rank=rank,
+                attn_tp_size=tp_size,
+                attn_tp_rank=rank % tp_size,
+                pp_size=site.pp_size,
+                pp_rank=rank // tp_size,
                 rank_ip=ip.strip("[]"),  # decode reaches all ranks through rank 0
                 rank_port=int(port) if port.isdigit() else 0,
                 page_size=site.page_size,

@@ -32,6 +32,7 @@ from diptych.engine.loop import Engine
 from diptych.engine.ranks import Follower, PagesMoved, RankReady, Ranks, ToRank
 from diptych.engine.roles.unified import UnifiedRole
 from diptych.errors import DiptychError
+from diptych.kv.share import Grid
 from diptych.model import parallel
 from diptych.model.runner import Runner
 from diptych.obs import logs
@@ -128,8 +129,7 @@ def make_plane(
         runner.store,
         transports,
         spec.rank,
-        spec.config.tp_size,
-        runner.info.num_kv_heads,
+        Grid(runner.info.num_kv_heads, runner.info.num_layers, spec.config.tp_size),
         on_event,
         secret=spec.config.pd_secret,
         executor=ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer"),

@@ -7,10 +7,11 @@ from typing import Protocol
 
 
 class PageStore(Protocol):
-    """One rank's pool, `[page, kv_head, layer, 2, slot, dim]`: a run of heads of a page is one piece of bytes.
+    """One rank's pool, `[page, kv_head, layer, 2, slot, dim]`: a run of heads of a page is one piece of bytes, as is a
+    run of layers of one head.
 
-    Heads are counted within the rank, from 0 to `num_heads`. Both methods block for the time of the copy and may be
-    called from any thread; that nobody else uses the pages meanwhile is the business of whoever holds them.
+    Heads and layers are counted within the rank, from 0. Both methods block for the time of the copy and may be called
+    from any thread; that nobody else uses the pages meanwhile is the business of whoever holds them.
     """
 
     @property
@@ -21,15 +22,23 @@ class PageStore(Protocol):
         """KV heads of this rank."""
 
     @property
+    def num_layers(self) -> int:
+        """Layers of this rank."""
+
+    @property
     def head_bytes(self) -> int:
-        """Bytes of one KV head of one page: all layers, keys and values."""
+        """Bytes of one KV head of one page: all layers of this rank, keys and values; each layer has as many."""
 
     @property
     def layout(self) -> str:
-        """`page,head,layer,kv,slot,dim:<dtype>:<page_size>:<layers>:<head_dim>`; equal on both sides of a transfer."""
+        """`page,head,layer,kv,slot,dim:<dtype>:<page_size>:<layers>:<head_dim>`, with the layers of the whole model;
+        equal on both sides of a transfer."""
 
-    def read(self, pages: Sequence[int], head_start: int, head_stop: int) -> memoryview:
-        """A copy of heads [head_start, head_stop) of `pages`: `[len(pages), heads, head_bytes]`, contiguous bytes."""
+    def read(self, pages: Sequence[int], head_start: int, head_stop: int, layers: range | None = None) -> memoryview:
+        """A copy of heads [head_start, head_stop) of `pages`, of `layers` or all: `[page, head, layer, …]`, contiguous
+        bytes."""
 
-    def write(self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview) -> None:
+    def write(
+        self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview, layers: range | None = None
+    ) -> None:
         """The inverse of read. Raises ValueError if `data` has not the size that read would give."""

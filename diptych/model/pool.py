@@ -69,32 +69,42 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class PoolStore:
-    """The pool's bytes, whatever the device; see diptych.kv.store.PageStore. On a CPU both calls copy once."""
+    """The pool's bytes, whatever the device; see diptych.kv.store.PageStore. On a CPU both calls copy once.
 
-    def __init__(self, pool: KVPool) -> None:
+    `model_layers`: how many layers the whole model has; the pool may hold those of one stage.
+    """
+
+    def __init__(self, pool: KVPool, model_layers: int) -> None:
         num_pages, num_heads, num_layers, _, page_size, head_dim = pool.pages.shape
         dtype = str(pool.pages.dtype).removeprefix("torch.")
-        self.num_pages, self.num_heads = num_pages, num_heads
+        self.num_pages, self.num_heads, self.num_layers = num_pages, num_heads, num_layers
         self.head_bytes = num_layers * 2 * page_size * head_dim * pool.pages.element_size()
-        self.layout = f"page,head,layer,kv,slot,dim:{dtype}:{page_size}:{num_layers}:{head_dim}"
-        self._bytes = pool.pages.view(num_pages, num_heads, -1).view(torch.uint8)
+        self.layout = f"page,head,layer,kv,slot,dim:{dtype}:{page_size}:{model_layers}:{head_dim}"
+        self._bytes = pool.pages.view(num_pages, num_heads, num_layers, -1).view(torch.uint8)
 
-    def read(self, pages: Sequence[int], head_start: int, head_stop: int) -> memoryview:
+    def read(self, pages: Sequence[int], head_start: int, head_stop: int, layers: range | None = None) -> memoryview:
         """See PageStore.read."""
+        heads, some = slice(head_start, head_stop), self._slice(layers)
         if self._bytes.device.type == "cpu":
-            return self._bytes.numpy()[np.asarray(pages), head_start:head_stop].reshape(-1).data
-        found = self._bytes[torch.tensor(pages, device=self._bytes.device), head_start:head_stop]
+            return self._bytes.numpy()[np.asarray(pages), heads, some].reshape(-1).data
+        found = self._bytes[torch.tensor(pages, device=self._bytes.device), heads, some]
         return found.reshape(-1).cpu().numpy().data
 
-    def write(self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview) -> None:
+    def write(
+        self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview, layers: range | None = None
+    ) -> None:
         """See PageStore.write."""
-        shape = (len(pages), head_stop - head_start, self.head_bytes)
+        heads, some = slice(head_start, head_stop), self._slice(layers)
+        shape = (len(pages), head_stop - head_start, some.stop - some.start, self.head_bytes // self.num_layers)
         values = np.frombuffer(data, np.uint8).reshape(shape)
         if self._bytes.device.type == "cpu":
-            self._bytes.numpy()[np.asarray(pages), head_start:head_stop] = values
+            self._bytes.numpy()[np.asarray(pages), heads, some] = values
             return
         device = self._bytes.device
-        self._bytes[torch.tensor(pages, device=device), head_start:head_stop] = torch.tensor(values, device=device)
+        self._bytes[torch.tensor(pages, device=device), heads, some] = torch.tensor(values, device=device)
+
+    def _slice(self, layers: range | None) -> slice:
+        return slice(0, self.num_layers) if layers is None else slice(layers.start, layers.stop)
 
 
 def kv_page_bytes(num_heads: int, num_layers: int, head_dim: int, page_size: int, itemsize: int) -> int:

@@ -51,7 +51,7 @@ class Runner:
         mib = self.num_pages * page_bytes >> 20
         progress(f"KV pool: {self.num_pages} pages of {config.page_size} tokens, {mib} MiB")
         self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.dtype, self.device)
-        self.store: PageStore = PoolStore(self.pool)
+        self.store: PageStore = PoolStore(self.pool, layers)
         self.attention: AttentionBackend = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from diptych.engine.client import EngineLink
 from diptych.engine.handover import Site, attach_decode, attach_prefill
 from diptych.engine.loop import Engine
 from diptych.errors import DiptychError, Unavailable
+from diptych.kv.share import Grid
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.core import Core
 from diptych.router.exchange import Body, Exchange, Headers, ServerLost
@@ -78,8 +79,9 @@ class SimServer:
         self.link = EngineLink(lambda message: self.engine.deliver(message), self.runner.info, num_pages * PAGE_SIZE)
         self.engine = Engine(self.state, self._compute, self.link.receive, grammars=None)
         self._transport = cluster.network.transport(name)
+        grid = Grid(self.runner.info.num_kv_heads, self.runner.info.num_layers)
         self.plane = DataPlane(
-            self.runner.store, [self._transport], 0, 1, 4, self._on_event, rng=self._rng, send_timeout_s=5.0
+            self.runner.store, [self._transport], 0, grid, self._on_event, rng=self._rng, send_timeout_s=5.0
         )
         self.hub: Any = None
         self.routes = RouteTable(asyncio.get_running_loop().time)

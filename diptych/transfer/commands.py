@@ -17,10 +17,12 @@ class Connect(Command, frozen=True):
     """prefill: open the data links to a decode server now, so that its first request does not wait for them."""
 
     peers: list[list[str]]  # addresses of each decode rank
+    pp_size: int  # stages of the decode server
 
 
 class Send(Command, frozen=True):
-    """prefill: src_pages[i] of this rank's pool goes into dst_pages[i] of each decode rank's, sliced by kv head.
+    """prefill: src_pages[i] of this rank's pool goes into dst_pages[i] of each decode rank's, in slices of kv heads
+    and layers.
 
     A room's commands are carried out in order; `last` (with or without pages) makes the rank answer Sent.
     """
@@ -28,6 +30,7 @@ class Send(Command, frozen=True):
     room: int
     epoch: int
     peers: list[list[str]]
+    pp_size: int
     src_pages: list[int]
     dst_pages: list[int]
     generations: list[int]
@@ -35,7 +38,7 @@ class Send(Command, frozen=True):
 
 
 class Expect(Command, frozen=True):
-    """decode: take frames for these pages of this room, each head of each page exactly once. Answered by Expecting."""
+    """decode: take frames for these pages of this room, each head of each layer exactly once. Answered by Expecting."""
 
     room: int
     epoch: int

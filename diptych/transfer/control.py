@@ -26,6 +26,7 @@ class Conversation:
     ) -> None:
         self.boot_id = ""  # of the other side, and where its ranks receive: from Attach or Welcome
         self.addresses: list[list[str]] = []
+        self.pp_size = 1
         self._link = link
         self._heartbeat_s = heartbeat_s
         self._on_message = on_message
@@ -107,6 +108,7 @@ def disagreement(ours: wire.Terms, theirs: wire.Terms) -> str:
         "fingerprint": "model",
         "page_size": "--page-size",
         "num_kv_heads": "number of kv heads",
+        "num_layers": "number of layers",
     }
     different = [
         f"{word} {getattr(ours, name)} here, {getattr(theirs, name)} there"

@@ -47,13 +47,13 @@ async def offload(executor: Executor | None, work: Callable[..., T], *args: obje
 
 
 class _Expected:
-    """One live room. `pending[i, h]`: head h of this rank of the room's i-th page is still to come."""
+    """One live room. `pending[i, h, l]`: head h of layer l of this rank of the room's i-th page is still to come."""
 
-    def __init__(self, command: Expect, num_heads: int) -> None:
+    def __init__(self, command: Expect, num_heads: int, num_layers: int) -> None:
         self.epoch = command.epoch
         self.index = {page: i for i, page in enumerate(command.pages)}
         self.generations = command.generations
-        self.pending = np.ones((len(command.pages), num_heads), np.bool_)
+        self.pending = np.ones((len(command.pages), num_heads, num_layers), np.bool_)
         self.num_missing = self.pending.size  # not yet in the store
         self.next_sequence: dict[int, int] = {}  # of each source
         self.num_bytes = 0
@@ -73,18 +73,19 @@ class _Expected:
 
 
 class Incoming:
-    """`head_start` is the first of this rank's kv heads in the whole model's numbering."""
+    """`heads` and `layers` are this rank's, numbered over the whole model."""
 
     def __init__(
         self,
         store: PageStore,
-        head_start: int,
+        heads: range,
+        layers: range,
         counters: Counters,
         on_event: Callable[[AnyEvent], None],
         executor: Executor | None,
     ) -> None:
         self._store = store
-        self._head_start = head_start
+        self._heads, self._layers = heads, layers
         self._counters = counters
         self._on_event = on_event
         self._executor = executor
@@ -97,7 +98,7 @@ class Incoming:
         old = self._rooms.get(command.room)
         if old is not None:
             self.cancel(Cancel(command.room, old.epoch))
-        room = _Expected(command, self._store.num_heads)
+        room = _Expected(command, len(self._heads), len(self._layers))
         self._rooms[command.room] = room
         self._on_event(Expecting(command.room, command.epoch))
         if not room.num_missing:
@@ -136,12 +137,15 @@ class Incoming:
             self._fail(frame.room, room, error)
 
     async def _write(self, frame: wire.Frame, room: _Expected, rows: list[int], payload: memoryview) -> None:
-        start, stop = frame.head_start - self._head_start, frame.head_stop - self._head_start
-        if start < 0 or stop > self._store.num_heads:
-            raise CorruptTransfer(f"KV corruption: heads {frame.head_start}:{frame.head_stop} are not this rank's")
-        if len(payload) != len(rows) * (stop - start) * self._store.head_bytes:
-            raise CorruptTransfer(f"KV corruption: {len(payload)} bytes for {len(rows)} pages of {stop - start} heads")
-        if not room.pending[rows, start:stop].all() or len(set(rows)) != len(rows):
+        heads = _within(frame.head_start, frame.head_stop, self._heads, "heads")
+        layers = _within(frame.layer_start, frame.layer_stop, self._layers, "layers")
+        num_parts = len(rows) * len(heads) * len(layers)
+        if len(payload) * len(self._layers) != num_parts * self._store.head_bytes:
+            raise CorruptTransfer(
+                f"KV corruption: {len(payload)} bytes for {len(rows)} pages, {len(heads)} heads, {len(layers)} layers"
+            )
+        place = rows, slice(heads.start, heads.stop), slice(layers.start, layers.stop)
+        if not room.pending[place].all() or len(set(rows)) != len(rows):
             raise CorruptTransfer("KV corruption: a page came twice")
         room.num_writing += 1  # from here to its end, a Cancel waits for us
         try:
@@ -150,15 +154,15 @@ class Incoming:
             if not room.live:
                 self._counters.stale_frames += 1
                 return
-            room.pending[rows, start:stop] = False
-            await offload(self._executor, self._store.write, frame.pages, start, stop, payload)
+            room.pending[place] = False
+            await offload(self._executor, self._store.write, frame.pages, heads.start, heads.stop, payload, layers)
         finally:
             room.num_writing -= 1
             if not room.live and not room.num_writing:
                 self._on_event(Cancelled(frame.room, frame.epoch))
         self._counters.bytes_received += len(payload)
         room.num_bytes += len(payload)
-        room.num_missing -= len(rows) * (stop - start)
+        room.num_missing -= num_parts
         if room.live and not room.failed and not room.num_missing:
             self._complete(frame.room, room)
 
@@ -173,3 +177,10 @@ class Incoming:
             self._counters.failures += 1
             room.failed = True
             self._on_event(TransferFailed(number, room.epoch, error.message, error.code))
+
+
+def _within(start: int, stop: int, mine: range, what: str) -> range:
+    """[start, stop) counted within the rank. Raises CorruptTransfer if not all of it is this rank's."""
+    if start < mine.start or stop > mine.stop:
+        raise CorruptTransfer(f"KV corruption: {what} {start}:{stop} are not this rank's")
+    return range(start - mine.start, stop - mine.start)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from diptych.errors import DiptychError, TransferError
 from diptych.transfer import wire
 from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Connect, Send, Sent, TransferFailed
-from diptych.transfer.heads import HeadSlice, slices_to_send
+from diptych.transfer.heads import Piece, pieces_to_send
 from diptych.transfer.incoming import Counters, offload
 from diptych.transfer.link import LinkClosed, Transport
 from diptych.transfer.pool import DataLink, LinkPool
 from diptych.transfer.tasks import Tasks
 
 if TYPE_CHECKING:
+    from diptych.kv.share import Grid
     from diptych.kv.store import PageStore
 
 
@@ -30,13 +31,13 @@ class Cut(NamedTuple):
     head_stop: int
 
 
-def cuts(num_pages: int, head_start: int, head_stop: int, head_bytes: int, frame_bytes: int) -> Iterator[Cut]:
-    """Frames of about `frame_bytes`, never less than one head of one page."""
-    heads = max(1, min(head_stop - head_start, frame_bytes // head_bytes))
-    pages = max(1, frame_bytes // (heads * head_bytes))
-    for head in range(head_start, head_stop, heads):
+def cuts(num_pages: int, heads: range, head_bytes: int, frame_bytes: int) -> Iterator[Cut]:
+    """Frames of about `frame_bytes`, never less than one head of one page (of all layers that are sent)."""
+    num_heads = max(1, min(len(heads), frame_bytes // head_bytes))
+    pages = max(1, frame_bytes // (num_heads * head_bytes))
+    for head in range(heads.start, heads.stop, num_heads):
         for start in range(0, num_pages, pages):
-            yield Cut(start, min(start + pages, num_pages), head, min(head + heads, head_stop))
+            yield Cut(start, min(start + pages, num_pages), head, min(head + num_heads, heads.stop))
 
 
 class _Room:
@@ -52,7 +53,7 @@ class _Room:
 
 
 class Outgoing:
-    """`heads` are this rank's, numbered over the whole model of `num_kv_heads`."""
+    """`store` is what `rank` of `grid` holds."""
 
     def __init__(
         self,
@@ -60,9 +61,7 @@ class Outgoing:
         transports: Sequence[Transport],
         *,
         rank: int,
-        world: int,
-        num_kv_heads: int,
-        heads: range,
+        grid: Grid,
         secret: str,
         rng: random.Random,
         counters: Counters,
@@ -72,7 +71,8 @@ class Outgoing:
         idle_timeout_s: float,
     ) -> None:
         self._store = store
-        self._rank, self._world, self._num_kv_heads, self._heads = rank, world, num_kv_heads, heads
+        self._rank, self._grid = rank, grid
+        self._first_head, self._first_layer = grid.heads(rank).start, grid.layers(rank).start
         self._counters = counters
         self._on_event = on_event
         self._executor = executor
@@ -100,7 +100,7 @@ class Outgoing:
         return len(self._tasks)
 
     def connect(self, command: Connect) -> None:
-        for piece in self._slices(len(command.peers)):
+        for piece in self._pieces(command):
             self._pool.prepare(tuple(command.peers[piece.rank]))
 
     def send(self, command: Send) -> None:
@@ -127,8 +127,8 @@ class Outgoing:
         await self._pool.close()
         self._rooms.clear()
 
-    def _slices(self, decode_world: int) -> list[HeadSlice]:
-        return slices_to_send(self._num_kv_heads, self._world, self._rank, decode_world)
+    def _pieces(self, command: Connect | Send) -> list[Piece]:
+        return pieces_to_send(self._grid, self._rank, self._grid.over(len(command.peers), command.pp_size))
 
     def _stop(self, number: int, room: _Room) -> None:
         self._pool.leave(number)
@@ -166,23 +166,23 @@ class Outgoing:
             raise
 
     async def _send_pages(self, room: _Room, command: Send) -> None:
-        slices = self._slices(len(command.peers))
-        if not command.src_pages or not slices:
+        pieces = self._pieces(command)
+        if not command.src_pages or not pieces:
             return
         async with asyncio.TaskGroup() as group:
-            for piece in slices:
-                group.create_task(self._send_slice(room, command, piece))
+            for piece in pieces:
+                group.create_task(self._send_piece(room, command, piece))
         self._counters.pages_sent += len(command.src_pages)
 
-    async def _send_slice(self, room: _Room, command: Send, piece: HeadSlice) -> None:
+    async def _send_piece(self, room: _Room, command: Send, piece: Piece) -> None:
         """One frame is gathered while the one before it is on its way."""
         link = await self._pool.use(tuple(command.peers[piece.rank]), command.room)
-        num_pages = len(command.src_pages)
+        head_bytes = self._store.head_bytes // self._store.num_layers * len(piece.layers)
         delivery: asyncio.Task[None] | None = None
-        for cut in cuts(num_pages, piece.start, piece.stop, self._store.head_bytes, wire.FRAME_BYTES):
+        for cut in cuts(len(command.src_pages), piece.heads, head_bytes, wire.FRAME_BYTES):
             await link.turn.acquire()
             try:
-                header, payload = await self._frame(room, command, piece.rank, cut)
+                header, payload = await self._frame(room, command, piece, cut)
                 await self._delivered(link, delivery)
             except BaseException:
                 link.turn.release()
@@ -200,25 +200,30 @@ class Outgoing:
         if link.broken:
             raise LinkClosed(link.broken)
 
-    async def _frame(self, room: _Room, command: Send, destination: int, cut: Cut) -> tuple[bytes, memoryview]:
-        start, stop = cut.head_start - self._heads.start, cut.head_stop - self._heads.start
-        payload, crc = await offload(self._executor, self._gather, command.src_pages[cut.start : cut.stop], start, stop)
+    async def _frame(self, room: _Room, command: Send, piece: Piece, cut: Cut) -> tuple[bytes, memoryview]:
+        payload, crc = await offload(
+            self._executor, self._gather, command.src_pages[cut.start : cut.stop], cut, piece.layers
+        )
         frame = wire.Frame(
             room=command.room,
             epoch=command.epoch,
             source=self._rank,
-            sequence=room.frames[destination],
+            sequence=room.frames[piece.rank],
             pages=command.dst_pages[cut.start : cut.stop],
             generations=command.generations[cut.start : cut.stop],
             head_start=cut.head_start,
             head_stop=cut.head_stop,
+            layer_start=piece.layers.start,
+            layer_stop=piece.layers.stop,
             payload_crc=crc,
         )
-        room.frames[destination] += 1
+        room.frames[piece.rank] += 1
         return wire.pack_frame(frame), payload
 
-    def _gather(self, pages: list[int], head_start: int, head_stop: int) -> tuple[memoryview, int]:
-        payload = self._store.read(pages, head_start, head_stop).cast("B")
+    def _gather(self, pages: list[int], cut: Cut, layers: range) -> tuple[memoryview, int]:
+        heads = cut.head_start - self._first_head, cut.head_stop - self._first_head
+        mine = range(layers.start - self._first_layer, layers.stop - self._first_layer)
+        payload = self._store.read(pages, *heads, mine).cast("B")
         return payload, wire.crc(payload)
 
 

@@ -104,7 +104,7 @@ class Peer:
         link = await hub.transport.connect(route.control_address, timeout_s)
         try:
             await auth.call(link, CONTROL_PURPOSE, hub.options.secret, hub.rng, timeout_s)
-            await say(link, wire.Attach(hub.boot_id, hub.terms, hub.addresses), timeout_s)
+            await say(link, wire.Attach(hub.boot_id, hub.terms, hub.addresses, hub.pp_size), timeout_s)
             welcome = await hear(link, timeout_s)
             if not isinstance(welcome, wire.Welcome):
                 raise ProtocolError("the prefill server does not greet")

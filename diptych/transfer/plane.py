@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from diptych.errors import ConfigError, DiptychError, ProtocolError
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import AnyCommand, AnyEvent, Cancel, Cancelled, Connect, Expect, Send
-from diptych.transfer.heads import head_range
 from diptych.transfer.incoming import Counters, Incoming
 from diptych.transfer.link import Link, LinkClosed, Listener, Transport
 from diptych.transfer.outgoing import Outgoing
@@ -22,13 +21,14 @@ from diptych.transfer.pool import DATA_PURPOSE
 from diptych.transfer.tasks import Tasks
 
 if TYPE_CHECKING:
+    from diptych.kv.share import Grid
     from diptych.kv.store import PageStore
 
 MAX_LINKS = 1024  # taken from others; beyond that a caller is turned away
 
 
 class DataPlane:
-    """Moves pages between `store` and other servers.
+    """Moves pages between `store`, which is what `rank` of `grid` holds, and other servers.
 
     `executor` runs gathering, checksums and scattering; without one they run on the event loop, 2 MiB at a time.
     `transports` are in order of preference. Raises ConfigError if the store cannot be sent.
@@ -39,8 +39,7 @@ class DataPlane:
         store: PageStore,
         transports: Sequence[Transport],
         rank: int,
-        world: int,
-        num_kv_heads: int,
+        grid: Grid,
         on_event: Callable[[AnyEvent], None],
         *,
         secret: str = "",
@@ -49,9 +48,12 @@ class DataPlane:
         send_timeout_s: float = 5.0,
         idle_timeout_s: float = 60.0,
     ) -> None:
-        heads = head_range(num_kv_heads, world, rank)
-        if len(heads) != store.num_heads:
-            raise ConfigError(f"rank {rank} holds {store.num_heads} kv heads, not {len(heads)}")
+        heads, layers = grid.heads(rank), grid.layers(rank)
+        if (store.num_heads, store.num_layers) != (len(heads), len(layers)):
+            raise ConfigError(
+                f"rank {rank} holds {store.num_heads} kv heads, not {len(heads)}, "
+                f"or {store.num_layers} layers, not {len(layers)}"
+            )
         if store.head_bytes > wire.MAX_PAYLOAD_BYTES:
             raise ConfigError(f"one kv head of a page has {store.head_bytes} bytes; choose a smaller --page-size")
         self.counters = Counters()
@@ -63,14 +65,12 @@ class DataPlane:
         self._listeners: list[Listener] = []
         self._links: dict[Link, None] = {}  # taken from others
         self._tasks = Tasks()
-        self._incoming = Incoming(store, heads.start, self.counters, on_event, executor)
+        self._incoming = Incoming(store, heads, layers, self.counters, on_event, executor)
         self._outgoing = Outgoing(
             store,
             transports,
             rank=rank,
-            world=world,
-            num_kv_heads=num_kv_heads,
-            heads=heads,
+            grid=grid,
             secret=secret,
             rng=self._rng,
             counters=self.counters,

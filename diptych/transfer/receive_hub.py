@@ -22,8 +22,9 @@ FetchRoute = Callable[[str, int, float], Awaitable[Route]]
 class ReceiveHub:
     """`broadcast` hands a command to the data plane of every rank; their events come back through `handle_event`.
 
-    `addresses` are where each rank's data plane receives. `on_change(room)` is called from the loop whenever a
-    Receiver's state has changed, and when one that has failed is drained. `fake`: every room is received from nobody.
+    `addresses` are where each rank's data plane receives; the ranks are `pp_size` stages of equally many.
+    `on_change(room)` is called from the loop whenever a Receiver's state has changed, and when one that has failed is
+    drained. `fake`: every room is received from nobody.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ReceiveHub:
         *,
         boot_id: str,
         vocab_size: int,
+        pp_size: int = 1,
         transport: Transport,
         fetch_route: FetchRoute,
         options: HubOptions | None = None,
@@ -43,7 +45,7 @@ class ReceiveHub:
     ) -> None:
         self.terms = terms
         self.addresses = addresses
-        self.tp_size = len(addresses)
+        self.num_ranks, self.pp_size = len(addresses), pp_size
         self.broadcast = broadcast
         self.on_change = on_change
         self.boot_id = boot_id

@@ -84,7 +84,7 @@ class Receiver(RoomEnd):
     def on_final(self, message: wire.Final) -> None:
         if message.epoch != self._epoch or self._final is not None:
             return
-        if self.state != KVPoll.Transferring or len(message.frames) != self._hub.tp_size:
+        if self.state != KVPoll.Transferring or len(message.frames) != self._hub.num_ranks:
             self._fail(failure("the prefill server ended a transfer that had not begun", ProtocolError.code))
             return
         self._final = message
@@ -119,12 +119,12 @@ class Receiver(RoomEnd):
         """Have every rank ready before prefill learns where the pages are."""
         self.timing.alloc_ms = self._enter(KVPoll.Transferring)
         skipped = reserve.prefix_tokens // self._hub.terms.page_size
-        self._writers = set(range(self._hub.tp_size))
+        self._writers = set(range(self._hub.num_ranks))
         self._hub.broadcast(Expect(self.room, self._epoch, reserve.pages[skipped:], reserve.generations[skipped:]))
 
     def _on_expecting(self, rank: int) -> None:
         self._expecting.add(rank)
-        if len(self._expecting) == self._hub.tp_size and self._reserve is not None and not self.ended:
+        if len(self._expecting) == self._hub.num_ranks and self._reserve is not None and not self.ended:
             self._post(self._reserve)
 
     def _on_drained(self, rank: int) -> None:
@@ -134,9 +134,9 @@ class Receiver(RoomEnd):
             self._changed()
 
     def _check_complete(self) -> None:
-        if self.ended or self._final is None or len(self._received) < self._hub.tp_size:
+        if self.ended or self._final is None or len(self._received) < self._hub.num_ranks:
             return
-        frames = [self._received[rank].frames for rank in range(self._hub.tp_size)]
+        frames = [self._received[rank].frames for rank in range(self._hub.num_ranks)]
         if frames != self._final.frames:
             message = f"KV corruption: {self._final.frames} frames were sent, {frames} received"
             self._fail(failure(message, "kv_transfer_corruption"))

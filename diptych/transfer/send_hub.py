@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from diptych.errors import DeadlineExceeded, DiptychError, Overloaded, RoomInUse, TransferError
+from diptych.kv.share import Grid
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import AnyCommand, AnyEvent, Connect
 from diptych.transfer.control import CONTROL_PURPOSE, Conversation, disagreement, hear, say
-from diptych.transfer.heads import head_range
 from diptych.transfer.link import Link, Listener, Transport
 from diptych.transfer.room import HubOptions, failure, in_use
 from diptych.transfer.sender import NobodySender, Sender
@@ -52,7 +52,7 @@ class SendHub:
     def __init__(
         self,
         terms: wire.Terms,
-        tp_size: int,
+        num_ranks: int,
         broadcast: Callable[[AnyCommand], None],
         on_change: Callable[[int], None],
         *,
@@ -62,7 +62,7 @@ class SendHub:
         rng: random.Random | None = None,
     ) -> None:
         self.terms = terms
-        self.tp_size = tp_size
+        self.num_ranks = num_ranks
         self.broadcast = broadcast
         self.options = options or HubOptions()
         self.boot_id = boot_id
@@ -167,7 +167,7 @@ class SendHub:
             if conversation is None:
                 return
             self._conversations[conversation] = None
-            self.broadcast(Connect(conversation.addresses))
+            self.broadcast(Connect(conversation.addresses, conversation.pp_size))
             why = "the conversation failed"
             try:
                 why = await conversation.run()
@@ -187,13 +187,15 @@ class SendHub:
         attach = await hear(link, timeout_s)
         if not isinstance(attach, wire.Attach) or not attach.addresses:
             return None
-        head_range(self.terms.num_kv_heads, len(attach.addresses), 0)  # or no rank could send to those
-        await say(link, wire.Welcome(self.boot_id, self.terms, self.tp_size), timeout_s)
+        await say(link, wire.Welcome(self.boot_id, self.terms, self.num_ranks), timeout_s)
         if disagreement(self.terms, attach.terms):
             await hear(link, timeout_s)  # until decode has read the welcome and hangs up
             return None
         conversation = Conversation(link, timeout_s, self._on_message)
-        conversation.boot_id, conversation.addresses = attach.boot_id, attach.addresses
+        whole = Grid(self.terms.num_kv_heads, self.terms.num_layers)
+        whole.over(len(attach.addresses), attach.pp_size)  # raises if no rank could send to those
+        conversation.boot_id = attach.boot_id
+        conversation.addresses, conversation.pp_size = attach.addresses, attach.pp_size
         return conversation
 
     def _lost(self, conversation: Conversation, why: str) -> None:

@@ -122,7 +122,7 @@ class Sender(RoomEnd):
             self._fail(failure(event.message, event.code))
         elif isinstance(event, Sent):
             self._sent[rank] = event
-            if len(self._sent) == self._hub.tp_size:
+            if len(self._sent) == self._hub.num_ranks:
                 self._all_sent()
 
     def done(self) -> None:
@@ -152,15 +152,15 @@ class Sender(RoomEnd):
     def _command(
         self, reserved: wire.Reserve, src: list[int], dst: list[int], generations: list[int], last: bool = False
     ) -> None:
-        assert self._conversation is not None
+        conversation = self._conversation
+        assert conversation is not None
         if self.state == KVPoll.WaitingForInput:
             self._enter(KVPoll.Transferring)
         else:
             self._extend()  # the engine goes on: what is limited is the wait for the next step
         self._commanded = True
-        self._hub.broadcast(
-            Send(self.room, reserved.epoch, self._conversation.addresses, src, dst, generations, last=last)
-        )
+        peers, pp_size = conversation.addresses, conversation.pp_size
+        self._hub.broadcast(Send(self.room, reserved.epoch, peers, pp_size, src, dst, generations, last=last))
 
     def _all_sent(self) -> None:
         assert self._conversation is not None and self._first is not None

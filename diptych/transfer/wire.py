@@ -19,7 +19,7 @@ from msgspec import Meta
 from diptych.errors import CorruptTransfer, ProtocolError
 from diptych.types import FirstToken
 
-VERSION = 1
+VERSION = 2
 MAX_PAGES = 1 << 17  # of one room
 MAX_RANKS = 1024
 MAX_HEADER_BYTES = 4 << 20  # a Reserve of MAX_PAGES fits
@@ -84,6 +84,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     fingerprint: Text
     page_size: Count
     num_kv_heads: Count  # of the whole model
+    num_layers: Count
 
 
 class Attach(Message, frozen=True):
@@ -92,6 +93,7 @@ class Attach(Message, frozen=True):
     boot_id: Text
     terms: Terms
     addresses: Addresses
+    pp_size: Count  # stages, of equally many ranks
 
 
 class Welcome(Message, frozen=True):
@@ -99,7 +101,7 @@ class Welcome(Message, frozen=True):
 
     boot_id: Text
     terms: Terms
-    tp_size: Count
+    num_ranks: Count
 
 
 class Open(Message, frozen=True):
@@ -151,11 +153,14 @@ class Ping(Message, frozen=True):
 ControlMessage = Attach | Welcome | Open | Reserve | Final | Done | Abort | Ping
 
 
-# ---- data links: each prefill rank -> each decode rank that shares kv heads with it --------------------------------
+# ---- data links: each prefill rank -> each decode rank that shares kv heads and layers with it ---------------------
 
 
 class Frame(Message, frozen=True):
-    """Header of some pages' bytes, [page, head, head_bytes] contiguous. Heads are numbered over the whole model."""
+    """Header of some pages' bytes, `[page, head, layer, 2, slot, dim]`, contiguous.
+
+    Heads and layers are numbered over the whole model; index 0 of the fourth dimension are keys.
+    """
 
     room: Room
     epoch: Epoch
@@ -165,6 +170,8 @@ class Frame(Message, frozen=True):
     generations: Generations
     head_start: Count
     head_stop: Count
+    layer_start: Count
+    layer_stop: Count
     payload_crc: Crc
 
 
@@ -215,6 +222,8 @@ def unpack_frame(header: bytes) -> Frame:
         frame = _frame.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ProtocolError("not a data frame") from None
-    if not frame.pages or len(frame.pages) != len(frame.generations) or frame.head_stop <= frame.head_start:
+    if not frame.pages or len(frame.pages) != len(frame.generations):
         raise ProtocolError("a data frame that names no pages, or not one generation a page")
+    if frame.head_stop <= frame.head_start or frame.layer_stop <= frame.layer_start:
+        raise ProtocolError("a data frame of no heads, or of no layers")
     return frame

@@ -12,7 +12,7 @@ from diptych.model.selftest import plan_of_one
 from diptych.transfer.commands import AnyCommand, Send
 
 PLAN = plan_of_one(0, 4, 1)
-SEND = Send(1, 1, [["tcp://127.0.0.1:1"]], [0], [0], [0])
+SEND = Send(1, 1, [["tcp://127.0.0.1:1"]], 1, [0], [0], [0])
 
 
 async def test_pages_are_sent_after_the_plan_that_fills_them() -> None:

@@ -100,7 +100,7 @@ def filled_pool(dtype: torch.dtype = torch.float32) -> KVPool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_store_reads_and_writes_heads_of_pages(dtype: torch.dtype) -> None:
     pool = filled_pool(dtype)
-    store: PageStore = PoolStore(pool)
+    store: PageStore = PoolStore(pool, 2)
     name = str(dtype).removeprefix("torch.")
     assert (store.num_pages, store.num_heads) == (7, 3)
     assert store.layout == f"page,head,layer,kv,slot,dim:{name}:4:2:8"

@@ -9,6 +9,7 @@ from aiohttp import web
 from transfer_registration import announce, registrations
 
 from diptych.errors import BadRequest, ProtocolError, Unauthorized, Unavailable
+from diptych.kv.share import Grid
 from diptych.net import listen_socket
 from diptych.transfer.bootstrap import (
     DP_RANK_EXPIRES_S,
@@ -20,12 +21,12 @@ from diptych.transfer.bootstrap import (
 )
 from diptych.transfer.wire import Terms
 
-TERMS = Terms("page,head,layer,kv,slot,dim:float32:16:2:64", "abc", 16, 4)
+TERMS = Terms("page,head,layer,kv,slot,dim:float32:16:2:64", "abc", 16, 4, 2)
 ALL = {"prefill_dp_rank": -1, "prefill_cp_rank": -1, "target_tp_rank": -1, "target_pp_rank": -1}
 
 
-def ranks(tp=2, boot_id="boot-1", **change):
-    made = registrations(TERMS, tp, "tcp://127.0.0.1:4321", boot_id, "float32", 8000)
+def ranks(tp=2, boot_id="boot-1", pp=1, **change):
+    made = registrations(TERMS, Grid(4, 2, tp, pp), "tcp://127.0.0.1:4321", boot_id, "float32", 8000)
     return [msgspec.structs.replace(rank, **change) for rank in made]
 
 
@@ -70,6 +71,18 @@ async def test_register_then_fetch():
         async with service.session.get("/route", params=where | {"target_tp_rank": 2}) as response:
             assert response.status == 404
         assert await service.ask("GET", "/health") == (200, "OK")
+
+
+async def test_every_rank_of_every_stage_registers():
+    async with Service() as service:
+        made = ranks(2, pp=2)
+        await announce("127.0.0.1", service.port, made[:3], "", 5.0)
+        with pytest.raises(Unavailable, match="not all registered"):
+            await fetch_route("127.0.0.1", service.port, 5.0)
+        await announce("127.0.0.1", service.port, made[3:], "", 5.0)
+        route = await fetch_route("127.0.0.1", service.port, 5.0)
+        assert (route.attn_tp_size, route.pp_size) == (2, 2)
+        assert [(rank.pp_rank, rank.attn_tp_rank) for rank in made] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 async def test_a_restarted_server_replaces_the_old_one():

@@ -35,10 +35,14 @@ def over(kind):
     return choose
 
 
-@pytest.mark.parametrize("tp", [(1, 1), (2, 1), (1, 2), (4, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("tp", "pp"),
+    [((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 2), (1, 1)), ((4, 2), (1, 1)), ((2, 4), (1, 1)), ((2, 1), (2, 3))],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_pages_arrive_whole(kind, tp, nothing_left):
-    pair = await Pair.start(over(kind), tp=tp)
+async def test_pages_arrive_whole(kind, tp, pp, nothing_left):
+    pair = await Pair.start(over(kind), tp=tp, pp=pp, num_layers=max(pp))
     try:
         for room, prefix in ((5, 0), (6, 2)):
             expected = pair.decode.whole.copy()
@@ -47,8 +51,7 @@ async def test_pages_arrive_whole(kind, tp, nothing_left):
             pair.decode.check_pool(expected)
             pair.prefill.check_pool(pair.prefill.whole)
             for rank, store in enumerate(pair.decode.stores):
-                start = pair.decode.planes[rank]._incoming._head_start
-                store.data[:] = pair.decode.whole[:, start : start + store.num_heads]
+                store.data[:] = pair.decode.part(pair.decode.whole, rank)
     finally:
         await pair.close()
     assert pair.prefill.snapshot() == pair.decode.snapshot() == {"rooms": 0, "links": 0, "tasks": 0}

@@ -7,6 +7,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transfer_pair import PAGE_SIZE, Pair
 
 from diptych.errors import ProtocolError, RoomInUse, TransferError
@@ -424,13 +426,14 @@ def test_a_server_that_stops_at_any_message_leaves_nothing(first, number):
         ({"fingerprint": "model-b"}, "model model-b here, model-a there"),
         ({"page_size": 8}, "--page-size 8 here, 4 there"),
         ({"num_kv_heads": 8}, "number of kv heads 8 here, 4 there"),
+        ({"num_layers": 2}, "number of layers 2 here, 1 there"),
     ],
 )
 def test_servers_that_do_not_fit_say_why(change, words):
     async def main():
         network = MemoryNetwork(1)
         common = {"layout": "page,head,layer,kv,slot,dim:bytes:4:1:192", "fingerprint": "model-a"}
-        terms = wire.Terms(**(common | {"page_size": PAGE_SIZE, "num_kv_heads": 4} | change))
+        terms = wire.Terms(**(common | {"page_size": PAGE_SIZE, "num_kv_heads": 4, "num_layers": 1} | change))
         pair = await start(network, terms=terms)
         receiver = pair.decode.hub.open(pair.bootstrap(5))
         await pair.decode.until(lambda: receiver.ended)
@@ -766,34 +769,60 @@ def test_mistakes_of_the_engine_are_told():
     run_virtual(main())
 
 
-# ---- different tensor parallel sizes ----
+# ---- different tensor and pipeline parallel sizes ----
+
+
+async def hand_over_between(tp, pp, num_heads, num_layers):
+    """Two rooms; each byte of each page comes once to each rank that holds it, and nothing else changes."""
+    pair = await start(MemoryNetwork(1), tp=tp, pp=pp, num_heads=num_heads, num_layers=num_layers)
+    grid = pair.decode.grid
+    expected = pair.decode.whole.copy()
+    for room, prefix in enumerate((0, 2)):
+        sender, receiver = await pair.hand_over(room, SRC, DST, prefix_pages=prefix)
+        expected[DST[prefix:]] = pair.prefill.whole[SRC[prefix:]]
+        pair.decode.check_pool(expected)
+        copies = max(num_heads, grid.tp)  # of heads on the decode side
+        num_bytes = len(SRC[prefix:]) * copies * num_layers * pair.decode.layer_bytes
+        assert sender.timing.num_bytes == receiver.timing.num_bytes == num_bytes
+        expected = np.random.default_rng(9).integers(0, 256, expected.shape, np.uint8)
+        for rank, store in enumerate(pair.decode.stores):
+            store.data[:] = pair.decode.part(expected, rank)
+    for plane in pair.decode.planes:
+        assert plane.counters.stale_frames == plane.counters.duplicate_frames == 0
+        assert plane.counters.pages_received == len(SRC) + len(SRC[2:])
+    sent = sum(plane.counters.bytes_sent for plane in pair.prefill.planes)
+    assert sent == sum(plane.counters.bytes_received for plane in pair.decode.planes)
+    await finish(pair)
 
 
 @pytest.mark.parametrize("num_heads", [4, 2])
 @pytest.mark.parametrize("decode_tp", [1, 2, 4])
 @pytest.mark.parametrize("prefill_tp", [1, 2, 4])
 def test_every_pair_of_tp_sizes(prefill_tp, decode_tp, num_heads):
+    run_virtual(hand_over_between((prefill_tp, decode_tp), (1, 1), num_heads, 1))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_pair_of_grids(data):
+    """Each head of each layer of each page arrives exactly once, however the two servers share the model out."""
+    num_heads, num_layers = data.draw(st.sampled_from([1, 2, 4, 6])), data.draw(st.sampled_from([2, 3, 4, 6]))
+    sizes = st.sampled_from([tp for tp in (1, 2, 3, 4, 6) if num_heads % tp == 0 or tp % num_heads == 0])
+    stages = st.integers(1, min(4, num_layers))
+    tp, pp = (data.draw(sizes), data.draw(sizes)), (data.draw(stages), data.draw(stages))
+    run_virtual(hand_over_between(tp, pp, num_heads, num_layers))
+
+
+@pytest.mark.parametrize(("num_ranks", "pp_size"), [(3, 2), (1, 0), (2, 2), (3, 1)])
+def test_a_decode_server_whose_ranks_cannot_share_the_model_is_turned_away(num_ranks, pp_size):
+    """The model has one layer and four kv heads."""
+
     async def main():
-        pair = await start(MemoryNetwork(1), tp=(prefill_tp, decode_tp), num_heads=num_heads)
-        expected = pair.decode.whole.copy()
-        for room, prefix in enumerate((0, 2)):
-            sender, receiver = await pair.hand_over(room, SRC, DST, prefix_pages=prefix)
-            expected[DST[prefix:]] = pair.prefill.whole[SRC[prefix:]]
-            pair.decode.check_pool(expected)
-            copies = max(num_heads, decode_tp)  # of heads on the decode side
-            num_bytes = len(SRC[prefix:]) * copies * expected.shape[2]
-            assert sender.timing.num_bytes == receiver.timing.num_bytes == num_bytes
-            for store in pair.decode.stores:
-                store.fill(9)
-            expected = pair.decode.stores[0].data.copy() if decode_tp == 1 else expected
-            for rank, store in enumerate(pair.decode.stores):
-                heads = pair.decode.planes[rank]._incoming._head_start
-                store.data[:] = expected[:, heads : heads + store.num_heads]
-        for plane in pair.decode.planes:
-            assert plane.counters.stale_frames == plane.counters.duplicate_frames == 0
-            assert plane.counters.pages_received == len(SRC) + len(SRC[2:])
-        sent = sum(plane.counters.bytes_sent for plane in pair.prefill.planes)
-        assert sent == sum(plane.counters.bytes_received for plane in pair.decode.planes)
+        pair = await start(MemoryNetwork(1))
+        pair.decode.hub.addresses, pair.decode.hub.pp_size = pair.decode.hub.addresses * num_ranks, pp_size
+        receiver = pair.decode.hub.open(pair.bootstrap(5))
+        await pair.decode.until(lambda: receiver.ended)
+        assert receiver.error is not None and pair.prefill.hub.snapshot()["links"] == 0
         await finish(pair)
 
     run_virtual(main())
@@ -805,7 +834,8 @@ def test_every_pair_of_tp_sizes(prefill_tp, decode_tp, num_heads):
 async def storm(seed):
     rng = random.Random(seed)
     network = MemoryNetwork(seed, Faults(pause_p=0.02, duplicate_p=0.05, cut_p=0.004, connect_fail_p=0.1))
-    pair = await start(network, tp=rng.choice([(1, 1), (2, 1), (1, 2), (2, 2)]), num_pages=(64, 64))
+    tp, pp = rng.choice([(1, 1), (2, 1), (1, 2), (2, 2)]), rng.choice([(1, 1), (2, 1), (1, 2), (3, 2)])
+    pair = await start(network, tp=tp, pp=pp, num_layers=3, num_pages=(64, 64))
     free = list(range(64))
     outcomes = []
 
@@ -838,15 +868,17 @@ async def storm(seed):
         if receiver is not None and receiver.state == KVPoll.Success:
             assert receiver.first == FirstToken(room, 0)
             for rank, store in enumerate(pair.decode.stores):
-                start = pair.decode.planes[rank]._incoming._head_start
-                assert np.array_equal(store.data[dst], pair.prefill.whole[src, start : start + store.num_heads])
+                assert np.array_equal(store.data[dst], pair.decode.part(pair.prefill.whole, rank)[src])
         free.extend(dst)
         outcomes.append((room, *(end and int(end.state) for end in (sender, receiver))))
 
     async def trouble():
         for _ in range(4):
             await asyncio.sleep(rng.random())
-            p, d = f"prefill-{rng.randrange(pair.prefill.tp)}", f"decode-{rng.randrange(pair.decode.tp)}"
+            p, d = (
+                f"{side}-{rng.randrange(server.grid.num_ranks)}"
+                for side, server in (("prefill", pair.prefill), ("decode", pair.decode))
+            )
             if rng.random() < 0.5:
                 network.cut(p, d)
             else:

@@ -37,7 +37,7 @@ def attacks(canary):
             return (os.mkdir, (str(canary),))
 
     hello = wire.encode(wire.Hello(wire.VERSION, "kv data", bytes(32)))
-    frame = wire.pack_frame(wire.Frame(1, 1, 0, 0, [0], [0], 0, 4, 0))
+    frame = wire.pack_frame(wire.Frame(1, 1, 0, 0, [0], [0], 0, 4, 0, 1, 0))
     made = {
         "nothing": b"",
         "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",

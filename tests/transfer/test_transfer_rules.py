@@ -1,6 +1,7 @@
 """The pure parts: head slices, frame cuts, the ring, the wire; and the checks before a page is written."""
 
 import asyncio
+import itertools
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from transfer_links import KINDS, linked
 
 from diptych.errors import ConfigError, CorruptTransfer, DiptychError, ProtocolError
+from diptych.kv.share import Grid, head_range, layer_range
 from diptych.testing.network import MemoryNetwork
 from diptych.testing.store import ArrayStore
 from diptych.testing.virtual import Deadlock, run_virtual
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import Cancel, Cancelled, Expect, Expecting, Received, TransferFailed
-from diptych.transfer.heads import head_range, slices_to_send
+from diptych.transfer.heads import pieces_to_send
 from diptych.transfer.incoming import Counters, Incoming
 from diptych.transfer.link import LinkClosed
 from diptych.transfer.outgoing import cuts
@@ -30,22 +32,66 @@ from diptych.types import FirstToken, TokenLogprob
 # ---- heads and cuts ----
 
 
+def check_pieces(here, there):
+    """Each head of each layer of each decode rank has one source, which holds it."""
+    seen = {}
+    for rank in range(here.num_ranks):
+        for piece in pieces_to_send(here, rank, there):
+            for head, layer in itertools.product(piece.heads, piece.layers):
+                assert head in here.heads(rank) and layer in here.layers(rank)
+                assert (piece.rank, head, layer) not in seen
+                seen[piece.rank, head, layer] = rank
+    ranks = range(there.num_ranks)
+    assert seen.keys() == {(r, *part) for r in ranks for part in itertools.product(there.heads(r), there.layers(r))}
+    if here == there:
+        assert all(source == rank for (rank, _, _), source in seen.items())
+
+
 @pytest.mark.parametrize("num_heads", [1, 2, 4, 8, 6])
 def test_each_head_of_each_decode_rank_has_one_source(num_heads):
     worlds = [w for w in range(1, 17) if num_heads % w == 0 or w % num_heads == 0]
-    for prefill in worlds:
-        for decode in worlds:
-            seen: dict[tuple[int, int], int] = {}
-            for rank in range(prefill):
-                for piece in slices_to_send(num_heads, prefill, rank, decode):
-                    for head in range(piece.start, piece.stop):
-                        assert head in head_range(num_heads, prefill, rank)
-                        assert (piece.rank, head) not in seen
-                        seen[piece.rank, head] = rank
-            expected = {(rank, head) for rank in range(decode) for head in head_range(num_heads, decode, rank)}
-            assert seen.keys() == expected
-            if prefill == decode:
-                assert all(source == rank for (rank, _), source in seen.items())
+    for prefill, decode in itertools.product(worlds, worlds):
+        check_pieces(Grid(num_heads, 1, prefill), Grid(num_heads, 1, decode))
+
+
+@st.composite
+def grids(draw):
+    """Two servers of one model."""
+    num_heads, num_layers = draw(st.sampled_from([1, 2, 3, 4, 6, 8])), draw(st.integers(1, 13))
+    tps = st.sampled_from([w for w in range(1, 17) if num_heads % w == 0 or w % num_heads == 0])
+    return [Grid(num_heads, num_layers, draw(tps), draw(st.integers(1, num_layers))) for _ in range(2)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(grids())
+def test_each_head_of_each_layer_has_one_source_whatever_the_two_grids(both):
+    check_pieces(*both)
+
+
+@given(st.integers(1, 200), st.data())
+def test_layers_are_shared_out_evenly_and_the_first_stages_have_more(num_layers, data):
+    stages = data.draw(st.integers(1, num_layers))
+    parts = [layer_range(num_layers, stages, stage) for stage in range(stages)]
+    assert [layer for part in parts for layer in part] == list(range(num_layers))
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1 <= sizes[-1]
+
+
+def test_shares_that_do_not_exist():
+    with pytest.raises(ConfigError, match="--pp-size 5 is more than the model's 4 layers"):
+        layer_range(4, 5, 0)
+    grid = Grid(4, 3)
+    assert grid.over(6, 3) == Grid(4, 3, 2, 3)
+    for num_ranks, pp, words in (
+        (4, 3, "4 ranks are no 3 equal"),
+        (0, 0, "no 0"),
+        (2, 4, "no 4"),
+        (6, 2, "by 3 ranks"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            grid.over(num_ranks, pp)
+    with pytest.raises(ConfigError, match="more than the model's 3 layers"):
+        grid.over(4, 4)
 
 
 def test_heads_that_cannot_be_shared():
@@ -56,7 +102,7 @@ def test_heads_that_cannot_be_shared():
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 5000), st.integers(1, 20000))
 def test_cuts_cover_everything_once(num_pages, num_heads, head_bytes, frame_bytes):
     seen = np.zeros((num_pages, num_heads), int)
-    for cut in cuts(num_pages, 3, 3 + num_heads, head_bytes, frame_bytes):
+    for cut in cuts(num_pages, range(3, 3 + num_heads), head_bytes, frame_bytes):
         pages, heads = cut.stop - cut.start, cut.head_stop - cut.head_start
         assert pages >= 1 and heads >= 1
         assert pages * heads * head_bytes <= frame_bytes or pages == heads == 1
@@ -95,8 +141,8 @@ def test_ring_pieces_never_overlap(steps):
 # ---- wire ----
 
 MESSAGES = [
-    wire.Attach("boot", wire.Terms("layout", "model", 16, 4), [["tcp://a:1", "shm://b"], []]),
-    wire.Welcome("boot", wire.Terms("layout", "model", 16, 4), 2),
+    wire.Attach("boot", wire.Terms("layout", "model", 16, 4, 3), [["tcp://a:1", "shm://b"], []], 2),
+    wire.Welcome("boot", wire.Terms("layout", "model", 16, 4, 3), 2),
     wire.Open(2**63 - 1, 0),
     wire.Reserve(1, 2, [1, 2, 3], [4, 5, 2**63 - 1], 16),
     wire.Final(1, 2, FirstToken(5, 0, TokenLogprob(-0.5, 5, [(-0.5, 5)], [])), [3]),
@@ -125,7 +171,7 @@ def test_messages_come_back_as_they_were(message):
         ["Reserve", 1, 2, [2**31], [0], 0],
         ["Reserve", 1, 2, list(range(wire.MAX_PAGES + 1)), [], 0],
         ["Abort", 1, 2, "x" * 1025, "y"],
-        ["Attach", "b", ["l", "m", 16, 4], [["a"] * 9]],
+        ["Attach", "b", ["l", "m", 16, 4, 3], [["a"] * 9], 1],
         ["Nothing"],
         [],
         {},
@@ -287,13 +333,14 @@ PAGES, GENERATIONS = [3, 1, 6], [11, 12, 13]
 
 
 class Desk:
-    """An Incoming over 8 pages of 2 heads (the whole model's heads 2 and 3) of 32 bytes, expecting PAGES for room 5."""
+    """An Incoming over 8 pages of 2 heads and 2 layers (the model's heads 2 and 3, layers 4 and 5), 16 bytes each,
+    expecting PAGES for room 5."""
 
     def __init__(self, store=None, executor=None):
-        self.store = store or ArrayStore(8, 2, 32)
+        self.store = store or ArrayStore(8, 2, 32, num_layers=2)
         self.events = []
         self.counters = Counters()
-        self.incoming = Incoming(self.store, 2, self.counters, self.events.append, executor)
+        self.incoming = Incoming(self.store, range(2, 4), range(4, 6), self.counters, self.events.append, executor)
         self.incoming.expect(Expect(5, 77, PAGES, GENERATIONS))
         assert self.events.pop() == Expecting(5, 77)
 
@@ -310,6 +357,8 @@ class Desk:
             "generations": GENERATIONS,
             "head_start": 2,
             "head_stop": 4,
+            "layer_start": 4,
+            "layer_stop": 6,
             "payload_crc": wire.crc(payload),
         }
         return wire.pack_frame(wire.Frame(**(values | change))), payload
@@ -352,6 +401,9 @@ async def test_frames_for_others_are_refused_and_harm_nobody(change):
     [
         ({"head_start": 1, "head_stop": 3}, None),
         ({"head_start": 3, "head_stop": 5}, None),
+        ({"layer_start": 3, "layer_stop": 5}, None),
+        ({"layer_start": 5, "layer_stop": 7}, None),
+        ({"layer_start": 5}, None),
         ({}, bytes(31)),
         ({}, b""),
         ({}, bytes(32 * 2 * 3 + 1)),
@@ -384,6 +436,21 @@ async def test_a_page_is_never_written_twice():
     assert np.array_equal(desk.store.data, before)
 
 
+async def test_layers_of_a_head_may_come_apart_but_only_once():
+    desk = Desk()
+    late, early = bytes(range(16, 32)) * 6, bytes(range(16)) * 6
+    await desk.take(*desk.frame(late, layer_start=5, source=1))
+    assert not desk.events and not desk.store.data[:, :, :16].any()
+    await desk.take(*desk.frame(early, layer_stop=5))
+    assert desk.events == [Received(5, 77, 2, 192)]
+    assert desk.store.data[PAGES].tobytes() == bytes(range(32)) * 6
+    again = Desk()
+    await again.take(*again.frame(late, layer_start=5, source=1))
+    await again.take(*again.frame())
+    assert isinstance(again.events[0], TransferFailed) and "came twice" in again.events[0].message
+    assert not again.store.data[:, :, :16].any()
+
+
 async def test_ten_thousand_flipped_bits_are_all_seen():
     rng = random.Random(1)
     desk = Desk()
@@ -410,12 +477,12 @@ class SlowStore(ArrayStore):
     """A store whose write waits, in its thread, until it is let go."""
 
     def __init__(self, loop):
-        super().__init__(8, 2, 32)
+        super().__init__(8, 2, 32, num_layers=2)
         self.loop, self.writing, self.go = loop, asyncio.Event(), None
 
-    def write(self, pages, head_start, head_stop, data):
+    def write(self, pages, head_start, head_stop, data, layers=None):
         asyncio.run_coroutine_threadsafe(self.wait(), self.loop).result(10)
-        super().write(pages, head_start, head_stop, data)
+        super().write(pages, head_start, head_stop, data, layers)
 
     async def wait(self):
         self.go = asyncio.Event()
@@ -448,16 +515,20 @@ async def test_a_room_with_nothing_to_come_is_received_at_once():
 
 async def test_a_plane_answers_every_cancel():
     events = []
-    plane = DataPlane(ArrayStore(4, 2, 32), [], 0, 1, 2, events.append)
+    plane = DataPlane(ArrayStore(4, 2, 32), [], 0, Grid(2, 1), events.append)
     plane.execute(Cancel(9, 9))
     assert events == [Cancelled(9, 9)]
     await plane.close()
 
 
 def test_stores_that_do_not_fit_are_refused():
-    for store, words in ((ArrayStore(4, 2, 32), "2 kv heads, not 4"), (ArrayStore(1, 4, 17 << 20), "--page-size")):
+    for store, words in (
+        (ArrayStore(4, 2, 32), "2 kv heads, not 4"),
+        (ArrayStore(4, 4, 32, num_layers=2), "2 layers, not 1"),
+        (ArrayStore(1, 4, 17 << 20), "--page-size"),
+    ):
         with pytest.raises(ConfigError, match=words):
-            DataPlane(store, [], 0, 1, 4, print)
+            DataPlane(store, [], 0, Grid(4, 1), print)
 
 
 @pytest.mark.skipif("nixl" in KINDS, reason="nixl is installed")

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from aiohttp import web
 from transfer_registration import announce, registrations
 
+from diptych.kv.share import Grid
 from diptych.net import listen_socket
 from diptych.testing.store import ArrayStore
 from diptych.transfer import wire
@@ -25,6 +26,7 @@ from diptych.transfer.tcp import TcpTransport
 from diptych.transfer.transports import data_transports
 from diptych.types import Bootstrap, FirstToken
 
+GRID = Grid(2, 1)
 SRC, DST = [3, 9, 1, 20, 7, 5, 11], [30, 2, 17, 4, 0, 31, 8]
 
 
@@ -33,9 +35,9 @@ class Side:
         self.store = ArrayStore(32, 2, 50_000)
         self.store.fill(seed)
         self.plane = DataPlane(
-            self.store, data_transports("auto"), 0, 1, 2, lambda event: self.hub.handle_event(0, event)
+            self.store, data_transports("auto"), 0, GRID, lambda event: self.hub.handle_event(0, event)
         )
-        self.terms = wire.Terms(self.store.layout, "model", 16, 2)
+        self.terms = wire.Terms(self.store.layout, "model", 16, 2, 1)
         self.changed = asyncio.Event()
 
     def on_change(self, room):
@@ -57,7 +59,7 @@ async def prefill(host, folder):
     runner = web.AppRunner(bootstrap_app("secret"))
     await runner.setup()
     await web.SockSite(runner, listen_socket(host, 8998)).start()
-    await announce(host, 8998, registrations(side.terms, 1, control, "p", "bytes", 0), "secret", 10.0)
+    await announce(host, 8998, registrations(side.terms, GRID, control, "p", "bytes", 0), "secret", 10.0)
     sender = side.hub.open(5, len(SRC))
     sender.send(SRC, 0)
     sender.finish(FirstToken(17, 0))

@@ -7,10 +7,10 @@ import random
 
 import numpy as np
 
+from diptych.kv.share import Grid
 from diptych.testing.store import ArrayStore
 from diptych.transfer import wire
 from diptych.transfer.bootstrap import Route
-from diptych.transfer.heads import head_range
 from diptych.transfer.plane import DataPlane
 from diptych.transfer.receive_hub import ReceiveHub
 from diptych.transfer.room import HubOptions, KVPoll
@@ -22,32 +22,44 @@ HEAD_BYTES = 192
 
 
 class Server:
-    """One server's ranks. `whole` is its pool with all heads, [page, kv head, byte]."""
+    """One server's ranks. `whole` is its pool with all heads and layers, [page, kv head, byte of all layers]."""
 
-    def __init__(self, tp, num_heads, num_pages, seed, transports, *, secret="", head_bytes=HEAD_BYTES, **plane):
-        self.tp, self.num_heads = tp, num_heads
+    def __init__(self, grid, num_pages, seed, transports, *, secret="", head_bytes=HEAD_BYTES, **plane):
+        self.grid, self.layer_bytes = grid, head_bytes // grid.num_layers
         self.stores, self.planes = [], []
         self.changes: list[int] = []
         self._changed = asyncio.Event()
-        self.whole = np.random.default_rng(seed).integers(0, 256, (num_pages, num_heads, head_bytes), np.uint8)
-        for rank in range(tp):
-            heads = head_range(num_heads, tp, rank)
-            store = ArrayStore(num_pages, len(heads), head_bytes, page_size=PAGE_SIZE)
-            store.data[:] = self.whole[:, heads.start : heads.stop]
+        self.whole = np.random.default_rng(seed).integers(0, 256, (num_pages, grid.num_heads, head_bytes), np.uint8)
+        for rank in range(grid.num_ranks):
+            layers = grid.layers(rank)
+            store = ArrayStore(
+                num_pages,
+                len(grid.heads(rank)),
+                len(layers) * self.layer_bytes,
+                num_layers=len(layers),
+                model_layers=grid.num_layers,
+                page_size=PAGE_SIZE,
+            )
+            store.data[:] = self.part(self.whole, rank)
             self.stores.append(store)
             self.planes.append(
                 DataPlane(
                     store,
                     transports(rank),
                     rank,
-                    tp,
-                    num_heads,
+                    grid,
                     lambda event, rank=rank: self.hub.handle_event(rank, event),
                     secret=secret,
                     rng=random.Random(seed * 100 + rank),
                     **plane,
                 )
             )
+
+    def part(self, whole, rank):
+        """What `rank` holds of a pool like `whole`."""
+        heads, layers = self.grid.heads(rank), self.grid.layers(rank)
+        start, stop = layers.start * self.layer_bytes, layers.stop * self.layer_bytes
+        return whole[:, heads.start : heads.stop, start:stop]
 
     def broadcast(self, command):
         for plane in self.planes:
@@ -67,8 +79,7 @@ class Server:
     def check_pool(self, expected):
         """Every rank's copy of every page, bit for bit."""
         for rank, store in enumerate(self.stores):
-            heads = head_range(self.num_heads, self.tp, rank)
-            assert np.array_equal(store.data, expected[:, heads.start : heads.stop]), f"rank {rank}"
+            assert np.array_equal(store.data, self.part(expected, rank)), f"rank {rank}"
 
     def snapshot(self):
         totals = dict(self.hub.snapshot())
@@ -95,7 +106,9 @@ class Pair:
         transports,
         *,
         tp=(1, 1),
+        pp=(1, 1),
         num_heads=4,
+        num_layers=1,
         num_pages=(24, 32),
         options=None,
         secrets=("", ""),
@@ -108,14 +121,10 @@ class Pair:
         options = options or HubOptions()
         self.options = options
         self.transports = transports
-        self.num_heads = num_heads
-        self.prefill = Server(
-            tp[0], num_heads, num_pages[0], 1, lambda r: transports("prefill", r), secret=secrets[0], **plane
-        )
-        self.decode = Server(
-            tp[1], num_heads, num_pages[1], 2, lambda r: transports("decode", r), secret=secrets[1], **plane
-        )
-        self.terms = wire.Terms(self.prefill.stores[0].layout, "model-a", PAGE_SIZE, num_heads)
+        grids = [Grid(num_heads, num_layers, tp[side], pp[side]) for side in range(2)]
+        self.prefill = Server(grids[0], num_pages[0], 1, lambda r: transports("prefill", r), secret=secrets[0], **plane)
+        self.decode = Server(grids[1], num_pages[1], 2, lambda r: transports("decode", r), secret=secrets[1], **plane)
+        self.terms = wire.Terms(self.prefill.stores[0].layout, "model-a", PAGE_SIZE, num_heads, num_layers)
         self.secrets = secrets
         self.routes = {}
         await self.start_prefill(host)
@@ -127,6 +136,7 @@ class Pair:
             self.decode.on_change,
             boot_id="decode-1",
             vocab_size=1000,
+            pp_size=pp[1],
             transport=transports("decode", 0)[-1],
             fetch_route=self.fetch_route,
             options=HubOptions(
@@ -142,7 +152,7 @@ class Pair:
         prefill = self.prefill
         prefill.hub = SendHub(
             self.terms,
-            prefill.tp,
+            prefill.grid.num_ranks,
             prefill.broadcast,
             prefill.on_change,
             boot_id=boot_id,
@@ -155,7 +165,7 @@ class Pair:
         )
         address = await prefill.hub.start(self.transports("prefill", 0)[-1], host)
         self.routes["prefill", 1] = Route(
-            attn_tp_size=prefill.tp, page_size=PAGE_SIZE, kv_cache_dtype="bytes", control_address=address
+            attn_tp_size=prefill.grid.tp, page_size=PAGE_SIZE, kv_cache_dtype="bytes", control_address=address
         )
 
     async def fetch_route(self, host, port, timeout_s):

@@ -6,13 +6,15 @@ from diptych.transfer.bootstrap import Registration, register
 from diptych.transfer.tcp import split_host_port
 
 
-def registrations(terms, tp_size, control_address, boot_id, kv_dtype, http_port):
+def registrations(terms, grid, control_address, boot_id, kv_dtype, http_port):
     """What the ranks of one prefill server register: rank 0 speaks for all of them."""
     host, port = split_host_port(control_address.partition("://")[2])
     return [
         Registration(
-            attn_tp_size=tp_size,
-            attn_tp_rank=rank,
+            attn_tp_size=grid.tp,
+            attn_tp_rank=rank % grid.tp,
+            pp_size=grid.pp,
+            pp_rank=rank // grid.tp,
             rank_ip=host,
             rank_port=port,
             page_size=terms.page_size,
@@ -23,7 +25,7 @@ def registrations(terms, tp_size, control_address, boot_id, kv_dtype, http_port)
             boot_id=boot_id,
             fingerprint=terms.fingerprint,
         )
-        for rank in range(tp_size)
+        for rank in range(grid.num_ranks)
     ]
 
 
