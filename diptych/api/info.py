@@ -12,7 +12,7 @@ from diptych.api.context import CONTEXT, Context
 from diptych.api.jobs import check_count
 from diptych.api.wire import json_response, read_body
 from diptych.config import ServerConfig
-from diptych.errors import BadRequest, DiptychError, NotFound
+from diptych.errors import BadRequest, ContextLengthExceeded, DiptychError, NotFound
 from diptych.obs.metrics import CONTENT_TYPE
 from diptych.types import Stats
 
@@ -145,14 +145,35 @@ class DetokenizeBody(msgspec.Struct):
     skip_special_tokens: bool = True
 
 
+def check_length(num_tokens: int, ctx: Context, param: str) -> None:
+    """Raise ContextLengthExceeded for a text that the model could not hold."""
+    longest = ctx.service.engine.model.context_len
+    if num_tokens > longest:
+        raise ContextLengthExceeded(
+            f"this model's context has {longest} tokens and the text {num_tokens} or more; send it in parts",
+            param=param,
+        )
+
+
+async def _tokens(text: str, special: bool, ctx: Context, param: str) -> list[int]:
+    check_length(ctx.tokenizer.least_tokens(text), ctx, param)
+    ids = await ctx.service.encode(text, special=special)
+    check_length(len(ids), ctx, param)
+    return ids
+
+
 async def tokenize(request: web.Request) -> web.Response:
+    """Texts as ids, each no longer than a sequence of the model may be."""
     ctx = request.app[CONTEXT]
     body = await read_body(request, TokenizeBody)
+    single = isinstance(body.prompt, str)
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     check_count(len(texts))
-    found = [await ctx.service.encode(text, special=body.add_special_tokens) for text in texts]
+    found = [
+        await _tokens(text, body.add_special_tokens, ctx, "prompt" if single else f"prompt[{index}]")
+        for index, text in enumerate(texts)
+    ]
     counts = [len(ids) for ids in found]
-    single = isinstance(body.prompt, str)
     return json_response(
         {
             "tokens": found[0] if single else found,
@@ -163,17 +184,19 @@ async def tokenize(request: web.Request) -> web.Response:
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    """Ids that the tokenizer does not know are an error here."""
+    """Ids as texts. Ids that the tokenizer does not know are an error here, and so are more than the context holds."""
     ctx = request.app[CONTEXT]
     body = await read_body(request, DetokenizeBody)
     flat = [item for item in body.tokens if isinstance(item, int)]
     lists = [item for item in body.tokens if not isinstance(item, int)]
     if flat and lists:
         raise BadRequest("tokens must be a list of ids or a list of such lists", param="tokens")
-    for ids in lists or [flat]:
+    check_count(len(lists))
+    for index, ids in enumerate(lists or [flat]):
+        check_length(len(ids), ctx, f"tokens[{index}]" if lists else "tokens")
         if ids and not 0 <= min(ids) <= max(ids) < ctx.tokenizer.vocab_size:
             raise BadRequest(f"tokens must be between 0 and {ctx.tokenizer.vocab_size - 1}", param="tokens")
-    texts = [ctx.tokenizer.decode(ids, skip_special=body.skip_special_tokens) for ids in lists or [flat]]
+    texts = [await ctx.service.decode(ids, skip_special=body.skip_special_tokens) for ids in lists or [flat]]
     return json_response({"text": texts if lists else texts[0]})
 
 

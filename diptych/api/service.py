@@ -182,8 +182,16 @@ class Service:
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """`text` as token ids; long texts in a thread."""
         if len(text) <= LONG_TEXT_CHARS:
+            await asyncio.sleep(0)  # other streams have a turn between the texts of a batch
             return self.tokenizer.encode(text, special=special)
         return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
+
+    async def decode(self, ids: list[int], *, skip_special: bool) -> str:
+        """Token ids as text; many in a thread."""
+        if len(ids) <= LONG_TEXT_CHARS:
+            await asyncio.sleep(0)
+            return self.tokenizer.decode(ids, skip_special=skip_special)
+        return await asyncio.to_thread(self.tokenizer.decode, ids, skip_special=skip_special)
 
     # ---- running requests ----
 

@@ -186,6 +186,33 @@ async def test_tokenize(serve: Serve, demo: Tokenizer) -> None:
         assert (await server.post("/detokenize", {"tokens": bad}))[0] == 400
 
 
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+async def test_tokenizing_is_bounded_as_prompts_are(serve: Serve, demo: Tokenizer, prefix: str) -> None:
+    """To the last token, in batches too, and a text that is hopeless is not even encoded."""
+    server = await serve()
+    longest = server.engine.model.context_len
+    fits = demo.decode([300] * longest)
+    ids = demo.encode(fits, special=True)
+    fits = demo.decode(ids[:longest])
+    assert len(demo.encode(fits, special=True)) == longest
+    for path, field, good, bad in (
+        ("tokenize", "prompt", fits, fits + " more"),
+        ("tokenize", "prompt", ["a", fits], ["a", "x" * (demo.longest_token * longest + 1)]),
+        ("detokenize", "tokens", [300] * longest, [300] * (longest + 1)),
+        ("detokenize", "tokens", [[1], [300] * longest], [[1], [300] * (longest + 1)]),
+    ):
+        assert (await server.post(f"{prefix}/{path}", {field: good}))[0] == 200
+        status, reply = await server.post(f"{prefix}/{path}", {field: bad})
+        assert (status, reply["error"]["code"]) == (400, "context_length_exceeded"), reply
+        assert reply["error"]["param"] == (
+            f"{field}[1]" if isinstance(good[-1], str | list) and len(good) == 2 else field
+        )
+    for path, field, item in (("tokenize", "prompt", "a"), ("detokenize", "tokens", [300])):
+        assert (await server.post(f"{prefix}/{path}", {field: [item] * 1024}))[0] == 200
+        status, reply = await server.post(f"{prefix}/{path}", {field: [item] * 1025})
+        assert status == 400 and "1024" in reply["error"]["message"]
+
+
 # ---- metrics ----
 
 
