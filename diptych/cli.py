@@ -12,6 +12,7 @@ DESCRIPTION = """\
 Serve large language models with prefill and decode on different processors.
 
   diptych up FILE          run a RoleBasedGroup manifest as processes on this machine
+  diptych validate FILE    check manifests as Kubernetes would; `diptych crds` prints the definitions
   diptych serve ...        one server: --disaggregation-mode prefill, decode, or both phases
   diptych route ...        the router in front of prefill and decode servers
   diptych bench ...        measure a server or a router

@@ -1,4 +1,4 @@
-"""The commands of a local group: up, status, logs, scale, down."""
+"""The commands of a local group: up, status, logs, scale, down; and of manifests: validate, crds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import msgspec
 from rich.console import Console
 
 from diptych.errors import ConfigError, DeadlineExceeded
+from diptych.group.crds import crds_yaml
 from diptych.group.local import up
 from diptych.group.local.control import ScaleRequest, StatusRequest
 from diptych.group.local.launch import prepare, read_launch
@@ -21,13 +22,14 @@ from diptych.group.local.logs import follow_logs, log_files, print_logs
 from diptych.group.local.paths import GroupFolder, known_groups, state_root
 from diptych.group.local.progress import Progress
 from diptych.group.local.state import Snapshot
+from diptych.group.validate import check
 
 Handler = Callable[[argparse.Namespace], int]
 UP_TIMEOUT_S, SCALE_TIMEOUT_S, DOWN_TIMEOUT_S = 600.0, 300.0, 120.0
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds the five commands; each sets `handler`, which takes the parsed arguments and returns an exit status."""
+    """Adds the commands; each sets `handler`, which takes the parsed arguments and returns an exit status."""
     parser = _command(subparsers, "up", run_up, "run a RoleBasedGroup manifest as processes on this machine")
     parser.add_argument("file", metavar="FILE", help="manifest: one RoleBasedGroup and its Services, YAML")
     parser.add_argument(
@@ -81,6 +83,9 @@ def add_commands(subparsers: Any) -> None:
         default=DOWN_TIMEOUT_S,
         help=f"seconds to wait for its end (default: {DOWN_TIMEOUT_S:g})",
     )
+    parser = _command(subparsers, "validate", run_validate, "check manifests as the API server and the operator would")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="YAML; all kinds of workloads.x-k8s.io, and Services")
+    _command(subparsers, "crds", run_crds, "print the custom resource definitions, YAML")
 
 
 def _command(subparsers: Any, name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
@@ -255,6 +260,23 @@ def run_down(args: argparse.Namespace) -> int:
         progress.settle()
     _current(folder)
     return 1
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    """A line for each document on standard output, or its mistakes in a ConfigError, all at once."""
+    wrong: list[str] = []
+    for each in check(args.files):
+        wrong += [f"{each}: {problem}" for problem in each.problems]
+        if not each.problems:
+            print(f"ok  {each}" if each.known else f"--  {each}: not checked, no kind of workloads.x-k8s.io")
+    if wrong:
+        raise ConfigError(f"{len(wrong)} {'mistake' if len(wrong) == 1 else 'mistakes'}:\n  " + "\n  ".join(wrong))
+    return 0
+
+
+def run_crds(args: argparse.Namespace) -> int:
+    print(crds_yaml(), end="")
+    return 0
 
 
 def _target(text: str, parts: int) -> tuple[str, str, str]:

@@ -12,6 +12,16 @@ def pod_name(group: str, role: str, index: int) -> str:
     return f"{group}-{role}-{index}"
 
 
+def workload_name(group: str, role: str) -> str:
+    """The workload object of a role, and with it its Service, its discovery file and its scaling adapter."""
+    return f"{group}-{role}"
+
+
+def child_name(group_set: str, index: int) -> str:
+    """One of the groups of a RoleBasedGroupSet."""
+    return f"{group_set}-{index}"
+
+
 def role_services(group: str, role: str) -> tuple[str, str]:
     """The headless Service of a role: its name in v0.3 and v0.4, and in v0.5 and later."""
     return f"{group}-{role}", f"s-{group}-{role}"

@@ -6,18 +6,20 @@ they are accepted, reported by the local runner, and passed on unchanged by a ru
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar
 
 import msgspec
 from msgspec import Meta
 
-from diptych.group.reader import Object, field_names
+from diptych.group.reader import Object, field_names, keyed
 
 Quantity = int | float | str
 Port = int | str  # a number, or the name of a container port
 Seconds = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 EnvName = Annotated[str, Meta(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$(?!\n)")]  # `$` alone lets a last line end pass
+PORT_NAME = re.compile(r"(?=.{1,15}$)(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")  # RFC 6335
 MountPath = Annotated[str, Meta(min_length=1, pattern="^[^:]*$")]
 
 
@@ -109,6 +111,7 @@ class Container(Object, frozen=True, kw_only=True):
         "image imagePullPolicy envFrom lifecycle resizePolicy restartPolicy restartPolicyRules securityContext stdin"
         " stdinOnce terminationMessagePath terminationMessagePolicy tty volumeDevices"
     )
+    outline: ClassVar[frozenset[str] | None] = field_names("name")
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$(?!\n)", max_length=63)]
     command: tuple[str, ...] = ()
@@ -138,6 +141,7 @@ class Volume(Object, frozen=True, kw_only=True):
         "hostPath configMap secret projected downwardAPI csi ephemeral nfs iscsi image fc flexVolume rbd cephfs"
         " glusterfs awsElasticBlockStore gcePersistentDisk azureDisk azureFile"
     )
+    outline: ClassVar[frozenset[str] | None] = field_names("name")
 
     name: str
     persistent_volume_claim: ClaimVolume | None = None
@@ -153,20 +157,24 @@ class PodSpec(Object, frozen=True, kw_only=True):
         " schedulingGates securityContext serviceAccount serviceAccountName setHostnameAsFQDN shareProcessNamespace"
         " subdomain tolerations topologySpreadConstraints"
     )
+    outline: ClassVar[frozenset[str] | None] = field_names("containers volumes")
 
-    containers: Annotated[tuple[Container, ...], Meta(min_length=1)]
-    volumes: tuple[Volume, ...] = ()
+    containers: Annotated[tuple[Container, ...], Meta(min_length=1), keyed("name")]
+    volumes: Annotated[tuple[Volume, ...], keyed("name")] = ()
     termination_grace_period_seconds: Seconds = 30
 
 
 class TemplateMeta(Object, frozen=True, kw_only=True):
     other_fields: ClassVar[frozenset[str]] = field_names("name generateName namespace creationTimestamp finalizers")
+    outline: ClassVar[frozenset[str] | None] = field_names("labels annotations")
 
     labels: dict[str, str] = msgspec.field(default_factory=dict)
     annotations: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class PodTemplate(Object, frozen=True, kw_only=True):
+    outline: ClassVar[frozenset[str] | None] = field_names("metadata spec")
+
     spec: PodSpec
     metadata: TemplateMeta = TemplateMeta()
 
@@ -174,8 +182,6 @@ class PodTemplate(Object, frozen=True, kw_only=True):
 def pod_problems(spec: PodSpec) -> list[tuple[str, str]]:
     """What the types cannot say: (path below the pod spec, message)."""
     problems: list[tuple[str, str]] = []
-    _unique(problems, "containers", [each.name for each in spec.containers])
-    _unique(problems, "volumes", [each.name for each in spec.volumes])
     volumes = {each.name for each in spec.volumes}
     for i, container in enumerate(spec.containers):
         path = f"containers[{i}]"
@@ -187,7 +193,20 @@ def pod_problems(spec: PodSpec) -> list[tuple[str, str]]:
         for j, variable in enumerate(container.env):
             if variable.value is not None and variable.value_from is not None:
                 problems.append((f"{path}.env[{j}]", "value and valueFrom exclude each other"))
+        problems += _port_problems(container, path)
         problems += _probe_problems(container, path)
+    return problems
+
+
+def _port_problems(container: Container, path: str) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    names = [port.name for port in container.ports]
+    for i, name in enumerate(names):
+        where = f"{path}.ports[{i}].name"
+        if name and not PORT_NAME.fullmatch(name):
+            problems.append((where, f"{name!r} must be up to 15 lower-case letters, digits and single dashes"))
+        if name and name in names[:i]:
+            problems.append((where, f"{name} is already used"))
     return problems
 
 
@@ -224,12 +243,6 @@ def port_number(container: Container, port: Port) -> int | None:
     if isinstance(port, int) or port.isdigit():
         return int(port)
     return next((each.container_port for each in container.ports if each.name == port), None)
-
-
-def _unique(problems: list[tuple[str, str]], field: str, names: list[str]) -> None:
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            problems.append((f"{field}[{i}].name", f"{name} is already used"))
 
 
 def gpus_wanted(spec: PodSpec) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import types
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import msgspec
+from msgspec import Meta
 
 T = TypeVar("T")
 
@@ -21,10 +23,45 @@ def field_names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+class Rule(msgspec.Struct, frozen=True):
+    """What several fields of one object must fulfil together, twice: in CEL for the API server, and in Python.
+
+    `holds` takes the object. `message` says what to change.
+    """
+
+    cel: str
+    message: str
+    holds: Callable[[Any], bool]
+
+
 class Object(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A manifest object. `other_fields`: names that Kubernetes knows and this struct does not model."""
+    """A manifest object.
+
+    `other_fields`: names that Kubernetes knows and this struct does not model. `cluster_fields`: modelled names that
+    mean nothing to processes on one machine. `outline`: if set, the only fields that the custom resource's schema
+    describes; all others pass through it unread.
+    """
 
     other_fields: ClassVar[frozenset[str]] = frozenset()
+    cluster_fields: ClassVar[frozenset[str]] = frozenset()
+    outline: ClassVar[frozenset[str] | None] = None
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+
+def keyed(*names: str) -> Meta:
+    """A list whose items have a unique value of these fields (Kubernetes' listType map)."""
+    return Meta(extra_json_schema={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(names)})
+
+
+def metas(kind: Any) -> list[Meta]:
+    """Everything that a type's annotations say about it."""
+    return [each for each in getattr(kind, "__metadata__", ()) if isinstance(each, Meta)]
+
+
+def list_keys(kind: Any) -> list[str]:
+    """The fields that `keyed` names; empty if items may repeat."""
+    extras = [each.extra_json_schema or {} for each in metas(kind)]
+    return next((each["x-kubernetes-list-map-keys"] for each in extras if "x-kubernetes-list-map-keys" in each), [])
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -39,7 +76,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Reading:
-    """What reading a document found besides the object: problems, and known fields that the model leaves out."""
+    """What reading a document found besides the object: problems, and fields without a meaning on one machine."""
 
     def __init__(self, label: str = "") -> None:
         self.label = label  # goes before each path, to tell documents of one file apart
@@ -48,6 +85,10 @@ class Reading:
 
     def problem(self, path: str, message: str) -> None:
         self.problems.append(Problem(self.label + path, message))
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        for each in problems:
+            self.problem(each.path, each.message)
 
     def read(self, kind: type[T], value: Any, path: str = "") -> T | None:
         """`value` as `kind`. Mistakes go to `problems`; the object is None if it cannot be built."""
@@ -77,7 +118,22 @@ class Reading:
         except msgspec.ValidationError as error:
             self.problem(path, _sentence(error))
             return None
-        return tuple(self._read(item, each, f"{path}[{i}]") for i, each in enumerate(value))
+        items = tuple(self._read(item, each, f"{path}[{i}]") for i, each in enumerate(value))
+        if keys := list_keys(kind):
+            self._check_keys(items, keys, path)
+        return items
+
+    def _check_keys(self, items: tuple[Any, ...], keys: list[str], path: str) -> None:
+        seen = []
+        for i, item in enumerate(items):
+            if item is None:
+                continue
+            names = {field.encode_name: field.name for field in msgspec.structs.fields(item)}
+            key = tuple(getattr(item, names[each]) for each in keys)
+            if key in seen:
+                value = "/".join(str(each) for each in key)
+                self.problem(f"{path}[{i}].{keys[0]}", f"{value} is already used")
+            seen.append(key)
 
     def _read_object(self, kind: type[Object], value: Any, path: str) -> Any:
         if not isinstance(value, dict):
@@ -85,7 +141,7 @@ class Reading:
             return None
         fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
         for name in value:
-            if name in kind.other_fields:
+            if name in kind.other_fields or (name in kind.cluster_fields and value[name] is not None):
                 self.unmodelled.append((path, str(name)))
             elif name not in fields:
                 self.problem(_join(path, name), _unknown(name, [*fields, *kind.other_fields]))
@@ -97,7 +153,13 @@ class Reading:
                     self.problem(_join(path, name), "is required")
                 continue
             read[field.name] = self._read(field.type, value[name], _join(path, name))
-        return kind(**read) if len(self.problems) == before else None
+        if len(self.problems) > before:
+            return None
+        result = kind(**read)
+        for rule in kind.rules:
+            if not rule.holds(result):
+                self.problem(path, rule.message)
+        return result
 
 
 def _join(path: str, name: object) -> str:

@@ -68,7 +68,6 @@ def test_other_fields_and_objects_are_said_once() -> None:
         ({"container": {"readinessProbe": {}}}, r"containers\[0\].readinessProbe: needs exec, tcpSocket or httpGet"),
         ({"leaderWorkerSet": {"size": 2}}, r"spec.roles\[0\].leaderWorkerSet.size: .* use size 1"),
         ({"replicas": 255}, "at most 254 pods and Services, not 255"),
-        ({"templateRef": {"name": "t"}}, r"spec.roles\[0\]: role templates are not resolved locally"),
     ],
 )
 def test_refused(fields: dict[str, Any], message: str) -> None:

@@ -67,7 +67,7 @@ def _changed(path: str, value: Any) -> str:
         ("spec.roles[2].name", "d" * 60, "spec.roles[2].name: makes pod names longer than 63 characters"),
         ("spec.roles[1].dependencies", ["scheduler"], "spec.roles: dependencies go in a circle: scheduler -> "),
         ("spec.roles[1].restartPolicy", "Always", "spec.roles[1].restartPolicy: invalid enum value 'Always'"),
-        ("spec.roles[1].template", ..., "spec.roles[1].template: is required"),
+        ("spec.roles[1].template", ..., "spec.roles[1]: needs either template or templateRef"),
         ("spec.roles[1].template.spec.containers", [], "spec.roles[1].template.spec.containers: expected"),
         (
             "spec.roles[1].template.spec.containers[0].readinesProbe",

@@ -19,9 +19,6 @@ _REFUSED = {
     "resourceFieldRef": "there are no resource limits here; write the value",
     "fileKeyRef": "variables from files are not read here; write the value",
     "grpc": "grpc probes are not asked here; use tcpSocket or httpGet",
-    "components": "roles of several components do not run locally",
-    "templateRef": "role templates are not resolved locally; write the template into the role",
-    "templatePatch": "role templates are not resolved locally; write the template into the role",
 }
 _NOTES = {
     "image": "images are not pulled: commands are programs of this machine, and `python3` is the one that runs diptych",

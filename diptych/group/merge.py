@@ -1,0 +1,139 @@
+"""Strategic merge patch of a pod template, as Kubernetes applies it. Pure.
+
+A patch is a partial object. Objects merge field by field, null deletes a field, and a list replaces a list, except the
+lists of `_KEYS`: their items merge by a key. Directives: `$patch: replace` (an object, or as an item of its own: the
+list) and `$patch: delete` (an object becomes empty, an item goes), `$retainKeys` (fields that stay; the others of the
+object go). See "Strategic merge patch" in Kubernetes' API conventions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diptych.errors import ConfigError
+
+# Lists of a pod template that merge: where they are, and the field that tells their items apart.
+_CONTAINER = {"env": "name", "ports": "containerPort", "volumeMounts": "mountPath", "volumeDevices": "devicePath"}
+_KEYS = {
+    f"spec.{field}": key
+    for field, key in {
+        "containers": "name",
+        "initContainers": "name",
+        "ephemeralContainers": "name",
+        "volumes": "name",
+        "imagePullSecrets": "name",
+        "hostAliases": "ip",
+        "topologySpreadConstraints": "topologyKey",
+        "resourceClaims": "name",
+        "schedulingGates": "name",
+    }.items()
+} | {
+    f"spec.{containers}.{field}": key
+    for containers in ("containers", "initContainers", "ephemeralContainers")
+    for field, key in _CONTAINER.items()
+}
+_DIRECTIVE = "$patch"
+_RETAIN = "$retainKeys"
+
+
+def merge_pod_template(template: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """The patched template; neither argument changes. Raises ConfigError that names the field of the patch."""
+    return _merge_object(template, patch, "")
+
+
+def _merge_object(original: Mapping[str, Any], patch: Mapping[str, Any], path: str) -> dict[str, Any]:
+    directive = patch.get(_DIRECTIVE, "merge")
+    if directive == "delete":
+        return {}
+    if directive == "replace":
+        return _without_nulls({name: value for name, value in patch.items() if name != _DIRECTIVE})
+    if directive != "merge":
+        raise ConfigError(f"{_join(path, _DIRECTIVE)}: must be merge, replace or delete, not {directive}")
+    merged = copy.deepcopy(dict(original))
+    if _RETAIN in patch:
+        merged = {name: value for name, value in merged.items() if name in _retained(patch, path)}
+    for name, value in patch.items():
+        where = _join(path, name)
+        if name in (_DIRECTIVE, _RETAIN):
+            continue
+        if name.startswith("$"):
+            raise ConfigError(f"{where}: this directive is not supported; use $patch or $retainKeys")
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = _merge_value(merged.get(name), value, where)
+    return merged
+
+
+def _retained(patch: Mapping[str, Any], path: str) -> list[str]:
+    names = patch[_RETAIN]
+    missing = [name for name in patch if not name.startswith("$") and name not in names]
+    if missing:
+        raise ConfigError(f"{_join(path, _RETAIN)}: must list every field of its object; {missing[0]} is not in it")
+    return list(names)
+
+
+def _merge_value(original: Any, value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        return _merge_object(original if isinstance(original, Mapping) else {}, value, path)
+    if isinstance(value, list):
+        key = _KEYS.get(_pattern(path))
+        if key is not None:
+            return _merge_list(original if isinstance(original, list) else [], value, key, path)
+        return [_without_nulls(each) for each in value]
+    return value
+
+
+def _merge_list(original: Sequence[Any], patch: Sequence[Any], key: str, path: str) -> list[Any]:
+    for i, item in enumerate((*original, *patch)):
+        if not isinstance(item, Mapping) or (key not in item and item.get(_DIRECTIVE) != "replace"):
+            where = f"{path}[{i - len(original)}]" if i >= len(original) else f"{path}[{i}] of the template"
+            raise ConfigError(f"{where}: needs {key}, by which the items of {path.rsplit('.', 1)[-1]} are merged")
+    whole = any(item.get(_DIRECTIVE) == "replace" and key not in item for item in patch)
+    items = [item for item in patch if key in item]
+    if whole:
+        return [_without_nulls(item) for item in items]
+    gone = {item[key] for item in items if item.get(_DIRECTIVE) == "delete"}
+    kept = {item[key]: item for item in original if item[key] not in gone}
+    patched: dict[Any, Any] = {}
+    for i, item in enumerate(items):
+        if item[key] not in gone:
+            before = patched.get(item[key], kept.get(item[key], {}))
+            patched[item[key]] = _merge_object(before, item, f"{path}[{i}]")
+    return _in_order(kept, patched, [item[key] for item in original])
+
+
+def _in_order(kept: Mapping[Any, Any], patched: Mapping[Any, Any], order: list[Any]) -> list[Any]:
+    """Items of the patch in the patch's order, the others in their old order; between the two, the old order decides
+    where it knows both, and a new item comes after those that were there."""
+    named, others = list(patched), [name for name in kept if name not in patched]
+    merged = []
+    while named and others:
+        first = named[0]
+        earlier = first in order and order.index(first) < order.index(others[0])
+        merged.append(named.pop(0) if earlier else others.pop(0))
+    return [patched[name] if name in patched else copy.deepcopy(kept[name]) for name in (*merged, *others, *named)]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A copy of what a patch adds: nulls in it had nothing to delete, directives nothing to steer."""
+    if isinstance(value, Mapping):
+        return {
+            name: _without_nulls(each)
+            for name, each in value.items()
+            if each is not None and name not in (_DIRECTIVE, _RETAIN)
+        }
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    return value
+
+
+def _pattern(path: str) -> str:
+    """spec.containers[1].env -> spec.containers.env"""
+    return ".".join(part.split("[")[0] for part in path.split("."))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
