@@ -75,6 +75,12 @@ class Cluster:
         self._metrics.writes.labels("patch", kind.kind).inc()
         self._informers[kind].saw(new)
 
+    def replace(self, kind: Kind, obj: Json) -> None:
+        """Raises Conflict if the object has changed since it was read."""
+        new = self.api.replace(kind, obj)
+        self._metrics.writes.labels("update", kind.kind).inc()
+        self._informers[kind].saw(new)
+
     def scale_group(self, group: Json, field: str, index: int, replicas: int) -> None:
         """Set `spec.<field>[<index>].replicas`. Raises Conflict if the group has changed."""
         metadata = group["metadata"]

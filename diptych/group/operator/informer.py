@@ -95,7 +95,7 @@ class Informer:
             texts = [self._objects[key] for key in index.keys_of(value)]
         return [msgspec.json.decode(text) for text in texts]
 
-    def keys(self) -> list[Key]:
+    def all_keys(self) -> list[Key]:
         with self._lock:
             return list(self._objects)
 
@@ -144,7 +144,7 @@ class Informer:
         found = {key_of(item) for item in items}
         for item in items:
             self._put(item)
-        for key in set(self.keys()) - found:
+        for key in set(self.all_keys()) - found:
             self._drop(key)
         return version
 

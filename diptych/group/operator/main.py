@@ -166,7 +166,7 @@ class Operator:
         metadata = obj["metadata"]
         namespace, name = metadata.get("namespace", ""), metadata["name"]
         if kind == PROFILE:
-            return [Key("group", *key) for key in self._informers[GROUP].keys()]
+            return [Key("group", *key) for key in self._informers[GROUP].all_keys()]
         if kind == GROUP_SET:
             return [Key("set", namespace, name)]
         if kind == ADAPTER:

@@ -6,10 +6,13 @@ the objects of a role that was removed can be found.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diptych.group import names
-from diptych.group.operator.resources import ADAPTER, DISRUPTION_BUDGET, GROUP, POD_GROUP, VOLCANO_POD_GROUP, Json, Kind
+from diptych.group.actions import Kind as WorkloadKind
+from diptych.group.actions import Target
+from diptych.group.operator.resources import GROUP, POD_GROUP, VOLCANO_POD_GROUP, Json, Kind
 
 ROLE_SIZE = f"{names.PREFIX}/role-size"
 DEFAULT_SCHEDULE_TIMEOUT_S = 60
@@ -32,7 +35,7 @@ def labels_of(group: Json, role: str) -> dict[str, str]:
 
 
 def object_name(group: Json, role: str) -> str:
-    """What the workload, the headless Service, the ConfigMap and the adapter of a role are called."""
+    """What the workload, the headless Service, the disruption budget and the adapter of a role are called."""
     return f"{group['metadata']['name']}-{role}"
 
 
@@ -57,55 +60,80 @@ def _workload_metadata(group: Json, role: Json, replicas: int) -> Json:
     return metadata(group, role["name"], name, labels=role.get("labels"), annotations=annotations)
 
 
-def stateful_set(group: Json, role: Json, template: Json, replicas: int, partition: int) -> Json:
-    """Ordinals below `partition` keep the revision they have."""
+def stateful_set(group: Json, role: Json, template: Json, target: Target) -> Json:
     service = names.role_services(group["metadata"]["name"], role["name"])[0]
     spec = {
-        "replicas": replicas,
+        **_stateful_target(target),
         "serviceName": service,
         "podManagementPolicy": "Parallel",
         "selector": {"matchLabels": labels_of(group, role["name"])},
         "template": template,
-        "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"partition": partition}},
     }
     if role.get("minReadySeconds"):
         spec["minReadySeconds"] = role["minReadySeconds"]
-    return {"metadata": _workload_metadata(group, role, replicas), "spec": spec}
+    return {"metadata": _workload_metadata(group, role, target.replicas), "spec": spec}
 
 
-def deployment(group: Json, role: Json, template: Json, replicas: int) -> Json:
+def deployment(group: Json, role: Json, template: Json, target: Target) -> Json:
     spec: Json = {
-        "replicas": replicas,
+        **_deployment_target(target),
         "selector": {"matchLabels": labels_of(group, role["name"])},
         "template": template,
     }
-    rolling = (role.get("rolloutStrategy") or {}).get("rollingUpdate") or {}
+    rolling = _rolling(role)
     limits = {field: rolling[field] for field in ("maxUnavailable", "maxSurge") if field in rolling}
     if limits:
         spec["strategy"] = {"type": "RollingUpdate", "rollingUpdate": limits}
     if role.get("minReadySeconds"):
         spec["minReadySeconds"] = role["minReadySeconds"]
-    return {"metadata": _workload_metadata(group, role, replicas), "spec": spec}
+    return {"metadata": _workload_metadata(group, role, target.replicas), "spec": spec}
 
 
-def leader_worker_set(group: Json, role: Json, leader: Json, worker: Json, replicas: int) -> Json:
+def leader_worker_set(group: Json, role: Json, leader: Json, worker: Json, target: Target) -> Json:
     """`leader` and `worker` are pod templates with their patches applied."""
-    settings = role.get("leaderWorkerSet") or {}
-    policy = "None" if role.get("restartPolicy") == "None" else "RecreateGroupOnPodRestart"
     spec: Json = {
-        "replicas": replicas,
+        "replicas": target.replicas,
         "leaderWorkerTemplate": {
-            "size": settings.get("size", 1),
-            "restartPolicy": policy,
+            "size": (role.get("leaderWorkerSet") or {}).get("size", 1),
+            "restartPolicy": "None" if role.get("restartPolicy") == "None" else "RecreateGroupOnPodRestart",
             "leaderTemplate": leader,
             "workerTemplate": worker,
         },
     }
-    rolling = (role.get("rolloutStrategy") or {}).get("rollingUpdate") or {}
-    config = {field: rolling[field] for field in ("partition", "maxUnavailable", "maxSurge") if field in rolling}
-    if config:
-        spec["rolloutStrategy"] = {"type": "RollingUpdate", "rollingUpdateConfiguration": config}
-    return {"metadata": _workload_metadata(group, role, replicas), "spec": spec}
+    rolling = _rolling(role)
+    limits: Json = {field: rolling[field] for field in ("maxUnavailable", "maxSurge") if field in rolling}
+    config = {"partition": target.partition, **limits}
+    spec["rolloutStrategy"] = {"type": "RollingUpdate", "rollingUpdateConfiguration": config}
+    return {"metadata": _workload_metadata(group, role, target.replicas), "spec": spec}
+
+
+def retarget(kind: WorkloadKind, target: Target, annotations: Mapping[str, str]) -> Json:
+    """A merge patch that changes what the plan decides and leaves the pod template alone."""
+    spec: Json
+    if kind == "StatefulSet":
+        spec = _stateful_target(target)
+    elif kind == "Deployment":
+        spec = _deployment_target(target)
+    else:
+        config = {"rollingUpdateConfiguration": {"partition": target.partition}}
+        spec = {"replicas": target.replicas, "rolloutStrategy": config}
+    return {"metadata": {"annotations": {ROLE_SIZE: str(target.replicas), **annotations}}, "spec": spec}
+
+
+def _stateful_target(target: Target) -> Json:
+    if target.on_delete:
+        return {"replicas": target.replicas, "updateStrategy": {"type": "OnDelete", "rollingUpdate": None}}
+    rolling = {"partition": target.partition}
+    return {"replicas": target.replicas, "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": rolling}}
+
+
+def _deployment_target(target: Target) -> Json:
+    return {"replicas": target.replicas, "paused": target.partition > 0}
+
+
+def _rolling(role: Json) -> Json:
+    rolling: Json = (role.get("rolloutStrategy") or {}).get("rollingUpdate") or {}
+    return rolling
 
 
 def headless_service(group: Json, role: Json) -> Json:
@@ -117,8 +145,9 @@ def headless_service(group: Json, role: Json) -> Json:
     return {"metadata": metadata(group, role["name"], name), "spec": spec}
 
 
-def config_map(group: Json, role: str, text: str) -> Json:
-    return {"metadata": metadata(group, role, object_name(group, role)), "data": {"config.yaml": text}}
+def config_map(group: Json, text: str) -> Json:
+    """The discovery file of all roles. (v0.4 writes the same text once a role.)"""
+    return {"metadata": metadata(group, "", group["metadata"]["name"]), "data": {"config.yaml": text}}
 
 
 def disruption_budget(group: Json, role: Json) -> Json | None:
@@ -131,8 +160,15 @@ def disruption_budget(group: Json, role: Json) -> Json | None:
     return {"metadata": metadata(group, role["name"], object_name(group, role["name"])), "spec": spec}
 
 
+def scaled(group: Json) -> list[str]:
+    """The roles and scaling groups that have an adapter."""
+    spec = group["spec"]
+    each = [*spec["roles"], *(spec.get("scalingGroups") or [])]
+    return [one["name"] for one in each if (one.get("scalingAdapter") or {}).get("enable")]
+
+
 def adapter(group: Json, role: str) -> Json:
-    """The scaling adapter of a role, without replicas: those belong to whoever scales it."""
+    """The scaling adapter of a role or scaling group, without replicas: those belong to whoever scales it."""
     target = {"name": group["metadata"]["name"], "role": role}
     return {"metadata": metadata(group, role, object_name(group, role)), "spec": {"scaleTargetRef": target}}
 
@@ -157,6 +193,3 @@ def pod_group(group: Json, min_member: int) -> tuple[Kind, Json] | None:
         more = {field: settings[field] for field in ("queue", "priorityClassName") if settings.get(field)}
         return VOLCANO_POD_GROUP, {"metadata": data, "spec": {"minMember": min_member, **more}}
     return None
-
-
-KINDS_OF_ROLES = (ADAPTER, DISRUPTION_BUDGET)  # besides workload, Service and ConfigMap, where a role asks for them

@@ -44,7 +44,7 @@ def pod_template(
     metadata = out.setdefault("metadata", {})
     metadata["labels"] = {**(metadata.get("labels") or {}), **names.role_labels(namespace, name, role["name"])}
     spec = out["spec"]
-    _mount_config(spec, f"{name}-{role['name']}")
+    _mount_config(spec, name)
     _add_runtimes(spec, role.get("engineRuntimes") or [], profiles)
     _set_environment(spec, name, role["name"], indexed)
     _add_drain(spec, role)

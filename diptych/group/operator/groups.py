@@ -1,0 +1,368 @@
+"""Makes the cluster as a RoleBasedGroup wants it: observe, plan, carry out, report.
+
+Nothing is kept between two calls but what lies in the cluster, so a new operator goes on where an old one ended, and
+looking twice writes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from diptych.errors import ConfigError
+from diptych.group.actions import (
+    Action,
+    ApplyRole,
+    DeletePod,
+    DeleteRole,
+    Desired,
+    Failures,
+    Kind,
+    Observed,
+    RecordFailures,
+    RecordRollout,
+    Rollback,
+    Rollout,
+    Target,
+    Wait,
+)
+from diptych.group.conditions import group_status
+from diptych.group.gang import min_member
+from diptych.group.operator import objects
+from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.desired import desired_group, template_revision, workload_kind
+from diptych.group.operator.discovery import config_yaml
+from diptych.group.operator.history import History
+from diptych.group.operator.observe import DEPENDENCIES, FAILURES, REVISION, ROLLOUT, observe
+from diptych.group.operator.report import Reporter
+from diptych.group.operator.resources import (
+    ADAPTER,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    DISRUPTION_BUDGET,
+    GROUP,
+    LEADER_WORKER_SET,
+    POD,
+    POD_GROUP,
+    PROFILE,
+    SERVICE,
+    STATEFUL_SET,
+    VOLCANO_POD_GROUP,
+    Json,
+)
+from diptych.group.operator.resources import Kind as Resource
+from diptych.group.operator.template import pod_template
+from diptych.group.plan import plan
+from diptych.group.resolve import leader_worker_templates, resolve_spec
+from diptych.group.validate import object_problems
+
+WORKLOADS: dict[Kind, Resource] = {
+    "StatefulSet": STATEFUL_SET,
+    "Deployment": DEPLOYMENT,
+    "LeaderWorkerSet": LEADER_WORKER_SET,
+}
+FINALIZER = "workloads.x-k8s.io/ordered-shutdown"
+
+
+class GroupReconciler:
+    """See Reconciler. `clock` gives Unix time."""
+
+    def __init__(self, cluster: Cluster, clock: Callable[[], float] = time.time) -> None:
+        self._cluster, self._clock = cluster, clock
+        self._reporter = Reporter(cluster)
+
+    def reconcile(self, namespace: str, name: str) -> float | None:
+        group = self._cluster.get(GROUP, namespace, name)
+        if group is None:
+            return None
+        problems = object_problems(group)
+        if problems and not group["metadata"].get("deletionTimestamp"):
+            self._refuse(group, "\n".join(map(str, problems)))
+            return None
+        try:
+            view = View(self._cluster, group)
+        except ConfigError as error:
+            self._refuse(group, error.message)
+            return None
+        now = self._clock()
+        actions = plan(view.desired, view.observed, now)
+        waits = [_Pass(self._cluster, view, now).carry_out(actions)]
+        if not view.desired.deleted:
+            status = group_status(view.desired, view.observed, group["metadata"]["generation"], now)
+            waits.append(self._reporter.write(group, status, now))
+        return min((wait_s for wait_s in waits if wait_s is not None), default=None)
+
+    def _refuse(self, group: Json, message: str) -> None:
+        """The spec cannot be carried out: say so, and leave what runs as it is."""
+        self._cluster.events.tell(group, "Warning", "InvalidSpec", message)
+        self._reporter.refuse(group, message, self._clock())
+
+
+class View:
+    """One look at a group: what it wants and what there is. Raises ConfigError for what it cannot have."""
+
+    def __init__(self, cluster: Cluster, group: Json) -> None:
+        namespace, name = group["metadata"]["namespace"], group["metadata"]["name"]
+        self.group = group
+        self.spec = resolve_spec(group["spec"])
+        self.roles: dict[str, Json] = {role["name"]: role for role in self.spec["roles"]}
+        profiles = _profiles(cluster, self.spec["roles"])
+        gang = objects.gang_of(group)
+        self.templates = {name: _templates(group, role, profiles, gang) for name, role in self.roles.items()}
+        self.revisions = {name: template_revision({"t": templates}) for name, templates in self.templates.items()}
+        self.desired: Desired = desired_group(group, self.spec, self.revisions)
+        uid = group["metadata"]["uid"]
+        self.workloads: dict[str, tuple[Kind, Json]] = {}
+        self.doubles: list[tuple[Kind, Json]] = []  # of a role whose kind was changed
+        for kind, resource in WORKLOADS.items():
+            for workload in cluster.owned(resource, uid):
+                self._sort_in(kind, workload)
+        pods = cluster.of_group(POD, namespace, name)
+        self.observed: Observed = observe(group, self.workloads.values(), pods)
+
+    def _sort_in(self, kind: Kind, workload: Json) -> None:
+        name = workload["metadata"]["labels"][f"{objects.names.PREFIX}/role"]
+        role = self.roles.get(name)
+        if name in self.workloads or (role is not None and workload_kind(role) != kind):
+            self.doubles.append((kind, workload))
+        else:
+            self.workloads[name] = (kind, workload)
+
+    def workload(self, name: str, target: Target, annotations: dict[str, str]) -> tuple[Resource, Json]:
+        """The workload object of a desired role."""
+        role = self.roles[name]
+        templates = [self._labelled(template, name) for template in self.templates[name]]
+        kind = workload_kind(role)
+        if kind == "StatefulSet":
+            made = objects.stateful_set(self.group, role, templates[0], target)
+        elif kind == "Deployment":
+            made = objects.deployment(self.group, role, templates[0], target)
+        else:
+            made = objects.leader_worker_set(self.group, role, templates[0], templates[1], target)
+        own = {REVISION: target.revision, DEPENDENCIES: ",".join(role.get("dependencies") or [])}
+        made["metadata"]["annotations"] |= {key: value for key, value in (own | annotations).items() if value}
+        return WORKLOADS[kind], made
+
+    def _labelled(self, template: Json, name: str) -> Json:
+        """With the revision, by which the plan knows old pods from new ones."""
+        metadata = template["metadata"]
+        labels = {**metadata["labels"], REVISION: self.revisions[name]}
+        return {**template, "metadata": {**metadata, "labels": labels}}
+
+
+def _profiles(cluster: Cluster, roles: list[Json]) -> dict[str, Json]:
+    wanted = {runtime["profileName"] for role in roles for runtime in role.get("engineRuntimes") or []}
+    found = {}
+    for name in sorted(wanted):
+        profile = cluster.get(PROFILE, "", name)
+        if profile is None:
+            raise ConfigError(f"there is no ClusterEngineRuntimeProfile {name}; create it, or remove it from the role")
+        found[name] = profile["spec"]
+    return found
+
+
+def _templates(group: Json, role: Json, profiles: dict[str, Json], gang: str) -> list[Json]:
+    """The finished pod template, or for a LeaderWorkerSet the leader's and the workers'."""
+    if workload_kind(role) != "LeaderWorkerSet":
+        indexed = workload_kind(role) == "StatefulSet"
+        return [pod_template(group, role, role["template"], profiles, indexed=indexed, gang=gang)]
+    leader, worker = leader_worker_templates(role)
+    return [
+        pod_template(group, role, leader, profiles, indexed=True, gang=gang),
+        pod_template(group, {**role, "engineRuntimes": []}, worker, {}, indexed=True, gang=gang),
+    ]
+
+
+class _Pass:
+    """Carries out what the plan asked for in one look."""
+
+    def __init__(self, cluster: Cluster, view: View, now: float) -> None:
+        self._cluster, self._view, self._now = cluster, view, now
+        self._group = view.group
+        metadata = self._group["metadata"]
+        self._namespace, self._name = metadata["namespace"], metadata["name"]
+        self._rollouts: dict[str, Rollout] = {}
+        self._failures: dict[str, Failures] = dict(view.observed.failures)
+        self._targets: dict[str, Target] = {}
+        self._deleted: set[str] = set()
+        self._wait_until: list[float] = []
+
+    def carry_out(self, actions: list[Action]) -> float | None:
+        """Returns the seconds until the plan wants to be asked again, if nothing happens before."""
+        for action in actions:
+            if isinstance(action, ApplyRole):
+                self._targets[action.role] = action.target
+            elif isinstance(action, RecordRollout):
+                self._rollouts[action.role] = action.rollout
+        self._record_failures(actions)
+        if self._view.desired.deleted:
+            self._shut_down(actions)
+            return self._again()
+        if any(isinstance(action, Rollback) for action in actions):
+            self._roll_back(next(action for action in actions if isinstance(action, Rollback)))
+            return 0.0
+        self._keep_finalizer()
+        History(self._cluster, self._group).keep(self._view.revisions)
+        self._apply_shared()
+        for role in self._view.desired.roles:
+            self._apply_role(role.name)
+        for action in actions:
+            self._act(action)
+        self._remove_what_is_not_wanted()
+        return self._again()
+
+    def _again(self) -> float | None:
+        return max(0.0, min(self._wait_until) - self._now) if self._wait_until else None
+
+    # ---- what is kept ----
+
+    def _record_failures(self, actions: list[Action]) -> None:
+        before = dict(self._failures)
+        for action in actions:
+            if isinstance(action, RecordFailures):
+                if action.failures is None:
+                    self._failures.pop(action.unit, None)
+                else:
+                    self._failures[action.unit] = action.failures
+        if self._failures != before:
+            text = msgspec.json.encode(self._failures, order="sorted").decode() if self._failures else None
+            self._annotate_group({FAILURES: text})
+
+    def _annotate_group(self, annotations: dict[str, str | None]) -> None:
+        self._cluster.merge(GROUP, self._namespace, self._name, {"metadata": {"annotations": annotations}})
+
+    # ---- the group's own objects ----
+
+    def _apply_shared(self) -> None:
+        replicas = {role.name: role.replicas for role in self._view.desired.roles}
+        text = config_yaml(self._name, self._view.spec["roles"], replicas)
+        self._cluster.apply(CONFIG_MAP, objects.config_map(self._group, text))
+        for name in objects.scaled(self._group):
+            self._cluster.apply(ADAPTER, objects.adapter(self._group, name))
+        gang = objects.pod_group(self._group, min_member(self._view.desired, self._view.observed))
+        for kind in (POD_GROUP, VOLCANO_POD_GROUP):
+            if gang is not None and gang[0] == kind:
+                self._cluster.apply(kind, gang[1])
+            else:
+                for old in self._cluster.owned(kind, self._group["metadata"]["uid"]):
+                    self._cluster.delete(kind, old)
+
+    # ---- roles ----
+
+    def _apply_role(self, name: str) -> None:
+        """The role's objects as they should be; nothing for a role that is not to be created yet."""
+        there = self._view.workloads.get(name)
+        target = self._targets.get(name)
+        if there is None and target is None:
+            return
+        role = self._view.roles[name]
+        if workload_kind(role) == "StatefulSet":
+            self._cluster.apply(SERVICE, objects.headless_service(self._group, role))
+        if there is not None and "deletionTimestamp" not in there[1]["metadata"]:
+            self._apply_workload(name, target or self._observed_target(name), there[1])
+        elif there is None and target is not None:
+            self._create_workload(name, target)
+        budget = objects.disruption_budget(self._group, role)
+        if budget is not None:
+            self._cluster.apply(DISRUPTION_BUDGET, budget)
+
+    def _observed_target(self, name: str) -> Target:
+        seen = self._view.observed.role(name)
+        assert seen is not None
+        return seen.target
+
+    def _create_workload(self, name: str, target: Target) -> None:
+        resource, made = self._view.workload(name, target, self._rollout_annotation(name))
+        self._cluster.apply(resource, made)
+        self._cluster.events.tell(self._group, "Normal", "RoleCreated", f"role {name}: {target.replicas} replicas")
+
+    def _apply_workload(self, name: str, target: Target, live: Json) -> None:
+        """All of it while it has the wanted revision; else only what does not concern the template."""
+        annotations = self._rollout_annotation(name)
+        if target.revision == self._view.revisions[name]:
+            resource, made = self._view.workload(name, target, annotations)
+            self._cluster.apply(resource, made)
+        elif name in self._targets or name in self._rollouts:
+            kind = self._view.workloads[name][0]
+            patch = objects.retarget(kind, target, annotations)
+            self._cluster.merge(WORKLOADS[kind], self._namespace, live["metadata"]["name"], patch)
+
+    def _rollout_annotation(self, name: str) -> dict[str, str]:
+        seen = self._view.observed.role(name)
+        rollout = self._rollouts.get(name) or (seen.rollout if seen else None)
+        return {ROLLOUT: msgspec.json.encode(rollout).decode()} if rollout else {}
+
+    # ---- single actions ----
+
+    def _act(self, action: Action) -> None:
+        if isinstance(action, DeletePod):
+            pod = {"metadata": {"namespace": self._namespace, "name": action.pod, "uid": action.uid}}
+            if self._cluster.delete(POD, pod):
+                message = f"pod {action.pod} is deleted: {action.reason}"
+                self._cluster.events.tell(self._group, "Normal", "PodDeleted", message)
+        elif isinstance(action, DeleteRole):
+            self._delete_role(action.role)
+        elif isinstance(action, Wait):
+            self._wait_until.append(action.until)
+
+    def _delete_role(self, name: str) -> None:
+        found = self._view.workloads.get(name)
+        self._deleted.add(name)
+        if found is not None:
+            self._cluster.delete(WORKLOADS[found[0]], found[1])
+
+    def _remove_what_is_not_wanted(self) -> None:
+        """Objects of roles that are gone, of features that were switched off, of a workload kind that was changed."""
+        for kind, workload in self._view.doubles:
+            if self._view.observed.role(workload["metadata"]["labels"][f"{objects.names.PREFIX}/role"]):
+                self._cluster.delete(WORKLOADS[kind], workload)
+        wanted = self._wanted_names()
+        for resource in (SERVICE, DISRUPTION_BUDGET, ADAPTER, CONFIG_MAP):
+            for each in self._cluster.owned(resource, self._group["metadata"]["uid"]):
+                if each["metadata"]["name"] not in wanted[resource]:
+                    self._cluster.delete(resource, each)
+
+    def _wanted_names(self) -> dict[Resource, set[str]]:
+        """Names of the objects that stay; a Service stays while its role still has pods."""
+        present = set(self._view.roles) | {role.name for role in self._view.observed.roles}
+        budgets = [role["name"] for role in self._view.roles.values() if role.get("podDisruptionBudget")]
+        return {
+            SERVICE: self._names(present),
+            DISRUPTION_BUDGET: self._names(budgets),
+            ADAPTER: self._names(objects.scaled(self._group)),
+            CONFIG_MAP: {self._name},
+        }
+
+    def _names(self, roles: Iterable[str]) -> set[str]:
+        return {objects.object_name(self._group, role) for role in roles}
+
+    # ---- the end ----
+
+    def _keep_finalizer(self) -> None:
+        """A group whose roles depend on one another ends in order; that needs us when it is deleted."""
+        ordered = any(role.dependencies for role in self._view.desired.roles)
+        have = self._group["metadata"].get("finalizers") or []
+        if ordered and FINALIZER not in have:
+            self._set_finalizers([*have, FINALIZER])
+        elif not ordered and FINALIZER in have:
+            self._set_finalizers([each for each in have if each != FINALIZER])
+
+    def _set_finalizers(self, finalizers: list[str]) -> None:
+        metadata = {"resourceVersion": self._group["metadata"]["resourceVersion"], "finalizers": finalizers}
+        self._cluster.merge(GROUP, self._namespace, self._name, {"metadata": metadata})
+
+    def _shut_down(self, actions: list[Action]) -> None:
+        have = self._group["metadata"].get("finalizers") or []
+        if FINALIZER not in have:
+            return  # the cluster's garbage collection does all
+        for action in actions:
+            self._act(action)
+        if not self._view.observed.roles:
+            self._set_finalizers([each for each in have if each != FINALIZER])
+
+    def _roll_back(self, action: Rollback) -> None:
+        restored = History(self._cluster, self._group).undo_to(action.role, action.to)
+        reason = "RolledBack" if restored else "RollbackFailed"
+        self._cluster.events.tell(self._group, "Warning", reason, action.why)

@@ -1,0 +1,59 @@
+"""The revisions of a group's spec, as ControllerRevisions: what `diptych rollout history | diff | undo` shows and does.
+
+A revision is the spec without replicas: scaling is no new revision. The newest KEEP are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from diptych.group.operator import objects
+from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.resources import GROUP, REVISION, Json
+from diptych.group.revision import restore, spec_revision
+
+KEEP = 5
+ROLE_REVISIONS = f"{objects.names.PREFIX}/role-revisions"  # annotation: role → revision of its pod template
+
+
+class History:
+    """Of one group, which controls its revisions."""
+
+    def __init__(self, cluster: Cluster, group: Json) -> None:
+        self._cluster, self._group = cluster, group
+
+    def revisions(self) -> list[Json]:
+        """Oldest first."""
+        found = self._cluster.owned(REVISION, self._group["metadata"]["uid"])
+        return sorted(found, key=lambda each: int(each["revision"]))
+
+    def keep(self, role_revisions: Mapping[str, str]) -> None:
+        """Make today's spec the newest revision, and forget the oldest ones."""
+        known = self.revisions()
+        revision = spec_revision(self._group["spec"])
+        name = f"{self._group['metadata']['name']}-{revision.hash}"
+        last = known[-1] if known else None
+        if last is None or last["metadata"]["name"] != name:
+            number = int(last["revision"]) + 1 if last else 1
+            annotations = {ROLE_REVISIONS: msgspec.json.encode(role_revisions, order="sorted").decode()}
+            metadata = objects.metadata(self._group, "", name, annotations=annotations)
+            self._cluster.apply(REVISION, {"metadata": metadata, "data": revision.data, "revision": number})
+            known = [each for each in known if each["metadata"]["name"] != name]
+            for old in known[: max(0, len(known) + 1 - KEEP)]:
+                self._cluster.delete(REVISION, old)
+
+    def undo_to(self, role: str, revision: str) -> bool:
+        """Return the group's spec to the newest revision in which `role` had this template. False if there is none."""
+        for each in reversed(self.revisions()[:-1]):
+            text = (each["metadata"].get("annotations") or {}).get(ROLE_REVISIONS, "{}")
+            if msgspec.json.decode(text).get(role) == revision:
+                self.restore(each)
+                return True
+        return False
+
+    def restore(self, revision: Json) -> None:
+        """Make the group's spec that of `revision`, with today's replicas. Raises Conflict if the group has changed."""
+        spec = restore(self._group["spec"], revision["data"])
+        self._cluster.replace(GROUP, {"metadata": self._group["metadata"], "spec": spec})

@@ -1,0 +1,147 @@
+"""What there is of a group, in the words of the plan. Pure: from objects as the API server gives them.
+
+What the plan asks to keep lies in annotations: of a role's rollout on its workload, of restarts on the group. So a new
+operator knows what the old one knew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+
+import msgspec
+
+from diptych.group import names
+from diptych.group.actions import Failures, Kind, Observed, ObservedRole, Phase, PodState, Rollout, Target
+from diptych.group.operator.resources import Json
+
+ROLE_LABEL = f"{names.PREFIX}/role"
+REVISION = f"{names.PREFIX}/role-revision-hash"  # label of pods and annotation of workloads
+ROLLOUT = f"{names.PREFIX}/rollout"  # annotation of workloads
+DEPENDENCIES = f"{names.PREFIX}/dependencies"  # annotation of workloads
+FAILURES = f"{names.PREFIX}/restarts"  # annotation of groups
+POD_INDEX = "apps.kubernetes.io/pod-index"
+LWS_PREFIX = "leaderworkerset.sigs.k8s.io"
+SIDECARS = frozenset({"patio-runtime"})  # whose restarts concern nobody else, as in v0.4
+
+
+def observe(group: Json, workloads: Iterable[tuple[Kind, Json]], pods: Sequence[Json]) -> Observed:
+    """`workloads`: those the group controls. `pods`: all that carry its labels."""
+    by_role: dict[str, list[Json]] = {}
+    for pod in pods:
+        by_role.setdefault(pod["metadata"]["labels"].get(ROLE_LABEL, ""), []).append(pod)
+    roles = [_role(kind, workload, by_role) for kind, workload in workloads]
+    there = {role.name for role in roles}
+    for name, left in by_role.items():
+        if name and name not in there:  # the workload is gone, its pods are ending
+            states = tuple(_pod(pod) for pod in left)
+            roles.append(ObservedRole(name=name, target=Target(0, 0, ""), pods=states, deleting=True))
+    return Observed(roles=tuple(roles), failures=_failures(group))
+
+
+def _role(kind: Kind, workload: Json, pods: Mapping[str, list[Json]]) -> ObservedRole:
+    metadata, spec = workload["metadata"], workload["spec"]
+    name = metadata["labels"][ROLE_LABEL]
+    annotations = metadata.get("annotations") or {}
+    own = pods.get(name, [])
+    states = _replicas_of_leaders(own) if kind == "LeaderWorkerSet" else [_pod(pod) for pod in own]
+    return ObservedRole(
+        name=name,
+        target=_target(kind, spec, annotations.get(REVISION, "")),
+        pods=tuple(sorted(states, key=lambda pod: (pod.index, pod.name))),
+        kind=kind,
+        settled=(workload.get("status") or {}).get("observedGeneration", 0) >= metadata["generation"],
+        deleting="deletionTimestamp" in metadata,
+        dependencies=tuple(filter(None, annotations.get(DEPENDENCIES, "").split(","))),
+        rollout=_decode(annotations.get(ROLLOUT), Rollout),
+    )
+
+
+def _target(kind: Kind, spec: Json, revision: str) -> Target:
+    replicas = spec.get("replicas", 1)
+    if kind == "StatefulSet":
+        strategy = spec.get("updateStrategy") or {}
+        partition = (strategy.get("rollingUpdate") or {}).get("partition") or 0
+        return Target(replicas, partition, revision, on_delete=strategy.get("type") == "OnDelete")
+    if kind == "Deployment":
+        return Target(replicas, replicas if spec.get("paused") else 0, revision)
+    rolling = (spec.get("rolloutStrategy") or {}).get("rollingUpdateConfiguration") or {}
+    return Target(replicas, rolling.get("partition") or 0, revision)
+
+
+def _pod(pod: Json) -> PodState:
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    ready: Json = next((each for each in status.get("conditions") or [] if each["type"] == "Ready"), {})
+    labels = metadata.get("labels") or {}
+    return PodState(
+        name=metadata["name"],
+        index=_index(metadata["name"], labels),
+        uid=metadata["uid"],
+        revision=labels.get(REVISION, ""),
+        phase=_phase(pod),
+        scheduled=bool((pod.get("spec") or {}).get("nodeName")),
+        ready=ready.get("status") == "True",
+        ready_since=unix_time(ready.get("lastTransitionTime")),
+        restarts=_restarts(status),
+    )
+
+
+def _index(name: str, labels: Mapping[str, str]) -> int:
+    text = labels.get(POD_INDEX) or labels.get(f"{LWS_PREFIX}/group-index") or ""
+    if text.isdigit():
+        return int(text)
+    last = name.rpartition("-")[2]
+    return int(last) if "pod-template-hash" not in labels and last.isdigit() else -1
+
+
+def _phase(pod: Json) -> Phase:
+    if "deletionTimestamp" in pod["metadata"]:
+        return "stopping"
+    return "exited" if (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded") else "running"
+
+
+def _restarts(status: Json) -> int:
+    all_statuses = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+    return sum(each.get("restartCount", 0) for each in all_statuses if each["name"] not in SIDECARS)
+
+
+def _replicas_of_leaders(pods: Sequence[Json]) -> list[PodState]:
+    """One state a replica: its leader's, ready when all its pods are."""
+    groups: dict[str, list[Json]] = {}
+    for pod in pods:
+        groups.setdefault(pod["metadata"]["labels"].get(f"{LWS_PREFIX}/group-index", ""), []).append(pod)
+    states = []
+    for members in groups.values():
+        leaders = [m for m in members if m["metadata"]["labels"].get(f"{LWS_PREFIX}/worker-index", "0") == "0"]
+        if leaders:
+            each = [_pod(member) for member in members]
+            leader = _pod(leaders[0])
+            ready = all(state.ready for state in each)
+            since = max(state.ready_since for state in each)
+            restarts = sum(state.restarts for state in each)
+            states.append(msgspec.structs.replace(leader, ready=ready, ready_since=since, restarts=restarts))
+    return states
+
+
+def _failures(group: Json) -> dict[str, Failures]:
+    text = (group["metadata"].get("annotations") or {}).get(FAILURES)
+    if not text:
+        return {}
+    try:
+        return msgspec.json.decode(text, type=dict[str, Failures])
+    except msgspec.DecodeError:
+        return {}  # somebody edited it: begin to count anew
+
+
+def _decode(text: str | None, kind: type[Rollout]) -> Rollout | None:
+    if not text:
+        return None
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError:
+        return None  # as above
+
+
+def unix_time(text: str | None) -> float:
+    """Of a time as the API writes it; 0 for none."""
+    return datetime.fromisoformat(text).timestamp() if text else 0.0

@@ -1,0 +1,165 @@
+"""`diptych rollout history | diff | undo | status | pause | resume`: a person's view of a group's revisions."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from diptych.errors import ConfigError, DeadlineExceeded, NotFound
+from diptych.group import names
+from diptych.group.operator.api import Api
+from diptych.group.operator.main import connect
+from diptych.group.operator.metrics import Metrics
+from diptych.group.operator.resources import GROUP, REVISION, Json
+from diptych.group.revision import restore, spec_revision
+
+STATUS_TIMEOUT_S = 600.0
+POLL_S = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    for name, run, text in (
+        ("history", history, "list the revisions of a group's spec"),
+        ("diff", diff, "show what a revision would change"),
+        ("undo", undo, "return to a revision; replicas stay as they are"),
+        ("status", status, "wait until an update is complete; exit status 1 if it fails"),
+        ("pause", pause, "hold updates of all roles"),
+        ("resume", resume, "let held updates go on"),
+    ):
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        action.add_argument("group", metavar="GROUP")
+        action.add_argument("-n", "--namespace", metavar="NS", help="default: the kubeconfig's")
+        action.add_argument("--kubeconfig", metavar="FILE", help="default: $KUBECONFIG")
+        if name in ("diff", "undo"):
+            action.add_argument("--revision", metavar="N", type=int, help="default: the one before the newest")
+        if name == "status":
+            action.add_argument(
+                "--timeout", metavar="S", type=float, default=STATUS_TIMEOUT_S, help="seconds (default: %(default)g)"
+            )
+        action.set_defaults(handler=_handler(run))
+
+
+class Target:
+    """One group of a cluster. Raises ConfigError if it is not there."""
+
+    def __init__(self, api: Api, namespace: str, name: str) -> None:
+        self.api, self.namespace, self.name = api, namespace, name
+        self.group = self.read()
+
+    def read(self) -> Json:
+        try:
+            return self.api.get(GROUP, self.namespace, self.name)
+        except NotFound:
+            raise ConfigError(f"there is no RoleBasedGroup {self.name} in namespace {self.namespace}") from None
+
+    def revisions(self) -> dict[int, Json]:
+        """By number, oldest first."""
+        found, _ = self.api.list(REVISION, self.namespace, f"{names.PREFIX}/name={self.name}")
+        return dict(sorted((int(each["revision"]), each) for each in found))
+
+    def choose(self, number: int | None) -> Json:
+        known = self.revisions()
+        if number is None:
+            number = sorted(known)[-2] if len(known) > 1 else None
+            if number is None:
+                raise ConfigError(f"group {self.name} has no earlier revision")
+        if number not in known:
+            raise ConfigError(f"group {self.name} has no revision {number}; it has {', '.join(map(str, known))}")
+        return known[number]
+
+    def replace_spec(self, spec: Mapping[str, Any]) -> None:
+        self.api.replace(GROUP, {"metadata": self.group["metadata"], "spec": spec})
+
+
+def _handler(run: Callable[[Target, argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def handle(args: argparse.Namespace) -> int:
+        configuration, namespace = connect(args.kubeconfig)
+        api = Api(configuration, Metrics())
+        try:
+            return run(Target(api, args.namespace or namespace, args.group), args)
+        finally:
+            api.close()
+
+    return handle
+
+
+def history(target: Target, args: argparse.Namespace) -> int:
+    table = Table("REVISION", "NAME", "CREATED", "IMAGES")
+    newest = spec_revision(target.group["spec"]).hash
+    for number, each in target.revisions().items():
+        name, metadata = each["metadata"]["name"], each["metadata"]
+        mark = " (now)" if name.endswith(f"-{newest}") else ""
+        table.add_row(f"{number}{mark}", name, metadata["creationTimestamp"], ", ".join(_images(each["data"])))
+    Console().print(table)
+    return 0
+
+
+def diff(target: Target, args: argparse.Namespace) -> int:
+    revision = target.choose(args.revision)
+    now, then = spec_revision(target.group["spec"]).data, revision["data"]
+    lines = difflib.unified_diff(_yaml(now), _yaml(then), "now", f"revision {revision['revision']}", lineterm="")
+    print("\n".join(lines) or "no difference")
+    return 0
+
+
+def undo(target: Target, args: argparse.Namespace) -> int:
+    revision = target.choose(args.revision)
+    target.replace_spec(restore(target.group["spec"], revision["data"]))
+    print(
+        f"{target.name}: back to revision {revision['revision']}; watch it with: diptych rollout status {target.name}"
+    )
+    return 0
+
+
+def status(target: Target, args: argparse.Namespace) -> int:
+    """Waits for Ready of the spec as it is; the conditions' messages are shown as they change."""
+    deadline, shown = time.monotonic() + args.timeout, ""
+    while True:
+        conditions = {each["type"]: each for each in (target.group.get("status") or {}).get("conditions") or []}
+        generation = target.group["metadata"]["generation"]
+        current = {name: each for name, each in conditions.items() if each.get("observedGeneration") == generation}
+        text = "; ".join(each["message"] for each in current.values() if each["message"])
+        if text != shown:
+            print(text, flush=True)
+            shown = text
+        ready, progressing = current.get("Ready", {}), current.get("Progressing", {})
+        if ready.get("status") == "True" and current.get("RollingUpdateInProgress", {}).get("status") != "True":
+            return 0
+        if progressing.get("reason") in ("ProgressDeadlineExceeded", "InvalidSpec"):
+            return 1
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(
+                f"group {target.name} was not ready within {args.timeout:g} s: {text or 'no status'}"
+            )
+        time.sleep(POLL_S)
+        target.group = target.read()
+
+
+def pause(target: Target, args: argparse.Namespace) -> int:
+    target.replace_spec({**target.group["spec"], "paused": True})
+    return 0
+
+
+def resume(target: Target, args: argparse.Namespace) -> int:
+    target.replace_spec({**target.group["spec"], "paused": False})
+    return 0
+
+
+def _images(data: Json) -> list[str]:
+    templates = [role.get("template") or {} for role in data["roles"]]
+    templates += [each["template"] for each in data.get("roleTemplates") or []]
+    containers = [each for template in templates for each in (template.get("spec") or {}).get("containers") or []]
+    return sorted({each["image"] for each in containers if each.get("image")})
+
+
+def _yaml(data: Json) -> list[str]:
+    text: str = yaml.safe_dump(data, sort_keys=True)
+    return text.splitlines()
