@@ -9,13 +9,19 @@ import argparse
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from diptych.errors import ConfigError
 
 Flags = tuple[str, ...]
+
+ANYWHERE = "any"
+# Loopback, and the private networks of RFC 1918 and RFC 4193; not link-local ones: clouds give credentials there.
+PRIVATE = ("127.0.0.0/8", "::1", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 
 
 def flag(default: Any, help: str, *names: str, choices: Flags | None = None, parse: Any = None) -> Any:
@@ -64,6 +70,13 @@ class ServerConfig:
     device: str = flag("auto", "auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
     tp_size: int = flag(
         1, "tensor parallel size: engine processes that share each layer", "--tp", "--tp-size", "--tensor-parallel-size"
+    )
+    pp_size: int = flag(
+        1,
+        "pipeline parallel size: stages that hold a run of layers each, of --tp engine processes; makes room for "
+        "larger models rather than speed: only chunks of prompts overlap, steps that sample wait for all stages",
+        "--pp-size",
+        "--pipeline-parallel-size",
     )
     cpu_threads: int = flag(1, "torch threads of one engine process on a CPU")
     # memory and scheduling
@@ -122,6 +135,11 @@ class ServerConfig:
     disaggregation_secret_file: str = flag(
         "", "file with the secret both sides of a hand-over must know (or env DIPTYCH_PD_SECRET)"
     )
+    disaggregation_bootstrap_allow: str = flag(
+        "",
+        "where a decode server may look for prefill servers: networks (10.0.0.0/8), addresses, names, *.names or any, "
+        "separated by commas (default: any with a secret, else loopback and private addresses)",
+    )
     # edges
     api_key: str = flag("", "bearer key for the inference endpoints (or env DIPTYCH_API_KEY)")
     admin_api_key: str = flag(
@@ -145,6 +163,17 @@ class ServerConfig:
             raise ConfigError(f"--disaggregation-secret-file: cannot read it ({error.strerror})") from None
 
     @property
+    def bootstrap_places(self) -> tuple[str, ...]:
+        """What a request's bootstrap_host may name. With a secret the other side must prove itself, wherever it is."""
+        given = tuple(item.strip() for item in self.disaggregation_bootstrap_allow.split(",") if item.strip())
+        return given or ((ANYWHERE,) if self.pd_secret else PRIVATE)
+
+    @property
+    def num_ranks(self) -> int:
+        """Engine processes of this server: rank = stage * tp_size + place in the stage."""
+        return self.tp_size * self.pp_size
+
+    @property
     def model_name(self) -> str:
         return self.served_model_name or self.model_path.rstrip("/") or "/"
 
@@ -152,7 +181,7 @@ class ServerConfig:
         """Raise ConfigError, naming the flag, for values that cannot work together."""
         if not self.model_path:
             raise ConfigError("--model-path is required: a folder with config.json, *.safetensors and tokenizer.json")
-        at_least_one = ("tp_size", "cpu_threads", "page_size", "max_running_requests", "max_queued_requests")
+        at_least_one = ("tp_size", "pp_size", "cpu_threads", "page_size", "max_running_requests", "max_queued_requests")
         not_negative = ("context_length", "max_total_tokens", "num_reserved_decode_tokens", "drain_timeout")
         for name, low in [*((name, 1) for name in at_least_one), *((name, 0) for name in not_negative)]:
             if not low <= getattr(self, name) < math.inf:
@@ -167,6 +196,23 @@ class ServerConfig:
         for name in ("port", "disaggregation_bootstrap_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"--{name.replace('_', '-')} must be a port number, not {getattr(self, name)}")
+        for item in self.disaggregation_bootstrap_allow.split(","):
+            if item.strip() and not is_network(item.strip()) and not _is_name(item.strip()):
+                raise ConfigError(f"--disaggregation-bootstrap-allow: {item.strip()} is no network, address or name")
+
+
+def is_network(text: str) -> bool:
+    """Whether `text` is a network in CIDR form, or an address."""
+    try:
+        ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_name(text: str) -> bool:
+    """A host name, perhaps with `*.` in front of it; numbers alone are an address that is none."""
+    return re.fullmatch(r"(\*\.)?(?![0-9.]*$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", text) is not None
 
 
 class _Parser(argparse.ArgumentParser):

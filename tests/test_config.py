@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from diptych.config import parse_server_args
+from diptych.config import ANYWHERE, PRIVATE, parse_server_args
 from diptych.errors import ConfigError
 
 MODEL = ["--model-path", "models/demo"]
@@ -28,6 +30,7 @@ MODEL = ["--model-path", "models/demo"]
         ("--disaggregation-heartbeat-timeout", ["0", "nan"]),
         ("--watchdog-timeout", ["0", "-5", "nan", "inf"]),
         ("--drain-timeout", ["-1", "nan", "inf"]),
+        ("--disaggregation-bootstrap-allow", ["10.0.0.0/33", "10.0.0.300", "a b", "http://a", "*", "any,10.0.0.1:5"]),
     ],
 )
 def test_values_that_cannot_work_are_refused(flag: str, values: list[str]) -> None:
@@ -45,3 +48,19 @@ def test_unknown_flags_are_named(flag: str) -> None:
 def test_the_least_values_work() -> None:
     config = parse_server_args([*MODEL, "--drain-timeout", "0", "--num-reserved-decode-tokens", "0", "--port", "0"])
     assert (config.drain_timeout, config.num_reserved_decode_tokens) == (0.0, 0)
+
+
+def test_where_prefill_servers_may_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DIPTYCH_PD_SECRET", raising=False)
+    assert parse_server_args(MODEL).bootstrap_places == PRIVATE
+    given = parse_server_args([*MODEL, "--disaggregation-bootstrap-allow", "10.1.0.0/16, *.prefill.svc,fd00::1"])
+    assert given.bootstrap_places == ("10.1.0.0/16", "*.prefill.svc", "fd00::1")
+    monkeypatch.setenv("DIPTYCH_PD_SECRET", "s")
+    assert parse_server_args(MODEL).bootstrap_places == (ANYWHERE,)
+    assert parse_server_args([*MODEL, "--disaggregation-bootstrap-allow", "127.0.0.1"]).bootstrap_places == (
+        "127.0.0.1",
+    )
+    (tmp_path / "empty").write_text("\n")
+    assert parse_server_args([*MODEL, "--disaggregation-secret-file", str(tmp_path / "empty")]).bootstrap_places == (
+        PRIVATE
+    )

@@ -16,6 +16,7 @@ from diptych.api.context import CONTEXT, Context
 from diptych.api.edge import edge
 from diptych.api.generate import generate
 from diptych.api.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
+from diptych.api.places import Places
 from diptych.api.sampling import Defaults, Seeds
 from diptych.api.service import Service
 from diptych.config import ServerConfig
@@ -46,6 +47,7 @@ def build_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer |
         defaults=Defaults.load(config),
         seeds=Seeds(config.random_seed),
         keys=Keys.of(config),
+        places=Places.of(config),
         metrics=metrics,
     )
     app.router.add_post("/v1/chat/completions", chat_completions)

@@ -38,7 +38,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     if grammar is not None and ctx.config.reasoning_parser and not thinking_is_over(prompt.text):
         after = ctx.tokenizer.id_of(CLOSE)
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    reply_id, jobs = openai_jobs(
+    reply_id, jobs = await openai_jobs(
         body,
         [prompt.ids],
         ctx,

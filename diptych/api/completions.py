@@ -33,7 +33,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompts = await _prompts(body, ctx)
     grammar = grammar_of(body, body.response_format)
     await check_grammar(grammar, ctx)
-    reply_id, jobs = openai_jobs(
+    reply_id, jobs = await openai_jobs(
         body,
         prompts,
         ctx,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from diptych.api.auth import Keys
+from diptych.api.places import Places
 from diptych.api.sampling import Defaults, Room, Seeds
 from diptych.api.service import Service
 from diptych.config import ServerConfig
@@ -29,6 +30,7 @@ class Context:
     defaults: Defaults
     seeds: Seeds
     keys: Keys
+    places: Places
     metrics: ServerMetrics | None
     draining: bool = False  # finishes what runs, takes nothing new
     paused: bool = False

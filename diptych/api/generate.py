@@ -85,7 +85,7 @@ async def _jobs(body: GenerateBody, prompts: list[list[int]], batch: bool, ctx: 
     count = n * len(prompts)
     check_count(count)
     reply_id, rids = request_ids(body.rid, count, ctx)
-    pairs = pairs_of(body, count, ctx)
+    pairs = await pairs_of(body, count, ctx)
     namespace = namespace_of(body.cache_salt, body.extra_key)
     jobs = []
     for index, (prompt, fields) in enumerate(zip(prompts, params, strict=True)):

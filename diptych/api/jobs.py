@@ -77,9 +77,14 @@ def namespace_of(cache_salt: str | None, extra_key: str | None) -> str:
     return "\0".join(value for value in (cache_salt, extra_key) if value)
 
 
-def pairs_of(fields: Pairing, count: int, ctx: Context) -> list[Bootstrap | None]:
+async def pairs_of(fields: Pairing, count: int, ctx: Context) -> list[Bootstrap | None]:
+    """Where each sequence's prefill happens. Raises BadRequest, on decode also for places that are not allowed."""
     config = ctx.config
-    return bootstraps(fields, config.disaggregation_mode, config.disaggregation_bootstrap_port, count)
+    pairs = bootstraps(fields, config.disaggregation_mode, config.disaggregation_bootstrap_port, count)
+    if config.disaggregation_mode != "decode":
+        return pairs
+    found = {host: await ctx.places.find(host) for host in {pair.host for pair in pairs if pair is not None}}
+    return [pair and msgspec.structs.replace(pair, host=found[pair.host]) for pair in pairs]
 
 
 async def check_grammar(grammar: Grammar | None, ctx: Context) -> None:
@@ -124,7 +129,7 @@ def make_job(
     return Job(request, skip_special is not False, bool(keep_stop), discard)
 
 
-def openai_jobs(
+async def openai_jobs(
     body: OpenAIFields,
     prompts: Sequence[list[int]],
     ctx: Context,
@@ -143,7 +148,7 @@ def openai_jobs(
     check_count(count)
     room = ctx.room
     reply_id, rids = request_ids(body.rid, count, ctx)
-    pairs = pairs_of(body, count, ctx)
+    pairs = await pairs_of(body, count, ctx)
     namespace = namespace_of(body.cache_salt, body.extra_key)
     base = seed_from(body.seed, ctx.seeds, "seed")
     jobs = []

@@ -71,16 +71,21 @@ async def test_prefill_does_not(serve: Serve) -> None:
 async def test_own_port_where_none_is_given(serve: Serve) -> None:
     server = await serve(disaggregation_mode="decode", disaggregation_bootstrap_port=1234)
     for port in ({"bootstrap_port": None}, {}):
-        body = {**BODIES["/generate"], "bootstrap_host": "h", "bootstrap_room": 1, **port}
+        body = {**BODIES["/generate"], "bootstrap_host": "10.0.0.2", "bootstrap_room": 1, **port}
         assert (await server.post("/generate", body))[0] == 200
-    assert seen(server) == [Bootstrap("h", 1234, 1)] * 2
+    assert seen(server) == [Bootstrap("10.0.0.2", 1234, 1)] * 2
 
 
 async def test_batches_need_a_room_each(serve: Serve) -> None:
     server = await serve(disaggregation_mode="decode")
-    body = {"input_ids": [[1], [2]], "bootstrap_host": "h", "bootstrap_port": [1, None], "bootstrap_room": [5, 6]}
+    body = {
+        "input_ids": [[1], [2]],
+        "bootstrap_host": "10.0.0.2",
+        "bootstrap_port": [1, None],
+        "bootstrap_room": [5, 6],
+    }
     assert (await server.post("/generate", body))[0] == 200
-    assert seen(server) == [Bootstrap("h", 1, 5), Bootstrap("h", 8998, 6)]
+    assert seen(server) == [Bootstrap("10.0.0.2", 1, 5), Bootstrap("10.0.0.2", 8998, 6)]
     chat = {**BODIES["/v1/chat/completions"], "n": 2, **ROOM, "bootstrap_room": [8, 9]}
     assert (await server.post("/v1/chat/completions", chat))[0] == 200
     assert [pair.room for pair in seen(server) if pair is not None] == [5, 6, 8, 9]
@@ -96,8 +101,8 @@ async def test_batches_need_a_room_each(serve: Serve) -> None:
         ({"bootstrap_room": [5, -1]}, "bootstrap_room"),
         ({"bootstrap_room": [5, 2**63]}, "bootstrap_room"),
         ({"bootstrap_room": "5"}, "bootstrap_room"),
-        ({"bootstrap_host": ["h"]}, "bootstrap_host"),
-        ({"bootstrap_host": ["h", None]}, "bootstrap_host"),
+        ({"bootstrap_host": ["10.0.0.2"]}, "bootstrap_host"),
+        ({"bootstrap_host": ["10.0.0.2", None]}, "bootstrap_host"),
         ({"bootstrap_host": "x" * 256}, "bootstrap_host"),
         ({"bootstrap_host": "a\nb"}, "bootstrap_host"),
         ({"bootstrap_port": [1, 2, 3]}, "bootstrap_port"),
@@ -107,7 +112,7 @@ async def test_batches_need_a_room_each(serve: Serve) -> None:
 )
 async def test_refusals(serve: Serve, change: dict[str, Any], param: str) -> None:
     server = await serve(disaggregation_mode="decode")
-    body = {"input_ids": [[1], [2]], "bootstrap_host": "h", "bootstrap_room": [5, 6], **change}
+    body = {"input_ids": [[1], [2]], "bootstrap_host": "10.0.0.2", "bootstrap_room": [5, 6], **change}
     status, reply = await server.post("/generate", body)
     assert (status, reply["error"]["param"]) == (400, param), reply
     assert server.engine.requests == []
