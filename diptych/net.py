@@ -13,6 +13,7 @@ import asyncio
 import os
 import re
 import socket
+from ipaddress import ip_address
 from pathlib import Path
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -35,6 +36,14 @@ def bind_address(host: str) -> str:
     if host in _WILDCARDS:
         return os.environ.get("DIPTYCH_POD_IP") or ("0.0.0.0" if host in ("", "*") else host)
     return host
+
+
+def is_exposed(host: str) -> bool:
+    """Whether others than this machine's own programs can reach a server that listens on `host`."""
+    try:
+        return not ip_address(resolve_now(bind_address(host))).is_loopback
+    except (Unavailable, ValueError):
+        return True
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

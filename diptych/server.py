@@ -20,6 +20,7 @@ from aiohttp import web
 
 from diptych import net
 from diptych.api.app import KEEPALIVE_S, begin_drain, build_app, start_site
+from diptych.api.auth import normal_key
 from diptych.api.context import CONTEXT
 from diptych.config import ServerConfig
 from diptych.engine.launch import EngineProcesses
@@ -54,6 +55,8 @@ async def _serve(config: ServerConfig) -> int:
             config = dataclasses.replace(config, disaggregation_bootstrap_port=bootstrap[1])
         engine = EngineProcesses(config, bootstrap=bootstrap or ("", 0), bootstrap_key=bootstrap_key)
         stack.push_async_callback(engine.stop)
+        if warning := exposure(config):
+            log.warning("%s", warning)
         log.info("loading %s", config.model_name)
         start = asyncio.ensure_future(engine.start())
         await _first(start, stop.wait())
@@ -76,6 +79,15 @@ async def _serve(config: ServerConfig) -> int:
             return 1
         await _drain(config, app, cut, died)
         return 0
+
+
+def exposure(config: ServerConfig) -> str:
+    """What to tell whoever starts a server that anybody in the network can use; "" if it is not so."""
+    closed = normal_key(config) or (config.disaggregation_mode != "null" and config.pd_secret)
+    if closed or not net.is_exposed(config.host):
+        return ""
+    wish = "set --api-key" if config.disaggregation_mode == "null" else "set --api-key, DIPTYCH_PD_SECRET or both"
+    return f"anybody who reaches this server can use it: {wish}, or keep it in a trusted network"
 
 
 async def _start_bootstrap(config: ServerConfig, key: str, stack: AsyncExitStack) -> tuple[str, int] | None:

@@ -14,6 +14,11 @@ OPEN = frozenset({"/health", "/health_generate", "/ready", "/metrics"})
 ADMIN = frozenset({"/flush_cache", "/abort_request", "/pause_generation", "/continue_generation"})
 
 
+def normal_key(config: ServerConfig) -> str:
+    """The key of the inference endpoints, "" when none is needed."""
+    return config.api_key or os.environ.get("DIPTYCH_API_KEY", "")
+
+
 @dataclass(frozen=True)
 class Keys:
     """Digests of the keys; None: no key is needed."""
@@ -23,7 +28,7 @@ class Keys:
 
     @classmethod
     def of(cls, config: ServerConfig) -> Keys:
-        normal = config.api_key or os.environ.get("DIPTYCH_API_KEY", "")
+        normal = normal_key(config)
         return cls(_digest(normal) if normal else None, _digest(config.admin_api_key) if config.admin_api_key else None)
 
     def check(self, path: str, authorization: str | None) -> None:

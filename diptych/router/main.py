@@ -11,7 +11,7 @@ import sys
 
 import uvloop
 
-from diptych.net import bind_address, listen_socket
+from diptych.net import bind_address, is_exposed, listen_socket
 from diptych.router.app import INFERENCE, App
 from diptych.router.client import HttpUpstream
 from diptych.router.config import RouterConfig
@@ -118,6 +118,8 @@ class Router:
             await self._metrics_server.start(sock)
         self._health.start()
         log.info("listening on %s:%d", self._config.host, self.port)
+        if not self._config.key and is_exposed(self._config.host):
+            log.warning("anybody who reaches this router can use it: set --api-key, or keep it in a trusted network")
 
     async def wait_ready(self, stop: asyncio.Event) -> bool:
         """Wait for one healthy server of each role; False if --worker-startup-timeout-secs went by without."""

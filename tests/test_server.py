@@ -1,0 +1,68 @@
+"""What a server tells at its start about who can reach it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from diptych.config import ServerConfig
+from diptych.net import is_exposed
+from diptych.router.config import parse_router_args
+from diptych.server import exposure
+from diptych.testing.processes import ServerProcess
+
+WORDS = "anybody who reaches this"
+ROUTE = ("route", "--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2", "--port", "0")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DIPTYCH_API_KEY", "DIPTYCH_PD_SECRET", "DIPTYCH_POD_IP", "DIPTYCH_HOSTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_which_addresses_are_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [host for host in ("127.0.0.1", "127.9.8.7", "localhost", "::1") if is_exposed(host)] == []
+    for host in ("0.0.0.0", "", "*", "::", "10.0.0.1", "192.0.2.1", "2001:db8::1"):
+        assert is_exposed(host), host
+    monkeypatch.setenv("DIPTYCH_POD_IP", "127.0.0.7")  # a pod of a local run
+    assert not is_exposed("0.0.0.0")
+
+
+@pytest.mark.parametrize("mode", ["null", "prefill", "decode"])
+def test_a_server_that_anybody_can_use_says_so(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**settings: str) -> str:
+        return exposure(ServerConfig(model_path="m", disaggregation_mode=mode, **{"host": "0.0.0.0", **settings}))
+
+    assert "--api-key" in told() and ("DIPTYCH_PD_SECRET" in told()) == (mode != "null")
+    assert told(host="127.0.0.1") == "" and told(api_key="k") == ""
+    monkeypatch.setenv("DIPTYCH_PD_SECRET", "s")
+    assert (told() == "") == (mode != "null")  # a server of both phases has no use for the secret
+    monkeypatch.setenv("DIPTYCH_API_KEY", "k")
+    assert told() == ""
+
+
+def _wait_for(server: ServerProcess, word: str) -> None:
+    deadline = time.monotonic() + 60
+    while not any(word in line for line in list(server.log)):
+        assert server.process.poll() is None and time.monotonic() < deadline, server.tail()
+        time.sleep(0.005)
+
+
+def test_it_is_one_line_at_the_start() -> None:
+    serve = ("serve", "--model-path", "models/demo", "--port", "0")
+    for args, told in (
+        ((*serve, "--host", "0.0.0.0"), True),
+        ((*ROUTE, "--host", "0.0.0.0"), True),
+        ((*ROUTE, "--host", "0.0.0.0", "--api-key", "k"), False),
+        (ROUTE, False),
+    ):
+        with ServerProcess(*args) as server:
+            _wait_for(server, "loading" if args[0] == "serve" else "listening on")
+        lines = [line for line in server.log if WORDS in line]
+        assert len(lines) == told and all(" W" in line for line in lines), list(server.log)
+
+
+def test_the_routers_default_is_this_machine() -> None:
+    assert not is_exposed(parse_router_args(list(ROUTE[1:])).host)
