@@ -22,6 +22,7 @@ CONFIG_VOLUME, CONFIG_PATH = "rbg-cluster-config", "/etc/rbg"
 POD_INDEX_LABEL = "apps.kubernetes.io/pod-index"
 EXCLUSIVE_TOPOLOGY = f"{names.PREFIX}/exclusive-topology"
 DISABLE_EXCLUSIVE = f"{names.PREFIX}/disable-exclusive-topology"
+DRAIN_S, DEFAULT_PORT = 60, 8000
 UNIQUE_KEY = f"{names.PREFIX}/group-unique-key"
 
 
@@ -101,10 +102,11 @@ def _add_drain(spec: Json, role: Json) -> None:
     drain = role.get("drain")
     if not drain:
         return
-    seconds = int(drain.get("timeoutSeconds", 300))
+    seconds = int(drain.get("timeoutSeconds") or DRAIN_S)
     container = spec["containers"][0]
-    lifecycle = container.setdefault("lifecycle", {})
-    lifecycle.setdefault("preStop", {"httpGet": {"path": drain["path"], "port": drain.get("port", 8000)}})
+    ports = container.get("ports") or [{}]
+    port = drain.get("port") or ports[0].get("name") or ports[0].get("containerPort") or DEFAULT_PORT
+    container.setdefault("lifecycle", {}).setdefault("preStop", {"httpGet": {"path": drain["path"], "port": port}})
     spec["terminationGracePeriodSeconds"] = max(int(spec.get("terminationGracePeriodSeconds") or 30), seconds)
 
 
