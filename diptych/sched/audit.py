@@ -20,6 +20,8 @@ def audit(state: SchedState) -> None:
         expected[seq.holder] = set(seq.pages)
         if seq.writer is not None and seq.remote_pages:
             expected.setdefault(seq.writer, set()).update(seq.remote_pages)
+    for writer, pages in state.draining.items():
+        expected.setdefault(writer, set()).update(pages)
     audit_ledger(state.pool, state.tree, expected, [seq.match for seq in state.seqs.values() if seq.match is not None])
 
 

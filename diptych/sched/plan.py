@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 
 from diptych.errors import AuditError
@@ -93,13 +94,17 @@ def _continue_prompts(state: SchedState, budget: int, chunks: list[tuple[Seq, in
 
 
 def _admit(state: SchedState, now: float, budget: int, chunks: list[tuple[Seq, int]]) -> None:
-    """Admit, and add first chunks, until budget, places or pages are used up. Nobody jumps one that lacks pages."""
+    """Admit, and add first chunks, until budget, places or pages are used up. Nobody jumps one that lacks pages, be it
+    in the queue or at the door (`reserving_since`); only a retracted one goes before the latter.
+    """
     free_places = state.config.max_running - len(state.running) - len(state.transferring)
     while state.waiting and budget >= state.config.page_size and free_places > 0:
         reserve = headroom(state)
         if state.pool.num_free + state.tree.evictable_pages <= reserve:
             return  # everyone needs a page of its own: no use in asking the tree about each
         seq = _next(state)
+        if seq.arrival_at > state.reserving_since and not seq.num_retractions:
+            return
         if not fits(state, seq, reserve):
             return
         if seq is not state.waiting[0]:
@@ -110,9 +115,12 @@ def _admit(state: SchedState, now: float, budget: int, chunks: list[tuple[Seq, i
 
 
 def _next(state: SchedState) -> Seq:
-    """Whose turn it is. lpm: the longest cached prefix among the first, unless the very first waits long or again."""
+    """Whose turn it is. lpm: the longest cached prefix among the first, unless the very first waits long or again, or
+    somebody waits for a reservation: between those and the queue it is first come first served.
+    """
     head = state.waiting[0]
-    if state.config.policy != "lpm" or head.num_retractions or head.num_passed_over >= LPM_PATIENCE:
+    patient = head.num_passed_over < LPM_PATIENCE and state.reserving_since == math.inf
+    if state.config.policy != "lpm" or head.num_retractions or not patient:
         return head
     return max(islice(state.waiting, LPM_WINDOW), key=lambda seq: peek(state, seq)[0])
 

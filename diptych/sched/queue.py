@@ -54,20 +54,21 @@ def add(state: SchedState, request: Request, now: float) -> Seq:
     return seq
 
 
-def reserve(state: SchedState, request: Request, now: float) -> Seq | None:
+def reserve(state: SchedState, request: Request, arrival_at: float) -> Seq | None:
     """Pages for the whole prompt of a checked request now, to be filled from elsewhere; None if there is no room for it
-    yet.
+    yet, or if it is not its turn.
 
     Room means: a place in the batch, and the pages besides the headroom of all that run or are reserved, after
-    eviction. While a retracted sequence waits there is none. The first `prefix_tokens` (whole pages) come from the tree
-    and must not be written; the rest is held by ("writer", room) as well, until join or release. Status TRANSFERRING:
-    not scheduled before join.
+    eviction. The first of the waiting queue goes before if it was retracted or came by `arrival_at`; the caller
+    sets `reserving_since`, so that those that came later do not. The first `prefix_tokens` (whole pages) come from the
+    tree and must not be written; the rest is held by ("writer", room) as well, until join or release. Status
+    TRANSFERRING: not scheduled before join.
     """
     if len(state.running) + len(state.transferring) >= state.config.max_running:
         return None
-    if state.waiting and state.waiting[0].num_retractions:
+    if state.waiting and (state.waiting[0].num_retractions or state.waiting[0].arrival_at <= arrival_at):
         return None
-    seq = _new_seq(state, request, now)
+    seq = _new_seq(state, request, arrival_at)
     if not fits(state, seq, headroom(state)):
         return None
     fresh = take(state, seq)
@@ -136,8 +137,7 @@ def release(state: SchedState, seq: Seq, *, keep: bool) -> None:
     other.
 
     With `keep`, full pages go to the tree first. While a step computes the sequence, this happens when that step is
-    committed. For an aborted TRANSFERRING sequence, call it only when the remote writer has stopped: it ends the
-    writer's lease too.
+    committed. It ends the remote writer's lease too: for one that has not stopped see `leave_to_writer`.
     """
     if seq.status not in (Status.FINISHED, Status.ABORTED) or state.seqs.get(seq.rid) is not seq:
         raise AuditError(f"request {seq.rid} cannot be released: it is {seq.status.value}")
@@ -147,6 +147,22 @@ def release(state: SchedState, seq: Seq, *, keep: bool) -> None:
     give_back(state, seq, keep=keep)
     seq.move(Status.RELEASED)
     del state.seqs[seq.rid]
+
+
+def leave_to_writer(state: SchedState, seq: Seq) -> None:
+    """Release an aborted TRANSFERRING sequence whose pages are still being written from elsewhere.
+
+    Those pages stay the writer's until `writer_stopped`; the rest is given back, and the request id is free.
+    """
+    if seq.writer is not None and seq.remote_pages:
+        state.draining[seq.writer], seq.remote_pages = seq.remote_pages, []
+    release(state, seq, keep=False)
+
+
+def writer_stopped(state: SchedState, room: int) -> None:
+    """Nobody writes any more to what was left to this room's writer."""
+    writer = ("writer", room)
+    state.pool.release(state.draining.pop(writer, []), writer)
 
 
 def retract(state: SchedState, seq: Seq, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -165,6 +166,8 @@ class SchedState:
     waiting: deque[Seq] = field(default_factory=deque)
     running: list[Seq] = field(default_factory=list)
     transferring: list[Seq] = field(default_factory=list)
+    reserving_since: float = math.inf  # arrival of the first request that waits for a reservation; set by the role
+    draining: dict[Holder, list[int]] = field(default_factory=dict)  # writers whose sequences are gone, and their pages
     paused: bool = False
     step: int = 0  # number of the last plan
     computing: bool = False  # that plan has not been committed yet

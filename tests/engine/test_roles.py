@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from contextlib import aclosing
 
 import pytest
 
@@ -12,6 +13,7 @@ from diptych.sched.audit import audit
 from diptych.testing.cluster import Cluster, SimServer
 from diptych.testing.mock_model import expected
 from diptych.testing.virtual import run_virtual
+from diptych.transfer.commands import Cancel
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, Finish, Request, Sampling
 
 PROMPT = list(range(1, 22))
@@ -51,10 +53,11 @@ def request(rid: str, room: int | None, host: str = "p0", prompt: list[int] = PR
 async def run(server: SimServer, wanted: Request) -> tuple[list[int], Finish]:
     """All tokens, and the end."""
     tokens: list[int] = []
-    async for output in server.link.generate(wanted):
-        tokens += output.tokens
-        if output.finish is not None:
-            return tokens, output.finish
+    async with aclosing(server.link.generate(wanted)) as outputs:  # type: ignore[type-var]
+        async for output in outputs:
+            tokens += output.tokens
+            if output.finish is not None:
+                return tokens, output.finish
     raise AssertionError("a stream without an end")
 
 
@@ -158,6 +161,64 @@ def right(pair: Pair) -> list[int]:
 def failures(pair: Pair) -> list[tuple[int, int]]:
     stats = [server.link.stats for server in (pair.prefill, pair.decode)]
     return [(s.num_bootstrap_failed_reqs_total, s.num_transfer_failed_reqs_total) for s in stats]
+
+
+def test_an_id_is_free_though_the_pages_of_its_last_request_are_still_written() -> None:
+    """A rank that answers late (decode has several) holds on to the pages, not to the id: a retry has the same one."""
+
+    async def story() -> None:
+        pair = await Pair.start()
+        late: list[Cancel] = []
+        pair.decode.hub.broadcast = lambda command: (
+            late.append(command) if isinstance(command, Cancel) else pair.decode.plane.execute(command)
+        )
+        pair.prefill.state.paused = True
+        ends = [asyncio.ensure_future(run(server, request("r", 7))) for server in (pair.prefill, pair.decode)]
+        await asyncio.sleep(0.2)
+        await pair.prefill.link.abort("r", "enough")
+        assert [finish.code for _, finish in await asyncio.gather(*ends)] == ["aborted", "aborted"]
+        num_written = len(late) and pair.decode.holds()["pages"]
+        assert num_written == -(-len(PROMPT) // 4)
+        audit(pair.decode.state)
+        _, finish = await run(pair.decode, request("r", 7))
+        assert (finish.status, finish.code) == (409, "room_in_use")
+        pair.prefill.state.paused = False
+        _, (tokens, _) = await asyncio.gather(*(run(s, request("r", 8)) for s in (pair.prefill, pair.decode)))
+        assert tokens == right(pair)
+        audit(pair.decode.state)
+        assert pair.decode.holds() == {"requests": 0, "held": 0, "rooms": 1, "transfers": 1, "pages": num_written}
+        for command in late:
+            pair.decode.plane.execute(command)
+        await pair.close()
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_requests_with_and_without_a_hand_over_take_turns(local: bool) -> None:
+    """One of the one kind in a crowd of the other is served when those before it are, and not after all of them."""
+
+    async def story() -> None:
+        pair = await Pair.start()
+        pair.decode.state.config = dataclasses.replace(pair.decode.state.config, max_running=2)
+        ended: list[str] = []
+
+        async def serve(rid: str, room: int | None) -> None:
+            one = request(rid, room, prompt=[*PROMPT, 50 + len(ended)])
+            sides = [pair.decode] if room is None else [pair.prefill, pair.decode]
+            await asyncio.gather(*(run(side, one) for side in sides))
+            ended.append(rid)
+
+        work = []
+        for number in range(24):
+            alone = number == 12
+            work.append(asyncio.ensure_future(serve(f"r{number}", None if alone is local else number)))
+            await asyncio.sleep(0.001)
+        await asyncio.gather(*work)
+        assert 8 <= ended.index("r12") <= 16, ended
+        await pair.close()
+
+    run_virtual(story())
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])

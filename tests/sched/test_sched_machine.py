@@ -9,7 +9,7 @@ from sched_server import Server, hand_over, mixed, request
 
 from diptych.sched.audit import audit
 from diptych.sched.commit import commit
-from diptych.sched.queue import abort
+from diptych.sched.queue import abort, leave_to_writer, writer_stopped
 from diptych.sched.rows import split
 from diptych.sched.state import Seq, Status
 from diptych.types import Bootstrap, FirstToken, Request, RowResult, StepResult
@@ -145,19 +145,29 @@ class SchedMachine(RuleBasedStateMachine):
         self.server.join(seq, first)
 
     @precondition(lambda self: self.transferring)
-    @rule(data=st.data())
-    def abort_transfer(self, data: st.DataObject) -> None:
-        """Pages stay held until the writer has stopped."""
+    @rule(data=st.data(), forget=st.booleans())
+    def abort_transfer(self, data: st.DataObject, forget: bool) -> None:
+        """Pages stay held until the writer has stopped, with the sequence or without."""
         seq, _ = self.transferring.pop(data.draw(st.integers(0, len(self.transferring) - 1)))
         assert abort(self.state, seq.rid, self.server.now) is seq
         self.server.got[seq.rid].aborted = True
         audit(self.state)
+        if forget:
+            leave_to_writer(self.state, seq)
+            audit(self.state)
         self.dying.append(seq)
 
     @precondition(lambda self: self.dying)
     @rule(keep=st.booleans())
     def writer_stopped(self, keep: bool) -> None:
-        self.server.release(self.dying.pop(), keep)
+        self.bury(self.dying.pop(), keep)
+
+    def bury(self, seq: Seq, keep: bool) -> None:
+        if seq.status is not Status.RELEASED:
+            self.server.release(seq, keep)
+        elif seq.request.bootstrap is not None:
+            writer_stopped(self.state, seq.request.bootstrap.room)
+            audit(self.state)
 
     # ---- the end ----
 
@@ -169,7 +179,7 @@ class SchedMachine(RuleBasedStateMachine):
         while self.transferring:
             self.server.join(*self.transferring.pop())
         while self.dying:
-            self.server.release(self.dying.pop(), True)
+            self.bury(self.dying.pop(), True)
         # each sequence has at most 40 tokens to compute; the oldest always computes at least one a step
         self.server.run(most=40 * (len(self.state.seqs) + 1))
         self.server.check()

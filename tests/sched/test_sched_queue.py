@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from sched_server import CONTEXT, Server, config, request
 
 from diptych.errors import AuditError, BadRequest, ContextLengthExceeded, DiptychError, Overloaded
 from diptych.sched.audit import audit
-from diptych.sched.queue import abort, add, check_request, join, release, reserve, retract
+from diptych.sched.queue import (
+    abort,
+    add,
+    check_request,
+    join,
+    leave_to_writer,
+    release,
+    reserve,
+    retract,
+    writer_stopped,
+)
 from diptych.sched.state import Status, new_state
 from diptych.types import Bootstrap, FirstToken, LogprobSpec, TokenLogprob
 
@@ -317,6 +329,76 @@ def test_an_aborted_transfer_cannot_join_and_keeps_its_pages_until_released() ->
         join(server.state, seq, first_token(), 0.0)
     release(server.state, seq, keep=True)
     assert server.state.pool.num_free == server.state.pool.num_pages  # nothing of it was whole
+
+
+def test_a_writer_that_goes_on_keeps_its_pages_and_nothing_else() -> None:
+    server = Server()
+    server.submit(request("old", range(1, 11), 1))
+    server.run()
+    seq = server.reserve(request("a", range(1, 16), bootstrap=ROOM))
+    assert seq is not None
+    remote = set(seq.remote_pages)
+    assert len(remote) == 2
+    assert abort(server.state, "a", 0.0) is seq
+    leave_to_writer(server.state, seq)
+    audit(server.state)
+    assert (server.state.pool.leases[WRITER], server.state.seqs) == (remote, {})
+    again = server.reserve(request("a", range(1, 16), bootstrap=Bootstrap("p", 1, 78)))  # the id is free
+    assert again is not None
+    assert remote.isdisjoint(again.pages)
+    server.join(again, first_token())
+    server.run()
+    assert server.state.pool.leases[WRITER] == remote
+    writer_stopped(server.state, 77)
+    writer_stopped(server.state, 76)  # had nothing left
+    server.got.clear()
+    server.check_empty()
+
+
+def test_the_queue_and_reservations_take_turns_by_arrival() -> None:
+    server = Server(num_pages=8, max_running=8, reserved_decode_tokens=0)
+    server.submit(request("old", range(40, 60), 9, ignore_eos=True))
+    server.step()
+    server.now = 1.0
+    server.submit(request("a", range(1, 17)))  # 4 pages where 3 are free
+    server.now = 2.0
+    assert server.reserve(request("t", [1, 2], bootstrap=ROOM)) is None  # would fit, but came later
+    while "old" in server.state.seqs:
+        server.step()
+    server.step()
+    assert server.state.seqs["a"].status is Status.RUNNING
+    assert server.reserve(request("t", [1, 2], bootstrap=ROOM)) is not None
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_nobody_in_the_queue_overtakes_an_older_reservation(policy: str) -> None:
+    server = Server(num_pages=12, policy=policy, reserved_decode_tokens=0)
+    server.submit(request("cached", range(1, 9), 1))
+    server.run()
+    server.submit(request("before", range(50, 54), 3, ignore_eos=True))
+    server.now += 1
+    server.state.reserving_since = server.now
+    server.now += 1
+    server.submit(request("after", range(1, 11), 3, ignore_eos=True))
+    for _ in range(3):
+        server.step()
+    assert server.got["before"].finish is not None
+    assert server.state.seqs["after"].status is Status.WAITING
+    assert server.begin() is None
+    server.state.reserving_since = math.inf
+    server.run_to_end()
+
+
+def test_a_retracted_sequence_goes_before_an_older_reservation() -> None:
+    server = Server()
+    server.now = 5.0
+    server.submit(request("a", range(1, 9), 9, ignore_eos=True))
+    server.step()
+    server.retract(server.state.running[0])
+    server.state.reserving_since = 1.0
+    server.step()
+    assert server.state.seqs["a"].status is Status.RUNNING
+    server.run_to_end()
 
 
 def test_reservations_keep_headroom_for_each_other() -> None:

@@ -1,24 +1,44 @@
 """The decode side: reserves pages for a prompt, has prefill fill them, and goes on from there.
 
-Queues in order of a request's life: `prealloc` (shaking hands, then waiting for free pages, first come first served),
-`transfer` (pages reserved, being filled), then the scheduler's running batch. A room that failed is `draining` until no
-rank can write to its pages any more. A request without a bootstrap is computed here from the start.
+Queues in order of a request's life: `prealloc` (shaking hands, then waiting for free pages), `transfer` (pages
+reserved, being filled), then the scheduler's running batch. A room that failed is `draining` until no rank can write to
+its pages any more; its request is forgotten at once. A request without a bootstrap is computed here from the start.
+Between the two kinds it is first come first served, from the moment in which the two servers have met.
 """
 
 from __future__ import annotations
+
+import math
 
 import msgspec
 
 from diptych.engine.loop import Engine
 from diptych.engine.roles.figures import HandoverFigures
 from diptych.sched.events import ChunkDone, Sampled
-from diptych.sched.queue import abort, add, check_request, join, release, reserve
+from diptych.sched.queue import (
+    abort,
+    add,
+    check_request,
+    join,
+    leave_to_writer,
+    release,
+    reserve,
+    writer_stopped,
+)
 from diptych.sched.state import Seq
 from diptych.transfer.incoming import Counters
 from diptych.transfer.receive_hub import ReceiveHub
 from diptych.transfer.receiver import NobodyReceiver, Receiver
 from diptych.transfer.room import KVPoll
 from diptych.types import Finish, Request, Stats
+
+
+class _Asking(msgspec.Struct):
+    """One request without pages."""
+
+    request: Request
+    receiver: Receiver
+    arrival_at: float
 
 
 class _Arrival(msgspec.Struct):
@@ -37,9 +57,9 @@ class DecodeRole:
         self._engine = engine
         self._hub = hub
         self._figures = HandoverFigures(counters)
-        self._prealloc: dict[str, tuple[Request, Receiver]] = {}
+        self._prealloc: dict[str, _Asking] = {}
         self._transfer: dict[str, _Arrival] = {}
-        self._draining: list[_Arrival] = []
+        self._draining: list[Receiver] = []
         engine.role = self
 
     def admit(self, request: Request, now: float) -> None:
@@ -50,14 +70,14 @@ class DecodeRole:
         receiver = self._hub.open(request.bootstrap)
         if isinstance(receiver, NobodyReceiver):  # pages that nobody fills must not pass for a prefix of others
             request = msgspec.structs.replace(request, namespace=f"\0nobody\0{request.rid}")
-        self._prealloc[request.rid] = request, receiver
+        self._prealloc[request.rid] = _Asking(request, receiver, now)
 
     def advance(self, now: float) -> None:
-        for arrival in [a for a in self._draining if a.receiver.drained]:
-            self._draining.remove(arrival)
-            release(self._engine.state, arrival.seq, keep=False)
+        for receiver in [receiver for receiver in self._draining if receiver.drained]:
+            self._draining.remove(receiver)
+            writer_stopped(self._engine.state, receiver.room)
         self._advance_transfer(now)
-        self._advance_prealloc(now)
+        self._advance_prealloc()
 
     def _advance_transfer(self, now: float) -> None:
         for rid, arrival in list(self._transfer.items()):
@@ -70,20 +90,22 @@ class DecodeRole:
             elif receiver.state == KVPoll.Failed:
                 self._give_up(rid, self._figures.lost(receiver.error, met=True), now)
 
-    def _advance_prealloc(self, now: float) -> None:
-        full = False
-        for rid, (request, receiver) in list(self._prealloc.items()):
+    def _advance_prealloc(self) -> None:
+        state = self._engine.state
+        state.reserving_since = math.inf
+        for rid, asking in list(self._prealloc.items()):
+            receiver = asking.receiver
             if receiver.state == KVPoll.Failed:
                 del self._prealloc[rid]
                 self._engine.refuse(rid, self._figures.lost(receiver.error, met=False))
-            elif receiver.state == KVPoll.WaitingForInput and not full:
-                seq = reserve(self._engine.state, request, now)
+            elif receiver.state == KVPoll.WaitingForInput and state.reserving_since == math.inf:
+                seq = reserve(state, asking.request, asking.arrival_at)
                 if seq is None:
-                    full = True  # first come first served: nobody overtakes a request that waits for memory
+                    state.reserving_since = asking.arrival_at  # nobody overtakes a request that waits for memory
                     continue
                 del self._prealloc[rid]
                 self._transfer[rid] = _Arrival(seq, receiver)
-                generation = self._engine.state.pool.generation
+                generation = state.pool.generation
                 receiver.reserve(seq.pages, [generation[page] for page in seq.pages], seq.prefix_tokens)
 
     def _give_up(self, rid: str, finish: Finish, now: float) -> None:
@@ -95,7 +117,8 @@ class DecodeRole:
         if arrival.receiver.drained:
             release(self._engine.state, arrival.seq, keep=False)
         else:
-            self._draining.append(arrival)
+            leave_to_writer(self._engine.state, arrival.seq)
+            self._draining.append(arrival.receiver)
 
     def chunk_done(self, event: ChunkDone) -> None:
         """Pages computed here stay here."""
@@ -106,7 +129,7 @@ class DecodeRole:
     def abort(self, rid: str, finish: Finish) -> bool:
         waiting = self._prealloc.pop(rid, None)
         if waiting is not None:
-            waiting[1].abort(finish.message, finish.code)
+            waiting.receiver.abort(finish.message, finish.code)
             return True
         if rid in self._transfer:
             self._transfer[rid].receiver.abort(finish.message, finish.code)
@@ -114,7 +137,7 @@ class DecodeRole:
         return False
 
     def held(self) -> list[str]:
-        return [*self._prealloc, *self._transfer, *(arrival.seq.rid for arrival in self._draining)]
+        return [*self._prealloc, *self._transfer]
 
     def add_stats(self, report: Stats) -> None:
         report.num_decode_prealloc_queue_reqs = len(self._prealloc)
