@@ -127,7 +127,9 @@ class ServerConfig:
         512, "tokens a decode server keeps free for each running request when it admits another"
     )
     disaggregation_bootstrap_timeout: float = flag(
-        300.0, "longest wait of a prefill server for the decode side's pages, and the reverse, in seconds"
+        300.0,
+        "longest wait for the other side of a hand-over, or for its next step, in seconds; a hand-over with all its "
+        "queues may take six times as long",
     )
     disaggregation_heartbeat_timeout: float = flag(
         5.0, "silence after which the other side of a hand-over counts as dead, in seconds"

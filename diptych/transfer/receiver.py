@@ -77,7 +77,7 @@ class Receiver(RoomEnd):
         if self.state != KVPoll.Bootstrapping:
             return
         self._post(wire.Open(self.room, self._epoch))
-        self.timing.bootstrap_ms = self._enter(KVPoll.WaitingForInput)
+        self.timing.bootstrap_ms = self._enter(KVPoll.WaitingForInput, queued=True)
         if self._reserve is not None:
             self._expect(self._reserve)
 
@@ -117,7 +117,8 @@ class Receiver(RoomEnd):
 
     def _expect(self, reserve: wire.Reserve) -> None:
         """Have every rank ready before prefill learns where the pages are."""
-        self.timing.alloc_ms = self._enter(KVPoll.Transferring)
+        # Prefill's queue lies before the first page. Prefill is the one that sees whether a transfer gets on.
+        self.timing.alloc_ms = self._enter(KVPoll.Transferring, queued=True)
         skipped = reserve.prefix_tokens // self._hub.terms.page_size
         self._writers = set(range(self._hub.num_ranks))
         self._hub.broadcast(Expect(self.room, self._epoch, reserve.pages[skipped:], reserve.generations[skipped:]))
@@ -180,7 +181,7 @@ class NobodyReceiver(Receiver):
         super().__init__(hub, None, room, 0)
         digest = hashlib.sha256(room.to_bytes(8, "big")).digest()
         self._token = int.from_bytes(digest[:8], "big") % vocab_size
-        self._enter(KVPoll.WaitingForInput)
+        self._enter(KVPoll.WaitingForInput, queued=True)
 
     def reserve(self, pages: Sequence[int], generations: Sequence[int], prefix_tokens: int = 0) -> None:
         if not self.ended:

@@ -11,6 +11,8 @@ import msgspec
 from diptych.errors import DeadlineExceeded, RoomInUse, TransferError
 from diptych.types import Finish
 
+ROOM_TIMEOUTS = 6  # a room may last so many bootstrap timeouts
+
 
 class KVPoll(enum.IntEnum):
     """States of a room. They only move up; Failed and Success are the end."""
@@ -28,6 +30,11 @@ class HubOptions(msgspec.Struct, frozen=True, kw_only=True):
     secret: str = ""
     bootstrap_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 5.0
+
+    @property
+    def room_timeout_s(self) -> float:
+        """From a room's opening to its end, whatever it waits for: half an hour by default, as a router has."""
+        return ROOM_TIMEOUTS * self.bootstrap_timeout_s
 
 
 class Timing(msgspec.Struct):
@@ -56,7 +63,9 @@ def in_use(room: int) -> RoomInUse:
 class RoomEnd:
     """One side of one room. `on_change(room)` is called from the loop, never from within a call of the owner's.
 
-    Each state but the last two may last `options.bootstrap_timeout_s`; then the room fails.
+    Waiting for the other side to appear, or for the next step of a transfer, may take `options.bootstrap_timeout_s`.
+    Waiting in a queue may take longer, the other server's queue included: that server lives, or its heartbeat would
+    have ended the room, and it has deadlines of its own. All in all a room may last `options.room_timeout_s`.
     """
 
     def __init__(self, room: int, on_change: Callable[[int], None], options: HubOptions) -> None:
@@ -68,6 +77,8 @@ class RoomEnd:
         self._on_change = on_change
         self._timeout_s = options.bootstrap_timeout_s
         self._entered_at = self._loop.time()
+        self._room_timeout_s = options.room_timeout_s
+        self._ends_at = self._entered_at + self._room_timeout_s
         self._deadline: asyncio.TimerHandle | None = None
         self._extend()
 
@@ -78,28 +89,32 @@ class RoomEnd:
     def _changed(self) -> None:
         self._loop.call_soon(self._on_change, self.room)
 
-    def _enter(self, state: KVPoll) -> float:
-        """Move on, unless the room has ended. Returns the milliseconds spent in the state that is left."""
+    def _enter(self, state: KVPoll, *, queued: bool = False) -> float:
+        """Move on. Returns the milliseconds spent in the state that is left."""
         now = self._loop.time()
         spent_ms = (now - self._entered_at) * 1e3
         self.state, self._entered_at = state, now
-        self._extend()
+        self._extend(queued=queued)
         self._changed()
         return spent_ms
 
-    def _extend(self) -> None:
+    def _extend(self, *, queued: bool = False) -> None:
         """Start the deadline over; none once the room has ended."""
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline = None if self.ended else self._loop.call_later(self._timeout_s, self._expire)
+            self._deadline = None
+        if not self.ended:
+            soon = self._loop.time() + self._timeout_s
+            self._deadline = self._loop.call_at(self._ends_at if queued else min(soon, self._ends_at), self._expire)
 
     def _expire(self) -> None:
-        waited_for = {
-            KVPoll.Bootstrapping: "the other server to meet in the room",
-            KVPoll.WaitingForInput: "this server to begin the transfer",
-            KVPoll.Transferring: "the KV transfer to end",
-        }[self.state]
-        message = f"waited {self._timeout_s:g} s for {waited_for} (--disaggregation-bootstrap-timeout)"
+        flag = "--disaggregation-bootstrap-timeout"
+        if self._loop.time() >= self._ends_at:
+            message = f"the hand-over took {self._room_timeout_s:g} s with its queues ({ROOM_TIMEOUTS} times {flag})"
+        elif self.state == KVPoll.Bootstrapping:
+            message = f"waited {self._timeout_s:g} s for the other server to meet in the room ({flag})"
+        else:
+            message = f"waited {self._timeout_s:g} s for the KV transfer to go on ({flag})"
         self._fail(failure(message, DeadlineExceeded.code, DeadlineExceeded.status))
 
     def _fail(self, error: Finish) -> None:

@@ -82,6 +82,7 @@ class Sender(RoomEnd):
     def attach(self, conversation: Conversation, epoch: int) -> None:
         """Decode has the request too."""
         self._conversation, self._epoch = conversation, epoch
+        self._extend(queued=True)  # until it has pages
 
     def speaks_with(self, conversation: Conversation, epoch: int | None = None) -> bool:
         return self._conversation is conversation and epoch in (None, self._epoch)
@@ -108,7 +109,7 @@ class Sender(RoomEnd):
             return
         self._reserved = message
         self.prefix_tokens = message.prefix_tokens
-        self.timing.bootstrap_ms = self._enter(KVPoll.WaitingForInput)
+        self.timing.bootstrap_ms = self._enter(KVPoll.WaitingForInput, queued=True)
         held, self._held = self._held, []
         for src_pages, first_page in held:
             self._send_pages(message, src_pages, first_page)
@@ -190,7 +191,7 @@ class NobodySender(Sender):
 
     def __init__(self, hub: SendHub, room: int, num_pages: int, on_change: Callable[[int], None]) -> None:
         super().__init__(hub, room, num_pages, on_change)
-        self._enter(KVPoll.WaitingForInput)
+        self._enter(KVPoll.WaitingForInput, queued=True)
 
     def send(self, src_pages: Sequence[int], first_page: int) -> None:
         return None
