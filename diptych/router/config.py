@@ -7,6 +7,7 @@ flag that is not in the table is refused by name; nothing is ignored.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -117,7 +118,7 @@ class RouterConfig:
     def check(self) -> None:
         """Raise ConfigError, naming the flag, for values that cannot work."""
         for name, low in _AT_LEAST.items():
-            if getattr(self, name) < low:
+            if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{_flag_name(name)} must be at least {low}, not {getattr(self, name)}")
         for name in ("port", "prometheus_port"):
             if getattr(self, name) > 65535:
