@@ -15,6 +15,7 @@ Serve large language models with prefill and decode on different processors.
   diptych validate FILE    check manifests as Kubernetes would; `diptych crds` prints the definitions
   diptych serve ...        one server: --disaggregation-mode prefill, decode, or both phases
   diptych route ...        the router in front of prefill and decode servers
+  diptych operator         run RoleBasedGroups on Kubernetes; `diptych rollout ...` shows and undoes updates
   diptych bench ...        measure a server or a router
 
 `diptych COMMAND --help` tells each command's flags, defaults and units.
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from diptych.bench.commands import add_command
     from diptych.group.commands import add_commands
+    from diptych.group.operator.commands import add_commands as add_operator_commands
 
     parser = argparse.ArgumentParser(
         prog="diptych", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="one server (diptych serve --help)", add_help=False)
     commands.add_parser("route", help="the router (diptych route --help)", add_help=False)
     add_commands(commands)
+    add_operator_commands(commands)
     add_command(commands)
     return parser
 

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from kubernetes.client import Configuration
-from kubernetes.config import ConfigException, load_incluster_config, load_kube_config
+from kubernetes.config import (
+    ConfigException,
+    list_kube_config_contexts,
+    load_incluster_config,
+    load_kube_config,
+)
 
 from diptych.errors import ConfigError
 from diptych.group.operator.adapters import AdapterReconciler
@@ -184,25 +189,6 @@ class Operator:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    scope = parser.add_mutually_exclusive_group()
-    scope.add_argument("--namespace", metavar="NS", help="watch this namespace (default: the operator's own)")
-    scope.add_argument("--all-namespaces", action="store_true", help="watch all namespaces; needs a ClusterRole")
-    parser.add_argument(
-        "--kubeconfig", metavar="FILE", help="how to reach the cluster (default: in-cluster, else $KUBECONFIG)"
-    )
-    parser.add_argument(
-        "--bind", metavar="HOST:PORT", default="0.0.0.0:8080", help="/metrics, /healthz, /readyz (default: %(default)s)"
-    )
-    parser.add_argument("--workers", metavar="N", type=int, default=4, help="groups worked on at a time (default: 4)")
-    parser.add_argument(
-        "--no-leader-election", action="store_true", help="work without a Lease; only when no other operator runs"
-    )
-    parser.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
-    )
-
-
 def run_operator(args: argparse.Namespace) -> int:
     """Returns 0 after SIGTERM or SIGINT, 1 when the lease was lost (to be restarted)."""
     logs.set_up(args.log_level, "operator")
@@ -233,9 +219,10 @@ def connect(kubeconfig: str | None) -> tuple[Configuration, str]:
             load_incluster_config(client_configuration=configuration)
             return configuration, NAMESPACE_FILE.read_text().strip()
         load_kube_config(config_file=kubeconfig, client_configuration=configuration)
+        _, context = list_kube_config_contexts(kubeconfig)
     except (ConfigException, OSError) as error:
         raise ConfigError(f"no cluster: {error}; name one with --kubeconfig FILE") from None
-    return configuration, os.environ.get("POD_NAMESPACE", "default")
+    return configuration, context["context"].get("namespace") or "default"
 
 
 def _address(text: str) -> tuple[str, int]:

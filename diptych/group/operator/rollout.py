@@ -20,31 +20,7 @@ from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import GROUP, REVISION, Json
 from diptych.group.revision import restore, spec_revision
 
-STATUS_TIMEOUT_S = 600.0
 POLL_S = 1.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-    for name, run, text in (
-        ("history", history, "list the revisions of a group's spec"),
-        ("diff", diff, "show what a revision would change"),
-        ("undo", undo, "return to a revision; replicas stay as they are"),
-        ("status", status, "wait until an update is complete; exit status 1 if it fails"),
-        ("pause", pause, "hold updates of all roles"),
-        ("resume", resume, "let held updates go on"),
-    ):
-        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        action.add_argument("group", metavar="GROUP")
-        action.add_argument("-n", "--namespace", metavar="NS", help="default: the kubeconfig's")
-        action.add_argument("--kubeconfig", metavar="FILE", help="default: $KUBECONFIG")
-        if name in ("diff", "undo"):
-            action.add_argument("--revision", metavar="N", type=int, help="default: the one before the newest")
-        if name == "status":
-            action.add_argument(
-                "--timeout", metavar="S", type=float, default=STATUS_TIMEOUT_S, help="seconds (default: %(default)g)"
-            )
-        action.set_defaults(handler=_handler(run))
 
 
 class Target:
@@ -79,16 +55,13 @@ class Target:
         self.api.replace(GROUP, {"metadata": self.group["metadata"], "spec": spec})
 
 
-def _handler(run: Callable[[Target, argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    def handle(args: argparse.Namespace) -> int:
-        configuration, namespace = connect(args.kubeconfig)
-        api = Api(configuration, Metrics())
-        try:
-            return run(Target(api, args.namespace or namespace, args.group), args)
-        finally:
-            api.close()
-
-    return handle
+def run_rollout(args: argparse.Namespace) -> int:
+    configuration, namespace = connect(args.kubeconfig)
+    api = Api(configuration, Metrics())
+    try:
+        return ACTIONS[args.action](Target(api, args.namespace or namespace, args.group), args)
+    finally:
+        api.close()
 
 
 def history(target: Target, args: argparse.Namespace) -> int:
@@ -163,3 +136,13 @@ def _images(data: Json) -> list[str]:
 def _yaml(data: Json) -> list[str]:
     text: str = yaml.safe_dump(data, sort_keys=True)
     return text.splitlines()
+
+
+ACTIONS: dict[str, Callable[[Target, argparse.Namespace], int]] = {
+    "history": history,
+    "diff": diff,
+    "undo": undo,
+    "status": status,
+    "pause": pause,
+    "resume": resume,
+}
