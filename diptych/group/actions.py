@@ -99,12 +99,6 @@ class Coordination(msgspec.Struct, frozen=True, kw_only=True):
     scaling: CoordinatedScaling | None = None
 
 
-class Ratio(msgspec.Struct, frozen=True):
-    """Roles scaled as one, by weight (2 prefill to 1 decode): the first one's replicas decide, rounded up."""
-
-    weights: tuple[tuple[str, int], ...]
-
-
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
     """Role names are unique and their dependencies known and free of cycles (`spec` checks that).
 
@@ -114,7 +108,6 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     roles: tuple[DesiredRole, ...]
     coordinations: tuple[Coordination, ...] = ()
-    ratios: tuple[Ratio, ...] = ()
     backoff: Backoff = Backoff()
     paused: bool = False
     deleted: bool = False
@@ -127,8 +120,8 @@ class Target(msgspec.Struct, frozen=True):
     """What a role's workload object asks its controller for: the fields that `plan` decides.
 
     Ordinals below `partition` stay at the revision they had, those from it on get `revision`. `on_delete`: the
-    controller deletes nothing by itself (updateStrategy OnDelete), and whatever it creates has `revision`.
-    A Deployment, which knows no ordinals, is paused while `partition` is not 0.
+    controller deletes nothing by itself (updateStrategy OnDelete), and whatever it creates has `revision`; `partition`
+    is then 0. A Deployment, which knows no ordinals, is paused while `partition` is not 0; it is then `replicas`.
     """
 
     replicas: int

@@ -1,255 +1,296 @@
 """What to do next: a pure function of what is desired, what is observed, and the time.
 
-Every runner of a group asks the same function and carries out its answer: the local runner with processes, an operator
-with workload objects. Nothing is remembered between two calls, so a runner may be killed at any point and go on from
-what it sees.
+`plan` decides about workloads: which exist, how many replicas each has, which ordinals may have the new revision, which
+single pods have to go. What a workload's controller makes of that is its own affair: on Kubernetes the StatefulSet
+controller's, for local processes `pods.control`. Nothing is remembered between two calls but what the actions ask to
+record, so a runner may be killed at any point and go on from what it sees.
 
 Rules, in the order they are applied:
-* A Service's endpoints are the ready pods its selector matches.
-* A role is created when every role it depends on is ready. Afterwards dependencies do not matter to it: a flapping
-  dependency neither stops a role nor keeps one of its pods from restarting.
-* Scaling down ends the highest index first. Deleting, and restarting a whole group, end dependents before what they
-  need.
-* A pod that ends by itself is restarted: at once after a stable run, then with exponential back-off.
+* Deleting the group ends dependents before what they need; so do the end of roles that are gone from the spec, and a
+  restart of the whole group, which scales everything to 0 and then starts as if it were new.
+* A role is created, or started from 0, when every role it depends on is ready. Afterwards dependencies do not matter to
+  it: a flapping dependency neither stops it nor holds up its scaling or its rollout.
+* Scaling goes straight to the number asked for, or keeps step with the roles it is coordinated with.
+* A role is updated once the updates of the roles it depends on are complete; roles coordinated with it go in step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import msgspec
 
-from diptych.group import names
+from diptych.group import coordinate, restart
+from diptych.group.actions import (
+    Action,
+    ApplyRole,
+    CoordinatedScaling,
+    DeletePod,
+    DeleteRole,
+    Desired,
+    DesiredRole,
+    Observed,
+    ObservedRole,
+    RecordFailures,
+    RecordRollout,
+    Rollback,
+    Target,
+    Wait,
+)
+from diptych.group.coordinate import Share
 from diptych.group.order import start_order
-from diptych.group.spec import RestartPolicy
-
-Phase = Literal["running", "stopping", "exited"]
+from diptych.group.rollout import View, deadline, next_step, progress
 
 
-class Backoff(msgspec.Struct, frozen=True):
-    """When a pod that ended is started again: at once, then after `base_s`·2^k up to `cap_s`.
-
-    A pod that ran for `stable_s` starts the count anew.
-    """
-
-    base_s: float = 10.0
-    cap_s: float = 300.0
-    stable_s: float = 600.0
-
-    def delay_s(self, failures: int) -> float:
-        """Seconds to wait after the `failures`-th end in a row."""
-        if failures <= 1:
-            return 0.0
-        return min(self.cap_s, self.base_s * 2.0 ** min(failures - 2, 60))
-
-
-class Failures(msgspec.Struct, frozen=True):
-    """Ends in a row of one restart unit, and when the last one was."""
-
-    count: int
-    last_at: float
-
-
-class DesiredRole(msgspec.Struct, frozen=True):
-    name: str
-    replicas: int
-    dependencies: tuple[str, ...] = ()
-    restart_policy: RestartPolicy = "None"
-    labels: Mapping[str, str] = {}
-
-
-class DesiredService(msgspec.Struct, frozen=True):
-    name: str
-    selector: Mapping[str, str]
-    publish_not_ready: bool = False
-
-
-class Desired(msgspec.Struct, frozen=True):
-    """Role names are unique and their dependencies known and free of cycles (`spec.parse` checks that)."""
-
-    group: str
-    roles: tuple[DesiredRole, ...]
-    services: tuple[DesiredService, ...] = ()
-    deleted: bool = False
-
-
-class PodState(msgspec.Struct, frozen=True):
-    """One pod as seen. `exited`: it ended by itself and has not been restarted. `ready` only counts while running."""
-
-    role: str
-    index: int
-    phase: Phase
-    ready: bool = False
-
-
-class Observed(msgspec.Struct, frozen=True):
-    """Everything there is. `failures` by restart unit, `endpoints` by Service (pod names)."""
-
-    pods: tuple[PodState, ...] = ()
-    failures: Mapping[str, Failures] = {}
-    endpoints: Mapping[str, tuple[str, ...]] = {}
-
-
-class StartPod(msgspec.Struct, frozen=True):
-    """Start a pod that is not there, or restart one that exited; `fresh`: as a new pod, with new volumes."""
-
-    role: str
-    index: int
-    fresh: bool = True
-
-
-class StopPod(msgspec.Struct, frozen=True):
-    """End a pod and forget it; an exited one is only forgotten."""
-
-    role: str
-    index: int
-
-
-class SetEndpoints(msgspec.Struct, frozen=True):
-    """Send the Service's connections to these pods; none: expose nothing."""
-
-    service: str
-    pods: tuple[str, ...]
-
-
-class Wait(msgspec.Struct, frozen=True):
-    """Nothing to do for this restart unit before `until`."""
-
-    unit: str
-    until: float
-
-
-Action = StartPod | StopPod | SetEndpoints | Wait
-
-
-def plan(desired: Desired, observed: Observed, now: float, backoff: Backoff) -> list[Action]:
-    """The actions that are due. Empty: nothing to do until something observed changes."""
-    actions: list[Action] = list(_endpoint_actions(desired, observed))
+def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
+    """The actions that are due, to be carried out in this order. Empty: nothing to do until something changes."""
+    present = {role.name for role in observed.roles}
     if desired.deleted:
-        return [*actions, *_stop_in_order(desired, observed.pods)]
-    if _group_restarts(desired, observed):
-        return [*actions, *_restart_group(desired, observed, now, backoff)]
-    roles = {role.name: role for role in desired.roles}
-    for name in start_order({role.name: role.dependencies for role in desired.roles}):
-        actions += _role_actions(roles[name], desired, observed, now, backoff)
-    gone = [pod for pod in observed.pods if pod.role not in roles]
-    return [*actions, *_stops(gone)]
+        return list(_delete(present, desired, observed))
+    actions: list[Action] = list(restart.forgotten(desired, observed))
+    failures = restart.group_failures(desired, observed, now)
+    if failures != observed.failures.get(desired.group):
+        actions.append(RecordFailures(desired.group, failures))
+    if failures is not None and failures.pending:
+        due = restart.restart_at(failures, desired.backoff)
+        if now >= due:
+            return [*actions, *_empty(desired, observed)]
+        actions.append(Wait(due, f"a pod of {desired.group} failed; the whole group is restarted after a pause"))
+    actions += restart.pod_restarts(desired, observed, now)
+    actions += _role_actions(desired, observed, now, {each.uid for each in actions if isinstance(each, DeletePod)})
+    names = {role.name for role in desired.roles}
+    actions += [DeleteRole(role.name) for role in observed.roles if role.name in names and _is_replaced(role, desired)]
+    return [*actions, *_delete(present - names, desired, observed)]
 
 
 def role_ready(role: DesiredRole, observed: Observed) -> bool:
     """Every desired replica runs and is ready; a role of no replicas is ready."""
-    ready = {pod.index for pod in observed.pods if pod.role == role.name and pod.phase == "running" and pod.ready}
-    return ready.issuperset(range(role.replicas))
+    seen = observed.role(role.name)
+    pods = () if seen is None or seen.deleting else seen.pods
+    return sum(pod.phase == "running" and pod.ready and pod.index < role.replicas for pod in pods) >= role.replicas
 
 
 def group_ready(desired: Desired, observed: Observed) -> bool:
     """Every role is ready and nothing is left over."""
-    wanted = {(role.name, index) for role in desired.roles for index in range(role.replicas)}
-    return {(pod.role, pod.index) for pod in observed.pods} == wanted and all(
-        role_ready(role, observed) for role in desired.roles
-    )
+    return all(role_ready(role, observed) for role in desired.roles) and sum(
+        len(role.pods) for role in observed.roles
+    ) == sum(role.replicas for role in desired.roles)
+
+
+def updating(desired: Desired, observed: Observed) -> list[str]:
+    """Roles whose rollout is under way and goes on."""
+    seen = {role.name: role for role in observed.roles if not role.deleting}
+    return [
+        role.name
+        for role in desired.roles
+        if role.name in seen
+        and view_of(role, seen[role.name], desired, role.replicas, 0.0).under_way
+        and not held_by(role, desired, observed)
+    ]
 
 
 def waiting_for(role: DesiredRole, desired: Desired, observed: Observed) -> list[str]:
-    """Dependencies that keep this role from being created; empty once it has a pod, and when the group is to end."""
-    if desired.deleted or any(pod.role == role.name for pod in observed.pods):
+    """Dependencies that keep this role from being created or started; empty once it is."""
+    seen = observed.role(role.name)
+    if desired.deleted or (seen is not None and (seen.pods or seen.target.replicas or not role.replicas)):
         return []
     roles = {each.name: each for each in desired.roles}
     return [name for name in role.dependencies if not role_ready(roles[name], observed)]
 
 
-def restart_unit(desired: Desired, role: str, index: int) -> str:
-    """What restarts together when this pod ends: the group, or the pod. Key of `Observed.failures`."""
-    policy = next((each.restart_policy for each in desired.roles if each.name == role), "None")
-    if policy == "RecreateRBGOnPodRestart":
-        return desired.group
-    return names.pod_name(desired.group, role, index)
+def replicas_now(desired: Desired, observed: Observed) -> dict[str, int]:
+    """How many replicas each role shall have at this moment, surge aside; roles not to be created yet are left out."""
+    result = {role.name: role.replicas for role in desired.roles}
+    free: dict[str, int] = {}  # roles that need not wait, and their replicas until now
+    for role in desired.roles:
+        seen = observed.role(role.name)
+        if not waiting_for(role, desired, observed):
+            free[role.name] = _current(role, seen)
+        elif seen is None:
+            del result[role.name]
+        else:
+            result[role.name] = 0
+    for each in desired.coordinations:
+        if each.scaling is not None:
+            names = [name for name in each.roles if name in free and result[name] > 0]
+            _keep_step(names, each.scaling, free, result, observed)
+    return result
 
 
-def count_failure(previous: Failures | None, ran_s: float, now: float, backoff: Backoff) -> Failures:
-    """The record after a pod ended by itself, having run for `ran_s`."""
-    if previous is None or ran_s >= backoff.stable_s:
-        return Failures(1, now)
-    return Failures(previous.count + 1, now)
-
-
-def restart_at(failures: Failures | None, backoff: Backoff) -> float:
-    """When the unit may start again."""
-    return failures.last_at + backoff.delay_s(failures.count) if failures else float("-inf")
-
-
-def _role_actions(
-    role: DesiredRole, desired: Desired, observed: Observed, now: float, backoff: Backoff
-) -> Iterator[Action]:
-    pods = {pod.index: pod for pod in observed.pods if pod.role == role.name}
-    yield from _stops([pod for pod in pods.values() if pod.index >= role.replicas])
-    may_create = not waiting_for(role, desired, observed)
-    for index in range(role.replicas):
-        pod = pods.get(index)
-        if pod is None:
-            if may_create:
-                yield StartPod(role.name, index)
-        elif pod.phase == "exited":
-            unit = restart_unit(desired, role.name, index)
-            due = restart_at(observed.failures.get(unit), backoff)
-            if now < due:
-                yield Wait(unit, due)
-            else:
-                yield StartPod(role.name, index, fresh=role.restart_policy == "RecreateRoleInstanceOnPodRestart")
-
-
-def _group_restarts(desired: Desired, observed: Observed) -> bool:
-    """Whether a pod whose end restarts the whole group has ended."""
-    restarting = {
-        role.name: role.replicas for role in desired.roles if role.restart_policy == "RecreateRBGOnPodRestart"
+def _keep_step(
+    names: list[str],
+    scaling: CoordinatedScaling,
+    current: Mapping[str, int],
+    result: dict[str, int],
+    observed: Observed,
+) -> None:
+    """Moves `result` of these roles back towards `current` where they would get too far ahead of one another."""
+    goals = {name: result[name] for name in names}
+    seen = {name: observed.role(name) for name in names}
+    up = {
+        name: Share(_arrived(seen[name], goals[name], scaling), goals[name])
+        for name in names
+        if current[name] <= goals[name]
     }
-    return any(pod.phase == "exited" and pod.index < restarting.get(pod.role, 0) for pod in observed.pods)
+    for name, limit in coordinate.upper_limits(up, scaling.max_skew).items():
+        result[name] = min(goals[name], max(current[name], limit))
+    down = {name: Share(_num_pods(seen[name]), goals[name]) for name in names if current[name] > goals[name]}
+    for name, limit in coordinate.lower_limits(down, scaling.max_skew).items():
+        result[name] = max(goals[name], min(current[name], limit))
 
 
-def _restart_group(desired: Desired, observed: Observed, now: float, backoff: Backoff) -> Iterator[Action]:
-    """End what still runs; when the back-off is over, forget the pods that ended: then the group is created anew."""
-    alive = tuple(pod for pod in observed.pods if pod.phase != "exited")
-    if alive:
-        yield from _stop_in_order(desired, alive)
-        return
-    due = restart_at(observed.failures.get(desired.group), backoff)
-    if now < due:
-        yield Wait(desired.group, due)
-    else:
-        yield from _stops(list(observed.pods))
+def view_of(role: DesiredRole, seen: ObservedRole, desired: Desired, replicas: int, now: float) -> View:
+    """The role as its rollout sees it, with what its coordinations say of it."""
+    return View(_with_coordination(role, desired), seen, replicas, now)
 
 
-def _stop_in_order(desired: Desired, pods: tuple[PodState, ...]) -> Iterator[Action]:
-    """Stops for those roles on which no role with pods left depends."""
-    present = {pod.role for pod in pods}
-    needed = {name for role in desired.roles if role.name in present for name in role.dependencies}
-    yield from _stops([pod for pod in pods if pod.role not in needed])
+def held_by(role: DesiredRole, desired: Desired, observed: Observed) -> str:
+    """Why the role's rollout does not go on, as a sentence; empty if it does."""
+    if desired.paused:
+        return "the group is paused"
+    if role.update.paused:
+        return "its rollout is paused"
+    roles = {each.name: each for each in desired.roles}
+    together = {
+        name for each in desired.coordinations if each.update and role.name in each.roles for name in each.roles
+    }
+    ahead, found = list(role.dependencies), set[str]()
+    while ahead:
+        name = ahead.pop()
+        if name in found:
+            continue
+        found.add(name)
+        ahead += roles[name].dependencies
+        seen = observed.role(name)
+        if seen is None or seen.deleting or name in together:
+            continue
+        if view_of(roles[name], seen, desired, roles[name].replicas, 0.0).under_way:
+            return f"the update of {name}, which it depends on, comes first"
+    return ""
 
 
-def _stops(pods: list[PodState]) -> Iterator[Action]:
-    for pod in sorted(pods, key=lambda pod: (pod.role, -pod.index)):
-        if pod.phase != "stopping":
-            yield StopPod(pod.role, pod.index)
+def _role_actions(desired: Desired, observed: Observed, now: float, deleted: set[str]) -> Iterator[Action]:
+    """Actions for the roles of the spec; `deleted`: uids of pods that are deleted already."""
+    replicas = replicas_now(desired, observed)
+    views: dict[str, View] = {}
+    for role in desired.roles:
+        seen = observed.role(role.name)
+        if role.name in replicas and (seen is None or _is_wanted(seen, desired)):
+            nothing = ObservedRole(name=role.name, target=Target(0, 0, role.revision), kind=role.kind)
+            views[role.name] = view_of(role, seen or nothing, desired, replicas[role.name], now)
+    limits = _update_limits(desired, views)
+    for name in start_order({role.name: role.dependencies for role in desired.roles}):
+        if name in views:
+            held = bool(held_by(views[name].role, desired, observed))
+            yield from _one_role(views[name], limits.get(name), held, observed.role(name) is None, deleted)
 
 
-def _endpoint_actions(desired: Desired, observed: Observed) -> Iterator[Action]:
-    labels = {role.name: role.labels for role in desired.roles}
-    wanted: dict[str, tuple[str, ...]] = dict.fromkeys(observed.endpoints, ())
-    for service in () if desired.deleted else desired.services:
-        wanted[service.name] = tuple(
-            names.pod_name(desired.group, pod.role, pod.index)
-            for pod in sorted(observed.pods, key=lambda pod: (pod.role, pod.index))
-            if pod.phase == "running"
-            and (pod.ready or service.publish_not_ready)
-            and _selects(service.selector, desired.group, pod, labels.get(pod.role, {}))
-        )
-    for name, pods in wanted.items():
-        if observed.endpoints.get(name, ()) != pods:
-            yield SetEndpoints(name, pods)
+def _one_role(view: View, limit: int | None, held: bool, is_new: bool, deleted: set[str]) -> Iterator[Action]:
+    role, seen, record = view.role, view.seen, progress(view, held)
+    if record is not None and record != seen.rollout:
+        yield RecordRollout(role.name, record)
+    target, replaced = next_step(view, limit, held)
+    if is_new or target != seen.target:
+        yield ApplyRole(role.name, target)
+    elif seen.settled:  # otherwise its controller might make the same pod again
+        for pod in replaced:
+            if pod.uid not in deleted:
+                yield DeletePod(role.name, pod.name, pod.uid, "its revision is no longer wanted")
+    if record is not None and record.state == "failed" and role.update.rollback and record.good != record.revision:
+        why = f"{role.name} made no progress for {role.update.progress_deadline_s:g} s"
+        yield Rollback(role.name, record.good, why)
+    if record is not None and record.state == "progressing" and deadline(role, record) < float("inf"):
+        yield Wait(deadline(role, record), f"the rollout of {role.name} has to progress until then")
+    soon = [at for pod in view.pods.values() if pod.ready and (at := view.available_at(pod)) > view.now]
+    if soon:
+        yield Wait(min(soon), f"pods of {role.name} count as available then")
 
 
-def _selects(selector: Mapping[str, str], group: str, pod: PodState, role_labels: Mapping[str, str]) -> bool:
-    """Whether a Service's selector matches the pod; an empty one matches nothing."""
-    labels = {**role_labels, **names.pod_labels(group, pod.role, pod.index)}
-    return bool(selector) and all(labels.get(key) == value for key, value in selector.items())
+def _update_limits(desired: Desired, views: dict[str, View]) -> dict[str, int]:
+    """How many pods of the new revision the coordinated roles may have; only those with something left to replace."""
+    limits: dict[str, int] = {}
+    for each in desired.coordinations:
+        if each.update is None:
+            continue
+        shares = {
+            name: Share(views[name].num_updated, views[name].replicas)
+            for name in each.roles
+            if name in views and views[name].outdated and views[name].role.kind != "Deployment"
+        }
+        for name, limit in coordinate.upper_limits(shares, each.update.max_skew).items():
+            limits[name] = min(limit, limits.get(name, limit))
+    return limits
+
+
+def _with_coordination(role: DesiredRole, desired: Desired) -> DesiredRole:
+    """The role with what its coordinations say of partition and maxUnavailable. With a partition there is no surge."""
+    updates = [each.update for each in desired.coordinations if each.update and role.name in each.roles]
+    partitions = [each.partition for each in updates if each.partition is not None]
+    unavailable = [each.max_unavailable for each in updates if each.max_unavailable is not None]
+    update = role.update
+    if partitions:
+        update = msgspec.structs.replace(update, partition=f"{max(partitions)}%", max_surge=0)
+    if unavailable:
+        update = msgspec.structs.replace(update, max_unavailable=f"{min(unavailable)}%")
+    return msgspec.structs.replace(role, update=update)
+
+
+def _current(role: DesiredRole, seen: ObservedRole | None) -> int:
+    """Replicas the role has been asked for until now. In a rollout, pods beyond what it needs may be surge."""
+    if seen is None:
+        return 0
+    record, current = seen.rollout, seen.target.replicas
+    if current > role.replicas and record is not None and record.state != "complete":
+        return max(role.replicas, current - coordinate.budget(role.update, role.replicas)[1])
+    return current
+
+
+def _num_pods(seen: ObservedRole | None) -> int:
+    return len(seen.pods) if seen else 0
+
+
+def _arrived(seen: ObservedRole | None, goal: int, scaling: CoordinatedScaling) -> int:
+    pods = [pod for pod in (seen.pods if seen else ()) if pod.phase == "running" and pod.index < goal]
+    arrived = sum(pod.ready if scaling.progression == "OrderReady" else pod.scheduled for pod in pods)
+    return min(arrived, goal)
+
+
+def _is_wanted(seen: ObservedRole, desired: Desired) -> bool:
+    """Whether this workload belongs to a role of the spec: a role whose kind has changed is made anew."""
+    kind = next((role.kind for role in desired.roles if role.name == seen.name), None)
+    return kind == seen.kind and not seen.deleting
+
+
+def _is_replaced(seen: ObservedRole, desired: Desired) -> bool:
+    return not seen.deleting and not _is_wanted(seen, desired)
+
+
+def _last_ones(names: set[str], desired: Desired, observed: Observed) -> list[str]:
+    """Those of `names` on which nothing present depends, alphabetically."""
+    roles = {role.name: role.dependencies for role in desired.roles}
+    needed = {
+        name
+        for role in observed.roles
+        if role.pods or role.target.replicas
+        for name in roles.get(role.name, role.dependencies)
+    }
+    return sorted(names - needed)
+
+
+def _delete(names: set[str], desired: Desired, observed: Observed) -> Iterator[Action]:
+    deleting = {role.name for role in observed.roles if role.deleting}
+    for name in _last_ones(names, desired, observed):
+        if name not in deleting:
+            yield DeleteRole(name)
+
+
+def _empty(desired: Desired, observed: Observed) -> Iterator[Action]:
+    """Ends the pods of the whole group, dependents first; the workloads stay."""
+    for name in _last_ones({role.name for role in observed.roles}, desired, observed):
+        seen = observed.role(name)
+        if seen is None or seen.deleting:
+            continue
+        if not _is_wanted(seen, desired):
+            yield DeleteRole(name)
+        elif seen.target.replicas:
+            yield ApplyRole(name, msgspec.structs.replace(seen.target, replicas=0))

@@ -13,12 +13,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from diptych.group.actions import Backoff
 from diptych.group.local.launch import Launch, prepare
 from diptych.group.local.paths import GroupFolder, state_root
 from diptych.group.local.state import PodView, Snapshot
 from diptych.group.local.strays import find_strays
 from diptych.group.local.supervisor import Supervisor
-from diptych.group.plan import Backoff
 
 WAIT_S = 20.0
 QUICK = Backoff(base_s=0.2, cap_s=0.4, stable_s=60.0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from diptych.errors import ConfigError, DeadlineExceeded, DiptychError, Unavailable
+from diptych.group.local.launch import Launch
 from diptych.group.local.state import Snapshot
 
 LINE_LIMIT_BYTES = 16 * 1024 * 1024
@@ -30,13 +31,19 @@ class ScaleRequest(msgspec.Struct, frozen=True, tag="scale", tag_field="op"):
     replicas: int
 
 
+class UpdateRequest(msgspec.Struct, frozen=True, tag="update", tag_field="op"):
+    """Make the group what this launch asks for, by rolling updates."""
+
+    launch: Launch
+
+
 class DownRequest(msgspec.Struct, frozen=True, tag="down", tag_field="op"):
     """`now`: without grace periods."""
 
     now: bool = False
 
 
-Request = StatusRequest | ScaleRequest | DownRequest
+Request = StatusRequest | ScaleRequest | UpdateRequest | DownRequest
 
 
 class Reply(msgspec.Struct, frozen=True):

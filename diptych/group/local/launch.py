@@ -8,11 +8,12 @@ from pathlib import Path
 import msgspec
 
 from diptych.errors import ConfigError
-from diptych.group import names, spec
+from diptych.group import spec
+from diptych.group.actions import Backoff, Desired
+from diptych.group.desired import desired_group
 from diptych.group.local import limits
 from diptych.group.local.gpus import find_gpus
 from diptych.group.local.probes import Probing
-from diptych.group.plan import Backoff, Desired, DesiredRole, DesiredService
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,30 +72,10 @@ def prepare(launch: Launch) -> Prepared:
     gpus = tuple(find_gpus())
     limits.refuse(manifest, launch.claims, len(gpus))
     _check_service_ports(manifest, launch.service_ports)
-    return Prepared(launch, manifest, desired(manifest), gpus, tuple(limits.notes(manifest, launch.claims, len(gpus))))
-
-
-def desired(manifest: spec.Manifest) -> Desired:
-    """The manifest as `plan` sees it."""
-    group = manifest.group
-    roles = tuple(
-        DesiredRole(
-            name=role.name,
-            replicas=role.replicas,
-            dependencies=role.dependencies,
-            restart_policy=role.restart_policy,
-            labels={
-                **role.template.metadata.labels,
-                **names.role_labels(group.metadata.namespace, group.name, role.name),
-            },
-        )
-        for role in group.spec.roles
-    )
-    services = tuple(
-        DesiredService(each.name, each.spec.selector, each.spec.publish_not_ready_addresses)
-        for each in manifest.services
-    )
-    return Desired(group.name, roles, services)
+    desired = desired_group(manifest.group, launch.backoff)
+    roles = tuple(msgspec.structs.replace(role, kind="StatefulSet") for role in desired.roles)  # all are run alike
+    desired = msgspec.structs.replace(desired, roles=roles)
+    return Prepared(launch, manifest, desired, gpus, tuple(limits.notes(manifest, launch.claims, len(gpus))))
 
 
 def service_port_key(service: spec.Service, port: spec.ServicePort) -> str:

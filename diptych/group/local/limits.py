@@ -27,10 +27,12 @@ _NOTES = {
     "engineRuntimes": "engineRuntimes are not injected: there are no sidecar profiles here",
     "podGroupPolicy": "podGroupPolicy has no effect: nothing is scheduled here",
     "scalingAdapter": "scalingAdapter has no effect: `diptych scale` sets replicas",
-    "rolloutStrategy": "rolloutStrategy has no effect: a local group is not updated in place",
-    "coordination": "coordination has no effect: a local group is not updated in place",
 }
 _SILENT = {
+    "rolloutStrategy",
+    "minReadySeconds",
+    "coordination",
+    "paused",
     "imagePullPolicy",
     "type",
     "status",

@@ -17,13 +17,13 @@ import msgspec
 
 from diptych.errors import ConfigError
 from diptych.group import expand
+from diptych.group.actions import Phase
 from diptych.group.expand import PodFacts
 from diptych.group.local import keeper
 from diptych.group.local.environment import Command, container_command, pod_folder, volume_folders
 from diptych.group.local.paths import GroupFolder
 from diptych.group.local.probes import Health, Probing, Target
 from diptych.group.local.strays import kill_strays
-from diptych.group.plan import Phase
 from diptych.group.pod import Container, PodSpec, Probe
 
 PodPhase = Phase | Literal["gone"]
@@ -34,6 +34,7 @@ class PodSetup(msgspec.Struct, frozen=True):
     """What a pod is made from. `readiness` by container name, implied probes included."""
 
     facts: PodFacts
+    revision: str
     spec: PodSpec
     folder: GroupFolder
     claims: Mapping[str, str]
@@ -48,7 +49,7 @@ class LocalPod:
     """A pod from its first start to its last end. `changed` is called whenever something below has changed.
 
     `phase` is `running` until all containers have ended; then `exited`, and it may be run again, or `gone` if it was
-    stopped. `reason`: why it last ended. `started_at` and `ended_at` are the loop's times, `since` is Unix time.
+    stopped. `reason`: why it last ended. `ready_since` and `ended_at` are the loop's times, `since` is Unix time.
     """
 
     def __init__(self, setup: PodSetup, changed: Callable[[], None]) -> None:
@@ -59,7 +60,7 @@ class LocalPod:
         self.been_ready = False
         self.gpus: tuple[str, ...] = ()
         self.since = time.time()
-        self.started_at = self.ended_at = 0.0
+        self.ready_since = self.ended_at = 0.0
         self._changed = changed
         self._ready: dict[str, bool] = {}
         self._keepers: dict[str, asyncio.subprocess.Process] = {}
@@ -107,7 +108,6 @@ class LocalPod:
         self._failure = ""
         self.been_ready = False
         self._ready = {container.name: False for container in self.setup.spec.containers}
-        self.started_at = asyncio.get_running_loop().time()
         self._set("running", self.reason)  # why it ended before is worth knowing while it runs again
 
     def stop(self) -> None:
@@ -198,8 +198,11 @@ class LocalPod:
         return Health(target, readiness, self.setup.probing, partial(self._on_ready, container.name), self._on_failed)
 
     def _on_ready(self, container: str, ready: bool) -> None:
+        was_ready = self.ready
         self._ready[container] = ready
-        self.been_ready = self.been_ready or self.ready
+        if self.ready and not was_ready:
+            self.been_ready = True
+            self.ready_since = asyncio.get_running_loop().time()
         self.since = time.time()
         self._changed()
 

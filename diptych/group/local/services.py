@@ -58,15 +58,15 @@ class LocalServices:
             await each.inside.close()
 
     def set_endpoints(
-        self, service: str, pods: Sequence[str], roles: Mapping[str, Role], ips: Mapping[str, str]
+        self, service: str, pods: Sequence[str], specs: Mapping[str, PodSpec], ips: Mapping[str, str]
     ) -> None:
-        """Sends new connections of a Service to these pods; `roles` and `ips` by pod name."""
+        """Sends new connections of a Service to these pods; `specs` and `ips` by pod name."""
         self.endpoints[service] = tuple(pods)
         for each in self._open:
             if each.service.name == service:
                 targets = []
                 for pod in pods:
-                    number = target_port(each.port, roles[pod].template.spec)
+                    number = target_port(each.port, specs[pod])
                     if number is not None:
                         targets.append((ips[pod], number))
                 each.outside.set_targets(targets)

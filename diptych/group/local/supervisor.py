@@ -1,74 +1,78 @@
 """One group's supervisor: observes its pods, asks `plan` what to do, does it, until the group is down.
 
-All decisions are `plan`'s. This file turns its actions into processes and what happens to processes into observations.
+All decisions are `plan`'s and `pods.control`'s. This file turns their actions into processes and what happens to
+processes into observations.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from functools import partial
 
 import msgspec
 
 from diptych.errors import ConfigError
-from diptych.group import names
-from diptych.group.expand import PodFacts
-from diptych.group.local import limits
-from diptych.group.local.addresses import Slot, claim_slot
-from diptych.group.local.control import ControlServer, DownRequest, Request, ScaleRequest
-from diptych.group.local.environment import write_programs
-from diptych.group.local.gpus import GpuPool
-from diptych.group.local.launch import Prepared
-from diptych.group.local.paths import GroupFolder, write_atomically
-from diptych.group.local.process import LocalPod, PodSetup
-from diptych.group.local.services import LocalServices, readiness
-from diptych.group.local.state import GroupStatus, PodStatus, PodView, RoleView, Snapshot
-from diptych.group.plan import (
+from diptych.group.actions import (
     Action,
+    ApplyRole,
+    DeletePod,
+    DeleteRole,
+    Desired,
     Failures,
     Observed,
-    PodState,
-    SetEndpoints,
-    StartPod,
-    StopPod,
+    ObservedRole,
+    RecordFailures,
+    RecordRollout,
+    Rollback,
+    Rollout,
+    Target,
     Wait,
-    count_failure,
-    group_ready,
-    plan,
-    restart_at,
-    restart_unit,
-    waiting_for,
 )
-from diptych.group.pod import gpus_wanted
+from diptych.group.local import limits
+from diptych.group.local.addresses import claim_slot
+from diptych.group.local.control import ControlServer, DownRequest, Request, ScaleRequest, UpdateRequest
+from diptych.group.local.endpoints import Candidate, endpoints
+from diptych.group.local.environment import write_programs
+from diptych.group.local.fleet import Fleet
+from diptych.group.local.launch import Prepared, prepare
+from diptych.group.local.paths import GroupFolder, write_atomically
+from diptych.group.local.process import LocalPod
+from diptych.group.local.services import LocalServices
+from diptych.group.local.state import GroupStatus, PodStatus, PodView, RoleView, Snapshot
+from diptych.group.plan import group_ready, plan, updating, waiting_for
+from diptych.group.pods import PodAction, RestartPod, StartPod, StopPod, control, kept_revision
+from diptych.group.restart import count_failure, restart_at, unit
 
 Key = tuple[str, int]  # role, index
+NOTHING = Target(0, 0, "")
 
 
 class Supervisor:
     """Runs a prepared group whose lock the caller holds. `on_change` gets each new snapshot, in the loop."""
 
     def __init__(self, prepared: Prepared, folder: GroupFolder, on_change: Callable[[Snapshot], None]) -> None:
-        self._prepared = prepared
+        self._history = [prepared]  # the last one holds
         self._folder = folder
         self._on_change = on_change
         self._desired = prepared.desired
-        self._pods: dict[Key, LocalPod] = {}
+        self._targets: dict[str, Target] = {}
+        self._kept: dict[str, str] = {}  # by role: the revision of pods below the partition
+        self._rollouts: dict[str, Rollout] = {}
         self._failures: dict[str, Failures] = {}
-        self._gpus = GpuPool(prepared.gpus)
         self._changed = asyncio.Event()
         self._been_ready = False
         self._started_at = time.time()
-        self._hosts = ""
         self._shown: Snapshot | None = None
-        self._slot: Slot
         self._services: LocalServices
+        self._fleet: Fleet
         self._tasks: asyncio.TaskGroup
+
+    @property
+    def _prepared(self) -> Prepared:
+        return self._history[-1]
 
     async def run(self) -> None:
         """Returns when the group is down; raises ConfigError if it cannot come up. Nothing is left running."""
@@ -76,14 +80,15 @@ class Supervisor:
             cleanup.callback(self._folder.clear)
             self._folder.create()
             write_programs(self._folder)
-            self._slot = claim_slot()
-            cleanup.callback(self._slot.close)
-            self._services = LocalServices(self._prepared, self._slot)
+            slot = claim_slot()
+            cleanup.callback(slot.close)
+            self._services = LocalServices(self._prepared, slot)
+            self._fleet = Fleet(self._folder, slot, self._services, self._prepared.gpus, self)
             cleanup.push_async_callback(self._services.close)
             await self._services.open()
-            control = ControlServer(self._folder.control, self._handle)
-            cleanup.push_async_callback(control.close)
-            await control.open()
+            control_server = ControlServer(self._folder.control, self._handle)
+            cleanup.push_async_callback(control_server.close)
+            await control_server.open()
             async with asyncio.TaskGroup() as self._tasks:
                 await self._reconcile_until_down()
 
@@ -95,170 +100,202 @@ class Supervisor:
     def kill(self) -> None:
         """Ends the group without grace periods."""
         self.down()
-        for pod in self._pods.values():
-            pod.kill()
+        self._fleet.kill()
 
     def scale(self, role: str, replicas: int) -> None:
         """Raises ConfigError for an unknown role, a bad number, no GPUs or addresses for it, a group that is ending."""
         self._prepared.manifest.group.role(role)
-        if self._desired.deleted:
-            raise ConfigError(f"group {self._desired.group} is being taken down")
         if replicas < 0:
             raise ConfigError(f"{replicas} replicas: the number must be 0 or more")
-        wanted = {each.name: each.replicas for each in self._desired.roles} | {role: replicas}
-        manifest = self._prepared.manifest
-        problems = limits.gpu_problems(manifest.group.spec.roles, wanted, len(self._prepared.gpus))
-        leaving = sum(index >= wanted[name] for name, index in self._pods)  # they still have their addresses
-        problems += limits.address_problems(sum(wanted.values()) + leaving, len(manifest.services))
-        if problems:
-            raise ConfigError(problems[0])
         roles = tuple(
             msgspec.structs.replace(each, replicas=replicas) if each.name == role else each
             for each in self._desired.roles
         )
-        self._desired = msgspec.structs.replace(self._desired, roles=roles)
+        wanted = msgspec.structs.replace(self._desired, roles=roles)
+        self._check_room(self._prepared, wanted)
+        self._desired = wanted
         self._changed.set()
+
+    def update(self, prepared: Prepared) -> None:
+        """Goes over to another manifest of the same group. Raises ConfigError if that needs a new start."""
+        services = prepared.manifest.services, prepared.launch.service_ports
+        if services != (self._prepared.manifest.services, self._prepared.launch.service_ports):
+            raise ConfigError(f"Services change only with a new start; `diptych down {prepared.group}` comes first")
+        self._check_room(prepared, prepared.desired)
+        self._history.append(prepared)
+        self._desired = prepared.desired
+        self._changed.set()
+
+    def _check_room(self, prepared: Prepared, wanted: Desired) -> None:
+        """Raises ConfigError if the machine has not what `wanted` needs, or the group is ending."""
+        if self._desired.deleted:
+            raise ConfigError(f"group {self._desired.group} is being taken down")
+        manifest = prepared.manifest
+        replicas = {each.name: each.replicas for each in wanted.roles}
+        problems = limits.gpu_problems(manifest.group.spec.roles, replicas, len(prepared.gpus))
+        leaving = sum(
+            pod.setup.facts.index >= replicas.get(pod.setup.facts.role, 0) for pod in self._fleet
+        )  # they still have their addresses
+        problems += limits.address_problems(sum(replicas.values()) + leaving, len(manifest.services))
+        if problems:
+            raise ConfigError(problems[0])
 
     def snapshot(self) -> Snapshot:
         observed = self._observe()
-        launch = self._prepared.launch
         return Snapshot(
             group=self._desired.group,
             status=self._status(observed),
             supervisor_pid=os.getpid(),
             started_at=self._started_at,
-            source=launch.source,
+            source=self._prepared.launch.source,
             roles=tuple(
                 RoleView(
                     name=role.name,
                     replicas=role.replicas,
-                    ready=sum(pod.ready for pod in self._pods.values() if pod.setup.facts.role == role.name),
+                    ready=sum(pod.ready for pod in self._fleet if pod.setup.facts.role == role.name),
                     waiting_for=tuple(waiting_for(role, self._desired, observed)),
                 )
                 for role in self._desired.roles
             ),
-            pods=tuple(self._view(pod) for _, pod in sorted(self._pods.items())),
+            pods=tuple(self._view(pod) for pod in self._fleet),
             services=self._services.views(),
         )
 
     # -- the loop
 
     async def _reconcile_until_down(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
-            actions = plan(self._desired, self._observe(), loop.time(), self._prepared.launch.backoff)
-            for action in actions:
-                self._apply(action)
+            waits = self._reconcile(asyncio.get_running_loop().time())
             self._publish()
-            if self._desired.deleted and not self._pods:
+            if self._desired.deleted and not len(self._fleet):
                 return
-            wake_at = min((each.until for each in actions if isinstance(each, Wait)), default=None)
             try:
-                async with asyncio.timeout_at(wake_at):
+                async with asyncio.timeout_at(min((wait.until for wait in waits), default=None)):
                     await self._changed.wait()
             except TimeoutError:
-                pass  # a back-off is over
+                pass  # a back-off or a deadline is over
+
+    def _reconcile(self, now: float) -> list[Wait]:
+        """Does what is due; returns what is due later."""
+        actions: list[Action | PodAction] = []
+        for action in plan(self._desired, self._observe(), now):
+            self._carry_out(action)
+            actions.append(action)
+        for seen in self._observe().roles:
+            kept = self._kept.get(seen.name, seen.target.revision)
+            self._kept[seen.name] = kept = kept_revision(seen.target, kept, seen.pods)
+            failures = self._failures if self._restarts_in_place(seen.name) else None
+            for step in control(seen.target, kept, seen.pods, now, self._desired.backoff, failures):
+                self._control(seen.name, step)
+                actions.append(step)
+        self._route()
+        waits = [action for action in actions if isinstance(action, Wait)]
+        if len(waits) < len(actions):
+            self._changed.set()  # what was done may make more due
+        return waits
 
     def _observe(self) -> Observed:
-        pods = tuple(
-            PodState(role, index, pod.phase, pod.ready)
-            for (role, index), pod in self._pods.items()
-            if pod.phase != "gone"  # about to be forgotten
+        pods: dict[str, list[PodState]] = {role: [] for role in self._targets} | self._fleet.states()
+        roles = tuple(
+            ObservedRole(
+                name=role,
+                target=self._targets.get(role, NOTHING),
+                pods=tuple(states),
+                deleting=role not in self._targets,
+                rollout=self._rollouts.get(role),
+            )
+            for role, states in pods.items()
         )
-        return Observed(pods, self._failures, self._services.endpoints)
+        return Observed(roles=roles, failures=self._failures)
 
-    def _apply(self, action: Action) -> None:
+    def _carry_out(self, action: Action) -> None:
         match action:
-            case StartPod(role, index, fresh):
-                self._start((role, index), fresh)
-            case StopPod(role, index):
-                self._stop((role, index))
-            case SetEndpoints(service, pods):
-                by_name = {pod.name: pod.setup for pod in self._pods.values()}
-                roles = {name: self._prepared.manifest.group.role(setup.facts.role) for name, setup in by_name.items()}
-                self._services.set_endpoints(
-                    service, pods, roles, {name: setup.facts.ip for name, setup in by_name.items()}
-                )
+            case ApplyRole(role, target):
+                self._targets[role] = target
+            case DeleteRole(role):
+                for about in (self._targets, self._kept, self._rollouts):
+                    about.pop(role, None)
+            case DeletePod(role, name):
+                self._fleet.stop(role, next(pod.setup.facts.index for pod in self._fleet if pod.name == name))
+            case RecordRollout(role, rollout):
+                self._rollouts[role] = rollout
+            case RecordFailures(key, failures):
+                if failures is None:
+                    self._failures.pop(key, None)
+                else:
+                    self._failures[key] = failures
+            case Rollback(role, to):
+                self._roll_back(role, to)
             case Wait():
                 pass
 
-    def _start(self, key: Key, fresh: bool) -> None:
-        pod = self._pods.get(key)
-        if pod is None:
-            pod = self._pods[key] = LocalPod(self._setup(*key), self._changed.set)
-        self._write_hosts()
-        pod.begin()
-        self._tasks.create_task(self._follow(key, pod, fresh))
+    def _control(self, role: str, step: PodAction) -> None:
+        match step:
+            case StartPod(index, revision):
+                self._fleet.start(role, index, revision, self._with(role, revision))
+            case RestartPod(index):
+                self._fleet.restart(role, index)
+            case StopPod(index):
+                self._fleet.stop(role, index)
+            case Wait():
+                pass
 
-    def _stop(self, key: Key) -> None:
-        pod = self._pods[key]
-        if pod.phase == "exited":
-            self._forget(key)
-        else:
-            pod.stop()
+    def _roll_back(self, role: str, to: str) -> None:
+        """Returns to the newest manifest in which the role had the revision `to`, with the replicas of now."""
+        good = self._with(role, to)
+        replicas = {each.name: each.replicas for each in self._desired.roles}
+        roles = tuple(
+            msgspec.structs.replace(each, replicas=replicas.get(each.name, each.replicas))
+            for each in good.desired.roles
+        )
+        self._history.append(good)
+        self._desired = msgspec.structs.replace(good.desired, roles=roles)
 
-    async def _follow(self, key: Key, pod: LocalPod, fresh: bool) -> None:
-        await pod.run(fresh)
-        if pod.phase == "gone":
-            self._forget(key)
-            return
-        unit = restart_unit(self._desired, *key)
-        ran_s = pod.ended_at - pod.started_at
-        self._failures[unit] = count_failure(
-            self._failures.get(unit), ran_s, pod.ended_at, self._prepared.launch.backoff
+    def _with(self, role: str, revision: str) -> Prepared:
+        """The newest manifest in which the role had this revision."""
+        return next(
+            prepared
+            for prepared in reversed(self._history)
+            if any(each.name == role and each.revision == revision for each in prepared.desired.roles)
         )
 
-    def _forget(self, key: Key) -> None:
-        pod = self._pods.pop(key)
-        self._gpus.give_back(pod.name)
-        self._slot.release(pod.name)
-        self._failures.pop(pod.name, None)
-        self._write_hosts()
+    def changed(self) -> None:
+        """See Owner."""
         self._changed.set()
 
-    def _setup(self, role_name: str, index: int) -> PodSetup:
-        manifest, launch = self._prepared.manifest, self._prepared.launch
-        role, group = manifest.group.role(role_name), manifest.group
-        name = names.pod_name(group.name, role_name, index)
-        desired = next(each for each in self._desired.roles if each.name == role_name)
-        labels = {**desired.labels, **names.pod_labels(group.name, role_name, index)}
-        facts = PodFacts(
-            group=group.name,
-            role=role_name,
-            index=index,
-            name=name,
-            namespace=group.metadata.namespace,
-            uid=str(uuid.uuid4()),
-            ip=self._slot.pod_address(name),
-            node=platform.node(),
-            labels=labels,
-            annotations=role.template.metadata.annotations,
-        )
-        return PodSetup(
-            facts=facts,
-            spec=role.template.spec,
-            folder=self._folder,
-            claims=launch.claims,
-            take_gpus=partial(self._take_gpus, name, gpus_wanted(role.template.spec)),
-            readiness=readiness(role, labels, manifest.services),
-            probing=launch.probing,
-            cwd=launch.cwd,
-            lent_fds=(self._slot.fileno(),),
-        )
+    def follow(self, pod: Coroutine[None, None, None]) -> None:
+        """See Owner."""
+        self._tasks.create_task(pod)
 
-    def _take_gpus(self, pod: str, wanted: int) -> list[str]:
-        """GPUs for a pod; none where the machine has none."""
-        devices = self._gpus.take(pod, wanted if self._prepared.gpus else 0)
-        if devices is None:
-            raise ConfigError(f"it needs {wanted} GPUs and too few are free; another group has them")
-        return devices
+    def ended(self, pod: LocalPod) -> None:
+        """See Owner."""
+        if self._restarts_in_place(pod.setup.facts.role):
+            backoff = self._desired.backoff
+            self._failures[pod.name] = count_failure(self._failures.get(pod.name), pod.ended_at, backoff)
+
+    def _restarts_in_place(self, role: str) -> bool:
+        """Whether a pod of the role that ended is started again as it is: no restart policy makes it anew."""
+        return any(each.name == role and each.restart_policy == "None" for each in self._desired.roles)
+
+    def _route(self) -> None:
+        """Sends each Service's connections to the pods that are ready now."""
+        pods = [pod for pod in self._fleet if pod.phase == "running"]
+        candidates = [Candidate(pod.name, pod.setup.facts.labels, pod.ready) for pod in pods]
+        services = self._prepared.manifest.services
+        for service, names_ in endpoints(services, () if self._desired.deleted else candidates).items():
+            if self._services.endpoints.get(service, ()) != names_:
+                specs = {pod.name: pod.setup.spec for pod in pods}
+                ips = {pod.name: pod.setup.facts.ip for pod in pods}
+                self._services.set_endpoints(service, names_, specs, ips)
 
     # -- what others see
 
     def _handle(self, request: Request) -> Snapshot:
         if isinstance(request, ScaleRequest):
             self.scale(request.role, request.replicas)
+        elif isinstance(request, UpdateRequest):
+            self.update(prepare(request.launch))
         elif isinstance(request, DownRequest):
             if request.now:
                 self.kill()
@@ -278,16 +315,17 @@ class Supervisor:
     def _status(self, observed: Observed) -> GroupStatus:
         if self._desired.deleted:
             return "stopping"
-        if group_ready(self._desired, observed):
+        if group_ready(self._desired, observed) and not updating(self._desired, observed):
             return "ready"
         return "not ready" if self._been_ready else "starting"
 
     def _view(self, pod: LocalPod) -> PodView:
         facts = pod.setup.facts
-        failures = self._failures.get(restart_unit(self._desired, facts.role, facts.index))
+        role = next((each for each in self._desired.roles if each.name == facts.role), None)
+        failures = self._failures.get(unit(self._desired, role, facts.index)) if role else None
         reason = pod.reason
         if pod.phase == "exited":
-            wait_s = restart_at(failures, self._prepared.launch.backoff) - pod.ended_at
+            wait_s = restart_at(failures, self._desired.backoff) - pod.ended_at
             reason += f"; restarts after {wait_s:.0f} s" if wait_s > 0 else ""
         return PodView(
             name=pod.name,
@@ -302,23 +340,6 @@ class Supervisor:
             gpus=pod.gpus,
             pids=pod.pids,
         )
-
-    def _write_hosts(self) -> None:
-        """Names of all pods there are, ready or not, as a headless Service publishes them; and of the Services."""
-        lines = self._services.host_lines()
-        for _, pod in sorted(self._pods.items()):
-            facts = pod.setup.facts
-            hosts = [
-                name
-                for service in names.role_services(facts.group, facts.role)
-                for host in (f"{facts.name}.{service}", service)
-                for name in names.dns_names(host, facts.namespace)
-            ]
-            lines.append(f"{facts.ip} {' '.join(hosts)}")
-        text = "\n".join(lines) + "\n"
-        if text != self._hosts:
-            self._hosts = text
-            write_atomically(self._folder.hosts, text.encode())
 
 
 def _pod_status(pod: LocalPod) -> PodStatus:
