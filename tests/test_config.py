@@ -16,6 +16,7 @@ MODEL = ["--model-path", "models/demo"]
     ("flag", "values"),
     [
         ("--tp-size", ["0", "-1"]),
+        ("--pp-size", ["0"]),
         ("--cpu-threads", ["0"]),
         ("--page-size", ["0"]),
         ("--max-running-requests", ["0"]),
@@ -48,6 +49,13 @@ def test_unknown_flags_are_named(flag: str) -> None:
 def test_the_least_values_work() -> None:
     config = parse_server_args([*MODEL, "--drain-timeout", "0", "--num-reserved-decode-tokens", "0", "--port", "0"])
     assert (config.drain_timeout, config.num_reserved_decode_tokens) == (0.0, 0)
+
+
+def test_names_of_the_parallel_sizes() -> None:
+    for tp, pp in (("--tp", "--pp-size"), ("--tensor-parallel-size", "--pipeline-parallel-size")):
+        config = parse_server_args([*MODEL, tp, "2", pp, "3"])
+        assert (config.tp_size, config.pp_size, config.num_ranks) == (2, 3, 6)
+    assert parse_server_args(MODEL).num_ranks == 1
 
 
 def test_where_prefill_servers_may_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class EngineProcesses:
         self._ready = asyncio.get_running_loop().create_future()
         self._directory = tempfile.mkdtemp(prefix="diptych-")
         ours, leader = socket.socketpair()
-        pairs = [socket.socketpair() for _ in range(1, self._config.tp_size)]
+        pairs = [socket.socketpair() for _ in range(1, self._config.num_ranks)]
         store = str(Path(self._directory) / "ranks")
         with leader:
             fds = [pair[0].fileno() for pair in pairs]
@@ -118,7 +118,7 @@ class EngineProcesses:
         threads = str(self._config.cpu_threads)
         environment = dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, GLOO_SOCKET_IFNAME="lo")
         visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-        if len(visible) > 1 and self._config.tp_size > 1:
+        if len(visible) > 1 and self._config.num_ranks > 1:
             environment["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)]
         return environment
 

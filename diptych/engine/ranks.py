@@ -1,4 +1,4 @@
-"""The tensor-parallel ranks of an engine, as rank 0 leads them: each runs every plan and moves its own heads' pages."""
+"""The ranks of an engine, as rank 0 leads them: each runs every plan and moves its own heads and layers of pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RunPlan(msgspec.Struct, tag="run"):
-    """Rank 0 → follower: run this step. No answer: the collectives inside keep the ranks together."""
+    """Rank 0 → follower: run this step. No answer: the exchanges inside keep the ranks together."""
 
     plan: Plan
 
@@ -51,8 +51,9 @@ FromRank = RankReady | PagesMoved
 class Follower:
     """A follower's part: carries rank 0's messages out one after the other, in the order they came.
 
-    The order matters: rank 0 may be done with a plan (its last layer asks nothing of the other ranks when no row is
-    sampled) before this rank has stored that plan's keys and values, and says then that they can be sent.
+    The order matters: rank 0 may be done with a plan (when no row is sampled, its last layer asks nothing of the other
+    ranks, nor of a later stage) before this rank has stored that plan's keys and values, and says then that they can be
+    sent.
 
     `run` computes a plan and blocks; `move` begins to carry a data command out and returns.
     """
@@ -122,7 +123,7 @@ class Ranks:
 
     async def compute(self, plan: Plan) -> StepResult:
         """One forward pass on all ranks. Raises EngineBroken if it fails while others take part: where they stand is
-        unknown then, and the next collectives would add up parts of different steps."""
+        unknown then, and the next exchanges would mix different steps."""
         if self._channels:
             message = RunPlan(_for_followers(plan))
             for channel in self._channels:

@@ -1,4 +1,4 @@
-"""An engine process: `python -m diptych.engine.worker`, one a tensor-parallel rank, its Spec on standard input.
+"""An engine process: `python -m diptych.engine.worker`, one a rank, its Spec on standard input.
 
 Rank 0 talks to the API process, plans, and leads the other ranks; they run what they are told. A worker ends when the
 channel to its leader closes, so none outlives its server.
@@ -34,7 +34,7 @@ from diptych.engine.roles.unified import UnifiedRole
 from diptych.errors import DiptychError
 from diptych.kv.share import Grid
 from diptych.model import parallel
-from diptych.model.runner import Runner
+from diptych.model.runner import Runner, device_of
 from diptych.obs import logs
 from diptych.sched.state import SchedConfig, new_state
 from diptych.text.grammar import GrammarCompiler
@@ -73,13 +73,14 @@ class Spec(msgspec.Struct):
 
 
 def load(spec: Spec) -> Runner:
-    """Join the rank group and load this rank's part of the model."""
+    """Join the other ranks and load this rank's part of the model."""
     config = spec.config
     torch.set_num_threads(config.cpu_threads)
-    group = None
-    if config.tp_size > 1:
-        group = parallel.init(spec.rank, config.tp_size, f"file://{spec.store_path}")
-    return Runner(config, spec.rank, config.tp_size, group, partial(log.info, "rank %d: %s", spec.rank))
+    place = None
+    if config.num_ranks > 1:
+        meet = f"file://{spec.store_path}"
+        place = parallel.init(spec.rank, config.tp_size, config.pp_size, meet, device_of(config))
+    return Runner(config, place, partial(log.info, "rank %d: %s", spec.rank))
 
 
 def load_faults(spec: Spec) -> Faults | None:
@@ -129,7 +130,7 @@ def make_plane(
         runner.store,
         transports,
         spec.rank,
-        Grid(runner.info.num_kv_heads, runner.info.num_layers, spec.config.tp_size),
+        Grid(runner.info.num_kv_heads, runner.info.num_layers, spec.config.tp_size, spec.config.pp_size),
         on_event,
         secret=spec.config.pd_secret,
         executor=ThreadPoolExecutor(TRANSFER_THREADS, thread_name_prefix="transfer"),
@@ -201,7 +202,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     done, _ = await asyncio.wait({loop_task, end_task}, return_when=asyncio.FIRST_COMPLETED)
     engine.stop()
     if lost:
-        channel.send(Failed(f"tensor-parallel rank {lost[0]} died"))
+        channel.send(Failed(f"engine rank {lost[0]} died"))
     elif loop_task in done and loop_task.exception() is not None:
         channel.send(Failed(f"the engine stopped: {loop_task.exception()}"))
     if hub is not None:
@@ -214,7 +215,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     if loop_task in done:
         loop_task.result()
     if lost:
-        raise DiptychError(f"tensor-parallel rank {lost[0]} died")
+        raise DiptychError(f"engine rank {lost[0]} died")
 
 
 async def pulse(channel: Channel) -> None:
@@ -253,6 +254,7 @@ async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) 
         layout=runner.store.layout,
         page_size=config.page_size,
         addresses=ranks.addresses,
+        pp_size=config.pp_size,
         broadcast=ranks.broadcast,
         counters=plane.counters,
         transport=TcpTransport(),
@@ -280,7 +282,7 @@ def main() -> None:
     # The server process decides when its engines end: signals to the process group (Ctrl-C) are not for them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logs.set_up(spec.config.log_level, f"engine{spec.rank}" if spec.config.tp_size > 1 else "engine")
+    logs.set_up(spec.config.log_level, f"engine{spec.rank}" if spec.config.num_ranks > 1 else "engine")
     try:
         code = run(spec)
     except Exception:

@@ -1,8 +1,9 @@
 """The Qwen3 and Llama decoders: the same but for Qwen3's norms on queries and keys.
 
 A layer is x += attention(norm(x)), x += mlp(norm(x)). Weights that read the same input are one matrix (q, k, v; gate,
-up), because a product of few rows costs by the call. Across tensor-parallel ranks heads and the MLP's inner size are
-split; the two sums of a layer are the only exchanges.
+up), because a product of few rows costs by the call. Across the ranks of a stage heads and the MLP's inner size are
+split; the two sums of a layer are the only exchanges. The first stage embeds and samples: hidden states go from stage
+to stage, and from the last one back to the first.
 """
 
 from __future__ import annotations
@@ -35,8 +36,18 @@ class Layer:
     down_bias: Tensor | None
 
 
+@dataclass(slots=True)
+class Ends:
+    """What comes before the layers and after them: the first stage has it."""
+
+    embedding: Embedding
+    norm: RMSNorm
+    head: Linear
+
+
 class Decoder:
-    """One rank's part of the model. `num_heads`, `num_kv_heads` are this rank's; `context_len` sizes rope tables."""
+    """One rank's part of the model. `num_heads`, `num_kv_heads`, `num_layers` are this rank's; `context_len` sizes rope
+    tables."""
 
     def __init__(
         self,
@@ -54,25 +65,31 @@ class Decoder:
         kv_heads = parallel.share_heads(config.num_kv_heads)
         self.num_heads, self.num_kv_heads = heads[1] - heads[0], kv_heads[1] - kv_heads[0]
         self.scale = config.head_dim**-0.5
-        loader = _Loader(config, source, parallel, heads, kv_heads, device, pack)
-        self.embedding, self.head = loader.vocabulary()
-        self.layers = []
+        loader = _Loader(config, layer_shapes(config), source, parallel, heads, kv_heads, device, pack)
+        self.ends = loader.ends() if parallel.stage == 0 else None
+        if self.ends is None:
+            loader.note_ends()
+        self.layers: list[Layer] = []
+        mine = parallel.share_layers(config.num_layers)
         for index in range(config.num_layers):
+            if index not in mine:
+                loader.note_layer(index)
+                continue
             self.layers.append(loader.layer(index))
             progress(f"weights: layer {index + 1} of {config.num_layers}")
-        self.norm = loader.norm("model.norm.weight")
+        self.num_layers = len(self.layers)
         source.finish(optional=("lm_head.weight",) if config.tied else ())
         cos, sin = rope_tables(config.rope, config.head_dim, context_len)
-        dtype = self.embedding.table.dtype
+        dtype = self.layers[0].attention_norm.weight.dtype
         self._cos = cos.to(device, dtype).unsqueeze(1)
         self._sin = sin.to(device, dtype).unsqueeze(1)
 
-    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor:
-        """Hidden states before the last norm of the rows `wanted`, `[wanted, hidden]`; `tokens`, `positions` int64
-        `[rows]`. Both row counts padded, but nothing may be wanted."""
-        x = self.embedding(tokens)
+    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor | None:
+        """Hidden states before the last norm of the rows `wanted`, `[wanted, hidden]`, on the first stage; None on the
+        others. `tokens`, `positions` int64 `[rows]`. Both row counts padded, but nothing may be wanted."""
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-        last = len(self.layers) - 1
+        x = self._begin(tokens)
+        last = self.num_layers - 1 if self.parallel.stage == self.parallel.stages - 1 else None
         for index, layer in enumerate(self.layers):
             mixed = self._attend(index, layer, layer.attention_norm(x), cos, sin, attention)
             if index == last:  # what follows concerns each row by itself
@@ -81,11 +98,30 @@ class Decoder:
                     break
             x = x + self._project(layer, mixed)
             x += self._mlp(layer, layer.mlp_norm(x))
-        return x
+        return x if self.parallel.stages == 1 else self._hand_on(x, len(wanted))
+
+    def _begin(self, tokens: Tensor) -> Tensor:
+        """What this stage's first layer reads."""
+        if self.ends is not None:
+            return self.ends.embedding(tokens)
+        return self.parallel.receive(self._cos.new_empty(len(tokens), self.config.hidden_size), self.parallel.stage - 1)
+
+    def _hand_on(self, x: Tensor, num_wanted: int) -> Tensor | None:
+        """To the next stage. The last one hands the rows that are wanted, if any are, to the first."""
+        place = self.parallel
+        if place.stage < place.stages - 1:
+            place.send(x, place.stage + 1)
+        elif num_wanted:
+            place.send(x, 0)
+        if place.stage > 0:
+            return None
+        features = x.new_empty(num_wanted, x.shape[1])
+        return place.receive(features, place.stages - 1) if num_wanted else features
 
     def logits(self, features: Tensor) -> Tensor | None:
         """float32 logits `[rows, vocab]` of what forward gave, rows padded; None on ranks above 0."""
-        mine = self.head(self.norm(features))
+        assert self.ends is not None
+        mine = self.ends.head(self.ends.norm(features))
         joined = self.parallel.join(mine)
         return None if joined is None else joined[:, : self.config.vocab_size].float()
 
@@ -110,11 +146,36 @@ class Decoder:
         return out if layer.down_bias is None else out + layer.down_bias
 
 
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer by their names within it, with their shapes in the whole model."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = {"q_proj": (heads, hidden), "k_proj": (kv_heads, hidden), "v_proj": (kv_heads, hidden)}
+    attention["o_proj"] = (hidden, heads)
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for block, matrices, biased in (
+        ("self_attn", attention, config.attention_bias),
+        ("mlp", mlp, config.mlp_bias),
+    ):
+        for name, shape in matrices.items():
+            shapes[f"{block}.{name}.weight"] = shape
+            if biased:
+                shapes[f"{block}.{name}.bias"] = shape[:1]
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
 @dataclass(slots=True)
 class _Loader:
-    """Reads this rank's slices and puts them together."""
+    """Reads this rank's slices and puts them together; notes what other stages read."""
 
     config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]  # of a layer's tensors
     source: WeightSource
     parallel: Parallel
     heads: Slice
@@ -122,72 +183,74 @@ class _Loader:
     device: str
     pack: bool
 
-    def vocabulary(self) -> tuple[Embedding, Linear]:
+    def ends(self) -> Ends:
         c = self.config
         part = vocab_part(c.vocab_size, self.parallel)
         table = load_vocab(self.source, "model.embed_tokens.weight", c.vocab_size, c.hidden_size, self.parallel)
         head = table
         if not c.tied:
             head = load_vocab(self.source, "lm_head.weight", c.vocab_size, c.hidden_size, self.parallel)
-        return Embedding(table.to(self.device), part, self.parallel), self._linear(head)
-
-    def norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.source.get(name, (self.config.hidden_size,)).to(self.device), self.config.norm_eps)
-
-    def layer(self, index: int) -> Layer:
-        prefix = f"model.layers.{index}"
-        return Layer(
-            attention_norm=self.norm(f"{prefix}.input_layernorm.weight"),
-            qkv=self._qkv(f"{prefix}.self_attn"),
-            qk_norm=self._qk_norm(f"{prefix}.self_attn") if self.config.qk_norm else None,
-            o=self._row_parallel(f"{prefix}.self_attn.o_proj", self._head_rows(self.heads)),
-            o_bias=self._bias(f"{prefix}.self_attn.o_proj", self.config.attention_bias),
-            mlp_norm=self.norm(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self._gate_up(f"{prefix}.mlp"),
-            down=self._row_parallel(f"{prefix}.mlp.down_proj", self._inner()),
-            down_bias=self._bias(f"{prefix}.mlp.down_proj", self.config.mlp_bias),
+        norm = self.source.get("model.norm.weight", (c.hidden_size,))
+        return Ends(
+            Embedding(table.to(self.device), part, self.parallel),
+            RMSNorm(norm.to(self.device), c.norm_eps),
+            self._linear(head),
         )
 
-    def _qkv(self, prefix: str) -> Linear:
+    def note_ends(self) -> None:
         c = self.config
-        parts = [
-            (f"{prefix}.q_proj", c.num_heads * c.head_dim, self._head_rows(self.heads)),
-            (f"{prefix}.k_proj", c.num_kv_heads * c.head_dim, self._head_rows(self.kv_heads)),
-            (f"{prefix}.v_proj", c.num_kv_heads * c.head_dim, self._head_rows(self.kv_heads)),
-        ]
-        return self._column_parallel(parts, c.attention_bias)
+        for name in ("model.embed_tokens.weight", *(() if c.tied else ("lm_head.weight",))):
+            self.source.note(name, (c.vocab_size, c.hidden_size))
+        self.source.note("model.norm.weight", (c.hidden_size,))
 
-    def _gate_up(self, prefix: str) -> Linear:
-        c = self.config
-        parts = [(f"{prefix}.{name}_proj", c.intermediate_size, self._inner()) for name in ("gate", "up")]
-        return self._column_parallel(parts, c.mlp_bias)
+    def layer(self, index: int) -> Layer:
+        heads, kv_heads, inner = self._rows_of(self.heads), self._rows_of(self.kv_heads), self._inner()
+        qkv = [("self_attn.q_proj", heads), ("self_attn.k_proj", kv_heads), ("self_attn.v_proj", kv_heads)]
+        return Layer(
+            attention_norm=self._norm(index, "input_layernorm"),
+            qkv=self._column_parallel(index, qkv),
+            qk_norm=self._qk_norm(index) if self.config.qk_norm else None,
+            o=self._row_parallel(index, "self_attn.o_proj", heads),
+            o_bias=self._bias(index, "self_attn.o_proj"),
+            mlp_norm=self._norm(index, "post_attention_layernorm"),
+            gate_up=self._column_parallel(index, [("mlp.gate_proj", inner), ("mlp.up_proj", inner)]),
+            down=self._row_parallel(index, "mlp.down_proj", inner),
+            down_bias=self._bias(index, "mlp.down_proj"),
+        )
 
-    def _qk_norm(self, prefix: str) -> Tensor:
+    def note_layer(self, index: int) -> None:
+        for name, shape in self.shapes.items():
+            self.source.note(f"model.layers.{index}.{name}", shape)
+
+    def _get(self, index: int, name: str, part: Slice | None = None, dim: int = 0) -> Tensor:
+        return self.source.get(f"model.layers.{index}.{name}", self.shapes[name], part, dim)
+
+    def _norm(self, index: int, name: str) -> RMSNorm:
+        return RMSNorm(self._get(index, f"{name}.weight").to(self.device), self.config.norm_eps)
+
+    def _qk_norm(self, index: int) -> Tensor:
         dim = self.config.head_dim
-        q, k = (self.source.get(f"{prefix}.{name}_norm.weight", (dim,)) for name in ("q", "k"))
+        q, k = (self._get(index, f"self_attn.{name}_norm.weight") for name in ("q", "k"))
         num_q, num_k = self.heads[1] - self.heads[0], self.kv_heads[1] - self.kv_heads[0]
         return torch.cat((q.expand(num_q, dim), k.expand(num_k, dim))).to(self.device)
 
-    def _head_rows(self, heads: Slice) -> Slice:
+    def _rows_of(self, heads: Slice) -> Slice:
         return heads[0] * self.config.head_dim, heads[1] * self.config.head_dim
 
     def _inner(self) -> Slice:
         return self.parallel.share(self.config.intermediate_size, "MLP columns (intermediate_size)")
 
-    def _column_parallel(self, parts: list[tuple[str, int, Slice]], biased: bool) -> Linear:
-        """Matrices (name, rows in the whole model, this rank's rows) one below the other."""
-        width = self.config.hidden_size
-        weights = [self.source.get(f"{name}.weight", (rows, width), part) for name, rows, part in parts]
-        biases = [self.source.get(f"{name}.bias", (rows,), part) for name, rows, part in parts] if biased else None
+    def _column_parallel(self, index: int, parts: list[tuple[str, Slice]]) -> Linear:
+        """Matrices (name, this rank's rows) one below the other."""
+        weights = [self._get(index, f"{name}.weight", rows) for name, rows in parts]
+        biases = [self._get(index, f"{name}.bias", rows) for name, rows in parts if f"{name}.bias" in self.shapes]
         return self._linear(torch.cat(weights), torch.cat(biases) if biases else None)
 
-    def _row_parallel(self, name: str, columns: Slice) -> Linear:
-        c = self.config
-        width = c.num_heads * c.head_dim if name.endswith("o_proj") else c.intermediate_size
-        return self._linear(self.source.get(f"{name}.weight", (c.hidden_size, width), columns, dim=1))
+    def _row_parallel(self, index: int, name: str, columns: Slice) -> Linear:
+        return self._linear(self._get(index, f"{name}.weight", columns, dim=1))
 
-    def _bias(self, name: str, biased: bool) -> Tensor | None:
-        return self.source.get(f"{name}.bias", (self.config.hidden_size,)).to(self.device) if biased else None
+    def _bias(self, index: int, name: str) -> Tensor | None:
+        return self._get(index, f"{name}.bias").to(self.device) if f"{name}.bias" in self.shapes else None
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return Linear(weight.to(self.device), None if bias is None else bias.to(self.device), pack=self.pack)

@@ -31,17 +31,20 @@ from diptych.types import ModelInfo
 
 
 class CausalModel(Protocol):
-    """What a runner needs of a model. `num_heads`, `num_kv_heads` are this rank's; `scale` is attention's."""
+    """What a runner needs of a model. `num_heads`, `num_kv_heads`, `num_layers` are this rank's; `scale` is
+    attention's."""
 
     num_heads: int
     num_kv_heads: int
+    num_layers: int
     scale: float
 
-    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor:
-        """Run a step's tokens; return features `[wanted, n]` of the rows `wanted`. All row counts are padded."""
+    def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor | None:
+        """Run a step's tokens; return features `[wanted, n]` of the rows `wanted`, or None on a stage above 0. All row
+        counts are padded."""
 
     def logits(self, features: Tensor) -> Tensor | None:
-        """float32 `[rows, vocab]` logits of features, rows padded; None on ranks above 0."""
+        """float32 `[rows, vocab]` logits of features, rows padded; None on ranks above 0 of the first stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +113,8 @@ def _load_foreign(
     device: str,
     progress: Callable[[str], None],
 ) -> Loaded:
-    if parallel.world > 1:
-        raise ConfigError("--model-impl transformers cannot split a model: use --tp 1")
+    if parallel.world > 1 or parallel.stages > 1:
+        raise ConfigError("--model-impl transformers cannot split a model: use --tp 1 and --pp-size 1")
     try:
         from diptych.model.transformers_impl import TransformersModel
     except ImportError:

@@ -1,7 +1,8 @@
-"""Tensor parallelism: the processes that share each layer, and the few collectives they need.
+"""The processes that share a model, and the few exchanges they need.
 
-Sums run in rank order on every rank, so that a token's numbers do not depend on where in a batch it stands (a ring
-all-reduce adds each part of a tensor in another order).
+Stages one after the other hold a run of layers each (pipeline parallelism); the ranks of a stage share each of its
+layers (tensor parallelism). Sums run in rank order on every rank, so that a token's numbers do not depend on where in a
+batch it stands (a ring all-reduce adds each part of a tensor in another order).
 """
 
 from __future__ import annotations
@@ -15,35 +16,55 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from diptych.errors import ConfigError
+from diptych.kv.share import layer_range
 
-COLLECTIVE_TIMEOUT_S = 300.0  # a rank that is later than this is lost; a dead one is noticed at once
+EXCHANGE_TIMEOUT_S = 300.0  # a rank that is later than this is lost; a dead one is noticed at once
 
 
-def init(rank: int, world: int, init_method: str, device: str = "cpu") -> ProcessGroup:
-    """Join the group of `world` ranks that meet at `init_method` (file://… or tcp://…). Blocks until all are there.
+def init(rank: int, tp: int, pp: int, init_method: str, device: str = "cpu") -> Parallel:
+    """Join the `pp` stages of `tp` ranks that meet at `init_method` (file://… or tcp://…). Blocks until all are there.
 
-    Raises torch's DistError after COLLECTIVE_TIMEOUT_S. All ranks are on one host, so gloo stays on the loopback.
+    Raises torch's DistError after EXCHANGE_TIMEOUT_S. All ranks are on one host, so gloo stays on the loopback.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = timedelta(seconds=EXCHANGE_TIMEOUT_S)
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=init_method,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        "nccl" if device == "cuda" else "gloo", init_method=init_method, rank=rank, world_size=tp * pp, timeout=timeout
     )
-    group = dist.group.WORLD
-    assert group is not None
-    return group
+    group = None
+    if tp > 1:  # every rank takes part in making every group
+        groups = [dist.new_group(list(range(stage * tp, (stage + 1) * tp)), timeout) for stage in range(pp)]
+        group = groups[rank // tp]
+    return Parallel(rank % tp, tp, group, rank // tp, pp)
 
 
 class Parallel:
-    """This process's place among the ranks. With a world of 1 there is no group and the collectives do nothing."""
+    """This process's place: `rank` of the `world` of one stage, and `stage` of `stages`.
 
-    def __init__(self, rank: int = 0, world: int = 1, group: ProcessGroup | None = None) -> None:
+    With a world of 1 there is no group and the collectives do nothing.
+    """
+
+    def __init__(
+        self, rank: int = 0, world: int = 1, group: ProcessGroup | None = None, stage: int = 0, stages: int = 1
+    ) -> None:
         if (world > 1) != (group is not None):
             raise ValueError("a group is needed exactly when there is more than one rank")
         self.rank, self.world, self.group = rank, world, group
+        self.stage, self.stages = stage, stages
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that samples."""
+        return self.rank == self.stage == 0
+
+    def send(self, x: Tensor, stage: int) -> None:
+        """Hand `x` to the same rank of another stage. On a CPU, blocks until it takes it."""
+        dist.send(x.contiguous(), stage * self.world + self.rank)
+
+    def receive(self, x: Tensor, stage: int) -> Tensor:
+        """Fill `x` with what the same rank of another stage sends; the shapes must be the same."""
+        dist.recv(x, stage * self.world + self.rank)
+        return x
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, added in rank order; the same bits on each rank. May reuse `x`."""
@@ -57,11 +78,11 @@ class Parallel:
         return total
 
     def join(self, x: Tensor) -> Tensor | None:
-        """Every rank's `x` side by side along the last dimension: on rank 0, elsewhere None."""
+        """Every rank's `x` side by side along the last dimension: on rank 0 of the stage, elsewhere None."""
         if self.group is None:
             return x
         parts = [torch.empty_like(x) for _ in range(self.world)] if self.rank == 0 else None
-        dist.gather(x.contiguous(), parts, dst=0, group=self.group)
+        dist.gather(x.contiguous(), parts, group=self.group, group_dst=0)
         return torch.cat(parts, -1) if parts is not None else None
 
     def share(self, total: int, what: str) -> tuple[int, int]:
@@ -70,6 +91,10 @@ class Parallel:
             raise ConfigError(f"--tp {self.world} does not divide the model's {total} {what}; choose another --tp")
         size = total // self.world
         return self.rank * size, (self.rank + 1) * size
+
+    def share_layers(self, num_layers: int) -> range:
+        """This stage's layers. Raises ConfigError if there are fewer than stages."""
+        return layer_range(num_layers, self.stages, self.stage)
 
     def share_heads(self, num_kv_heads: int) -> tuple[int, int]:
         """This rank's key-value heads. Fewer heads than ranks are replicated, each on neighbouring ranks."""

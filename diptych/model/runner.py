@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from diptych.config import ServerConfig
+from diptych.kv.share import layer_range
 from diptych.kv.store import PageStore
 from diptych.model.attention import AttentionBackend
 from diptych.model.layers import padded_rows
@@ -25,6 +25,11 @@ from diptych.types import LogprobSpec, ModelInfo, Plan, RowResult, StepResult, T
 LOGIT_BYTES = 32 << 20  # prompt logprobs: logits held at once
 
 
+def device_of(config: ServerConfig) -> str:
+    """ "cuda" or "cpu": what `--device` asks for."""
+    return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Runner:
     """Owns this rank's weights and KV pool. `run` is a function of the plan and of the pages' contents alone.
 
@@ -35,23 +40,22 @@ class Runner:
     def __init__(
         self,
         config: ServerConfig,
-        rank: int = 0,
-        world: int = 1,
-        group: ProcessGroup | None = None,
+        parallel: Parallel | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.rank = rank
-        self.device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = load_model(config, Parallel(rank, world, group), self.device, progress)
+        self.parallel = parallel or Parallel()
+        self.device = device_of(config)
+        loaded = load_model(config, self.parallel, self.device, progress)
         self.model, self.exact = loaded.model, loaded.exact
         self.info: ModelInfo = loaded.info
-        heads, layers, dim = loaded.model.num_kv_heads, loaded.info.num_layers, loaded.info.head_dim
-        page_bytes = kv_page_bytes(heads, layers, dim, config.page_size, loaded.dtype.itemsize)
+        heads, layers, dim = loaded.model.num_kv_heads, loaded.model.num_layers, loaded.info.head_dim
+        most_layers = len(layer_range(loaded.info.num_layers, self.parallel.stages, 0))  # page numbers hold for all
+        page_bytes = kv_page_bytes(heads, most_layers, dim, config.page_size, loaded.dtype.itemsize)
         self.num_pages = pool_pages(config, page_bytes, self.info.context_len)
         mib = self.num_pages * page_bytes >> 20
         progress(f"KV pool: {self.num_pages} pages of {config.page_size} tokens, {mib} MiB")
         self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.dtype, self.device)
-        self.store: PageStore = PoolStore(self.pool, layers)
+        self.store: PageStore = PoolStore(self.pool, loaded.info.num_layers)
         self.attention: AttentionBackend = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
 
     @torch.inference_mode()
@@ -66,15 +70,18 @@ class Runner:
             first = int(plan.q_starts[b]) + plan.rows[b].target_start
             wanted += range(first, first + len(plan.rows[b].prompt_targets or ()))
         features = self._features(plan, wanted)
+        if features is None:
+            return StepResult(rows=[], duration_s=time.perf_counter() - started)
         tokens, logprobs = self._sample(plan, sampling, features)
         prompt = self._prompt_logprobs(plan, targets, features[len(sampling) :])
         rows = []
-        if self.rank == 0:
+        if self.parallel.leads:
             rows = [RowResult(tokens.get(b, -1), logprobs.get(b), prompt.get(b)) for b in range(len(plan.rows))]
         return StepResult(rows=rows, duration_s=time.perf_counter() - started)
 
-    def _features(self, plan: Plan, wanted: Sequence[int]) -> Tensor:
-        """The forward pass: what the model says of the tokens `wanted` (places in the plan), `[len(wanted), …]`."""
+    def _features(self, plan: Plan, wanted: Sequence[int]) -> Tensor | None:
+        """The forward pass: what the model says of the tokens `wanted` (places in the plan), `[len(wanted), …]`, on the
+        first stage."""
         num_tokens = len(plan.token_ids)
         inputs = np.zeros((2, padded_rows(num_tokens)), np.int64)
         inputs[0, :num_tokens] = plan.token_ids
@@ -84,7 +91,7 @@ class Runner:
         index[: len(wanted)] = wanted
         self.attention.begin(plan)
         features = self.model.forward(tokens, positions, torch.from_numpy(index).to(self.device), self.attention)
-        return features[: len(wanted)]
+        return None if features is None else features[: len(wanted)]
 
     def _logits(self, features: Tensor) -> Tensor | None:
         """float32 logits of these features, `[rows, vocab]`; None on ranks above 0."""

@@ -1,6 +1,6 @@
 """Where tensors come from: safetensors files, or numbers made up from their names.
 
-A source hands out one tensor, or one slice of it, at a time; each rank of a tensor-parallel group reads only its own.
+A source hands out one tensor, or one slice of it, at a time; each rank reads only its own.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ Slice = tuple[int, int]  # [start, stop)
 
 
 class WeightSource(Protocol):
-    num_parameters: int  # in the whole model, counted as they are handed out
+    num_parameters: int  # in the whole model, counted as they are handed out or noted
+
+    def note(self, name: str, shape: Sequence[int]) -> None:
+        """The model has a tensor `name` of `shape`, which other ranks read. Raises ConfigError if it is not so."""
 
     def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
         """The tensor `name`, which has `shape`; or its slice `part` along `dim`. Raises ConfigError."""
 
     def finish(self, optional: Sequence[str] = ()) -> None:
-        """Call after the last `get`. Raises ConfigError naming tensors nobody asked for, `optional` ones excepted."""
+        """Call after the last `get` or `note`. Raises ConfigError naming tensors of neither; `optional` ones may be."""
 
     def fingerprint(self) -> str:
-        """Equal for equal checkpoints, whatever the rank and the tensor-parallel size. Cheap."""
+        """Equal for equal checkpoints, whatever the rank and how many there are. Cheap."""
 
 
 class SafetensorsSource:
@@ -50,7 +53,10 @@ class SafetensorsSource:
         self._taken: set[str] = set()
         self.num_parameters = 0
 
-    def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
+    def note(self, name: str, shape: Sequence[int]) -> None:
+        self._look_up(name, shape)
+
+    def _look_up(self, name: str, shape: Sequence[int]) -> Any:
         if name not in self._owner:
             raise ConfigError(f"the checkpoint lacks tensor {name}")
         view = self._owner[name].get_slice(name)
@@ -59,6 +65,10 @@ class SafetensorsSource:
         if name not in self._taken:
             self._taken.add(name)
             self.num_parameters += _count(shape)
+        return view
+
+    def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
+        view = self._look_up(name, shape)
         if part is None:
             tensor = view[:]
         elif dim == 0:
@@ -86,10 +96,13 @@ class DummySource:
         self._taken: dict[str, int] = {}
         self.num_parameters = 0
 
-    def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
+    def note(self, name: str, shape: Sequence[int]) -> None:
         if name not in self._taken:
             self._taken[name] = _count(shape)
             self.num_parameters += _count(shape)
+
+    def get(self, name: str, shape: Sequence[int], part: Slice | None = None, dim: int = 0) -> Tensor:
+        self.note(name, shape)
         start, stop = part or (0, shape[0])
         if dim == 1:
             return self.get(name, shape)[:, start:stop].contiguous()

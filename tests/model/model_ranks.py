@@ -1,13 +1,16 @@
-"""One rank of a tensor-parallel group, as a process: `python model_ranks.py RANK WORLD STORE FOLDER`.
+"""One rank of several, as a process: `python model_ranks.py RANK TP PP STORE FOLDER`; `run_ranks` starts them all.
 
-All ranks build the same plans; rank 0's results are passed to the others, which lets them go on. Rank 0 prints, as
-JSON: logits of a prompt, and tokens and logprobs of sequences that ran whole, in chunks, and together.
+All ranks build the same plans; rank 0's results are passed to the others, which lets them go on. Each prints, as JSON:
+logits of a prompt (rank 0), and tokens and logprobs of sequences that ran whole, in chunks, and together.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -36,7 +39,7 @@ class SharedRunner:
 
     def run(self, plan: Plan) -> StepResult:
         result = [self.runner.run(plan)]
-        if self.runner.rank > 0:
+        if not self.runner.parallel.leads:
             assert result[0].rows == []
         if dist.is_initialized():
             dist.broadcast_object_list(result, src=0)
@@ -51,12 +54,13 @@ def sequences() -> list[Sequence]:
     ]
 
 
-def answers(runner: Runner) -> dict[str, object]:
+def answers(runner: Runner) -> dict[str, Any]:
     """What the comparison needs; the same on every rank."""
     shared = SharedRunner(runner)
     driver = Driver(shared, PAGE)  # type: ignore[arg-type]
     with torch.inference_mode():
-        logits = runner._logits(runner._features(driver.plan([(Sequence(PROMPT), len(PROMPT))]), range(len(PROMPT))))
+        features = runner._features(driver.plan([(Sequence(PROMPT), len(PROMPT))]), range(len(PROMPT)))
+        logits = None if features is None else runner._logits(features)
     whole, chunked, together = sequences(), sequences(), sequences()
     for seq in whole:
         driver.generate(seq, NUM_OUTPUTS)
@@ -67,6 +71,8 @@ def answers(runner: Runner) -> dict[str, object]:
     return {
         "logits": None if logits is None else logits.tolist(),
         "heads": runner.store.num_heads,
+        "layers": runner.store.num_layers,
+        "facts": [runner.num_pages, runner.info.fingerprint, runner.info.num_parameters, runner.store.layout],
         "runs": [
             [(seq.outputs, seq.output_logprobs, seq.prompt_logprobs) for seq in run]
             for run in (whole, chunked, together)
@@ -74,14 +80,33 @@ def answers(runner: Runner) -> dict[str, object]:
     }
 
 
+def run_ranks(folder: Path, tp: int, pp: int = 1) -> list[dict[str, Any]]:
+    """What each of the `tp` * `pp` ranks found of the model in `folder`."""
+    store = folder / f"store-{tp}-{pp}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, *map(str, (rank, tp, pp, store, folder))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(tp * pp)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=90) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, (_, err) in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, err.decode()[-2000:]
+    return [msgspec.json.decode(out) for out, _ in outputs]
+
+
 def main() -> None:
-    rank, world, store, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank, tp, pp, store, folder = *map(int, sys.argv[1:4]), sys.argv[4], sys.argv[5]
     torch.set_num_threads(1)
-    group = parallel.init(rank, world, f"file://{store}")
-    config = ServerConfig(model_path=folder, page_size=PAGE, max_total_tokens=1024, tp_size=world)
-    found = answers(Runner(config, rank, world, group))
-    if rank == 0:
-        sys.stdout.write(msgspec.json.encode(found).decode())
+    place = parallel.init(rank, tp, pp, f"file://{store}")
+    config = ServerConfig(model_path=folder, page_size=PAGE, max_total_tokens=1024, tp_size=tp, pp_size=pp)
+    sys.stdout.write(msgspec.json.encode(answers(Runner(config, place))).decode())
     dist.destroy_process_group()
 
 

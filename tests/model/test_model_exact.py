@@ -149,7 +149,7 @@ def test_a_neighbour_with_nonsense_in_its_cache_does_not_show(server: tuple[Runn
     poisoned = sequence(9)
     plan = driver.plan([(poisoned, len(poisoned.prompt))])
     decoder = runner.model
-    table = decoder.embedding.table  # type: ignore[attr-defined]
+    table = decoder.ends.embedding.table  # type: ignore[attr-defined]
     token = next(t for t in poisoned.prompt if t not in expected.tokens)
     with torch.inference_mode():
         kept = table[token].clone()

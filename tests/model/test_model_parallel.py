@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 import torch
 from model_checkpoints import llama, qwen3, write
-from model_ranks import PAGE, answers
+from model_ranks import PAGE, answers, run_ranks
 from transformers import PreTrainedConfig
 
 from diptych.config import ServerConfig
@@ -20,29 +16,6 @@ from diptych.errors import ConfigError
 from diptych.model.layers import vocab_part
 from diptych.model.parallel import Parallel
 from diptych.model.runner import Runner
-
-HERE = Path(__file__).parent
-
-
-def run_ranks(world: int, folder: Path) -> dict[str, Any]:
-    store = folder / f"store{world}"
-    command = [sys.executable, str(HERE / "model_ranks.py")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(store), str(folder)],
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=90) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, err) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, err.decode()[-2000:]
-    return msgspec.json.decode(outputs[0][0])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +28,7 @@ def run_ranks(world: int, folder: Path) -> dict[str, Any]:
 def test_ranks_together_compute_the_model(world: int, config: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
     write(tmp_path, config())
     one = answers(Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=1024)))
-    many = run_ranks(world, tmp_path)
+    many = run_ranks(tmp_path, world)[0]
     assert (torch.tensor(many["logits"]) - torch.tensor(one["logits"])).abs().max() < 1e-4
     whole, chunked, together = many["runs"]
     assert whole == chunked == together

@@ -25,6 +25,7 @@ from transformers import (
 
 from diptych.config import ServerConfig
 from diptych.errors import ConfigError
+from diptych.model.parallel import Parallel
 from diptych.model.runner import Runner
 from diptych.types import LogprobSpec
 
@@ -134,6 +135,8 @@ def test_dummy_weights_there(tmp_path: Path) -> None:
             "does not say how long|layers keep",
         ),
         (lambda: llama(), {"model_impl": "transformers", "tp_size": 2}, "--tp 1"),
+        (lambda: llama(), {"model_impl": "transformers", "pp_size": 2}, "--pp-size 1"),
+        (lambda: llama(), {"pp_size": 4}, "--pp-size 4 is more than the model's 2 layers"),
         (lambda: GPTNeoXConfig(**SHAPE), {"model_impl": "diptych"}, "GPTNeoXForCausalLM is not one of our own models"),
         (
             lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
@@ -151,13 +154,9 @@ def test_what_cannot_run_is_said(
 
 
 def start_ranks(folder: Path, **settings: Any) -> None:
-    world = settings.get("tp_size", 1)
     config = ServerConfig(model_path=str(folder), page_size=PAGE, **settings)
-    if world == 1:
-        Runner(config)
-        return
-    group: Any = object()  # never used: what is refused is refused before
-    Runner(config, 0, world, group)
+    group: Any = object() if config.tp_size > 1 else None  # never used: what is refused is refused before
+    Runner(config, Parallel(0, config.tp_size, group, 0, config.pp_size))
 
 
 def test_checkpoint_files_other_than_safetensors_are_not_read(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Stages with real processes over gloo: to the last bit what one stage of as many ranks computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from model_checkpoints import llama, qwen3, write
+from model_ranks import PAGE, answers, run_ranks
+from transformers import PreTrainedConfig
+
+from diptych.config import ServerConfig
+from diptych.model import pool
+from diptych.model.parallel import Parallel
+from diptych.model.runner import Runner
+
+
+@pytest.mark.parametrize(
+    ("pp", "config"),
+    [
+        (2, lambda: qwen3(num_hidden_layers=3, tie_word_embeddings=True)),
+        (3, lambda: llama(num_hidden_layers=3, attention_bias=True, mlp_bias=True)),
+    ],
+)
+def test_stages_compute_what_one_process_does(pp: int, config: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
+    write(tmp_path, config())
+    one = answers(Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=1024)))
+    check(run_ranks(tmp_path, 1, pp), msgspec.json.decode(msgspec.json.encode(one)), [2, 1] if pp == 2 else [1, 1, 1])
+
+
+def test_stages_of_two_ranks_compute_what_one_stage_of_two_does(tmp_path: Path) -> None:
+    write(tmp_path, qwen3(num_hidden_layers=3))
+    one, _ = run_ranks(tmp_path, 2)
+    check(run_ranks(tmp_path, 2, 2), one, [2, 2, 1, 1])
+
+
+def check(ranks: list[dict[str, Any]], expected: dict[str, Any], layers: list[int]) -> None:
+    """Rank 0 finds the same logits, tokens and logprobs; all agree on what is to be agreed on."""
+    assert ranks[0]["logits"] == expected["logits"]
+    assert ranks[0]["runs"] == expected["runs"]
+    assert [rank["layers"] for rank in ranks] == layers
+    assert all(rank["facts"] == expected["facts"] for rank in ranks)
+    assert all(rank["logits"] is None for rank in ranks[1:])
+
+
+def test_all_stages_have_as_many_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page numbers are rank 0's; the first stage has the most layers, so the others have memory to spare."""
+    write(tmp_path, qwen3(num_hidden_layers=3))
+    page_bytes = pool.kv_page_bytes(2, 2, 16, PAGE, 4)
+    monkeypatch.setattr(pool, "DEFAULT_POOL_BYTES", 100 * page_bytes)
+    config = ServerConfig(model_path=str(tmp_path), page_size=PAGE, pp_size=2)
+    stages = [Runner(config, Parallel(stage=stage, stages=2)) for stage in range(2)]
+    assert [(runner.num_pages, runner.store.num_layers) for runner in stages] == [(100, 2), (100, 1)]
