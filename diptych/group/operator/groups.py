@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from diptych.errors import ConfigError
+from diptych.errors import ConfigError, NotFound
 from diptych.group.actions import (
     Action,
     ApplyRole,
@@ -351,7 +351,10 @@ class _Pass:
 
     def _set_finalizers(self, finalizers: list[str]) -> None:
         metadata = {"resourceVersion": self._group["metadata"]["resourceVersion"], "finalizers": finalizers}
-        self._cluster.merge(GROUP, self._namespace, self._name, {"metadata": metadata})
+        try:
+            self._cluster.merge(GROUP, self._namespace, self._name, {"metadata": metadata})
+        except NotFound:
+            return  # it was the last one, and the group is gone
 
     def _shut_down(self, actions: list[Action]) -> None:
         have = self._group["metadata"].get("finalizers") or []
