@@ -56,8 +56,11 @@ _decoder = msgspec.json.Decoder(_Fields)
 _items = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-def read_body(body: bytes) -> Ask:
-    """Understand a body. Raises BadRequest when it is no JSON object or asks for too many sequences."""
+def read_body(body: bytes, route: str) -> Ask:
+    """Understand a body for `route`, whose fields are the only ones that count: servers ignore those of other routes.
+
+    Raises BadRequest when it is no JSON object or asks for too many sequences.
+    """
     try:
         found = _decoder.decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -65,13 +68,13 @@ def read_body(body: bytes) -> Ask:
     if found.bootstrap_host or found.bootstrap_port or found.bootstrap_room:
         body = _without_bootstrap(body)
     end = body.rindex(b"}")
-    prompt = found.messages or found.prompt or found.text or found.input_ids
+    prompt, num_rooms = _asked(found, route)
     return Ask(
         body=body,
         end=end,
         separator=b"" if _is_empty(body, end) else b",",
         key=bytes(memoryview(prompt)[:KEY_BYTES]),
-        num_rooms=_num_rooms(found),
+        num_rooms=num_rooms,
         merges_logprobs=_is_set(found.return_logprob) or (_is_set(found.echo) and _is_set(found.logprobs)),
     )
 
@@ -106,10 +109,19 @@ def _without_bootstrap(body: bytes) -> bytes:
     return msgspec.json.encode({name: value for name, value in members.items() if name not in _BOOTSTRAP})
 
 
-def _num_rooms(found: _Fields) -> int | None:
+def _asked(found: _Fields, route: str) -> tuple[msgspec.Raw, int | None]:
+    """The prompt, and how many rooms are needed."""
+    if route == "/generate":
+        prompt, ids = found.text or found.input_ids, not found.text
+        return prompt, _num_rooms(_batch_size(prompt, ids=ids), _copies_of_params(found.sampling_params))
+    if route == "/v1/completions":
+        return found.prompt, _num_rooms(_batch_size(found.prompt, ids=False), _copies(found.n))
+    return found.messages, _num_rooms(None, _copies(found.n))
+
+
+def _num_rooms(batch: int | None, copies: int | None) -> int | None:
     """One room a sequence: prompts times n. Values of a wrong type count as one; the servers refuse them."""
-    batch = _batch_size(found.prompt or found.text or found.input_ids, ids=not (found.prompt or found.text))
-    copies = _copies(found.n) or _copies_of_params(found.sampling_params) or 1
+    copies = copies or 1
     if batch is None and copies == 1:
         return None
     total = (batch or 1) * copies

@@ -55,7 +55,7 @@ class Core:
             client.finish()
 
     async def _serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
-        ask = read_body(request.body)
+        ask = read_body(request.body, request.route)
         self._budget.earn()
         arrived_at = self._loop.time()
         headers = to_server(request.headers, self._config.key, extra)

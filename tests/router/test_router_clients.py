@@ -289,7 +289,7 @@ async def test_a_body_that_drips_has_a_deadline(cluster, monkeypatch, connect, f
     writer.write(f"POST /generate HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode())
 
     async def drip():
-        while not writer.is_closing():  # noqa: ASYNC110
+        while not writer.is_closing():
             writer.write(b"1\r\na\r\n" if framing == "chunks" else b"a")
             await asyncio.sleep(0.005)
 
