@@ -24,6 +24,7 @@ from diptych.group.actions import (
     Failures,
     Observed,
     ObservedRole,
+    PodState,
     RecordFailures,
     RecordRollout,
     Rollback,
