@@ -6,28 +6,35 @@ The variable holds a FaultPlan as JSON, such as `{"fail_transfers": 0.05, "seed"
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from collections.abc import Callable
 
 import msgspec
+from msgspec.structs import replace
 
 from diptych.errors import ConfigError, TransferError
 from diptych.sched.queue import retract
 from diptych.sched.state import SchedState
+from diptych.transfer import wire
 from diptych.transfer.commands import AnyEvent, Sent, TransferFailed
 from diptych.transfer.link import Link, Listener, Transport
 
 VARIABLE = "DIPTYCH_TEST_FAULTS"
+LIES = ("an old room", "an old epoch", "an old generation")
 NO_TOKEN = 1 << 30  # no vocabulary has it: on a CPU the embedding raises
 
 
 class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes wrong. Shares are probabilities from 0 to 1, drawn from `seed` and the rank."""
+    """What goes wrong. Shares are probabilities from 0 to 1, each drawn from a sequence of its own, which follows from
+    `seed`, the rank and the field's name: the third room to be sent fails or not, however many frames there were.
+    """
 
     seed: int = 0
     fail_transfers: float = 0.0  # rooms that fail on the sending side when all their pages have left
     corrupt_frames: float = 0.0  # data frames with one flipped bit
+    stale_frames: float = 0.0  # data frames that the pages of the room before precede once more
     frame_delay_s: float = 0.0  # wait before each data frame: keeps a transfer under way
     retract_every: int = 0  # steps after which all that runs loses its pages; 0: never
     poison_token: int = -1  # a prompt that has it makes the model's forward pass fail
@@ -38,7 +45,7 @@ class Faults:
 
     def __init__(self, plan: FaultPlan, rank: int) -> None:
         self.plan = plan
-        self.rng = random.Random(f"{plan.seed} {rank}")
+        self.rngs = {name: random.Random(f"{plan.seed} {rank} {name}") for name in plan.__struct_fields__}
         self._retracted_at = 0
 
     @classmethod
@@ -49,6 +56,10 @@ class Faults:
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{VARIABLE}: {error}") from None
 
+    def strikes(self, name: str) -> bool:
+        """Does the fault `name` happen this time?"""
+        return self.rngs[name].random() < getattr(self.plan, name)
+
     def transports(self, transports: list[Transport]) -> list[Transport]:
         """The same transports; links opened through them corrupt and delay what they send."""
         return [FaultyTransport(transport, self) for transport in transports]
@@ -57,7 +68,7 @@ class Faults:
         """A listener for the data plane that hears of failures where there were none."""
 
         def hear(event: AnyEvent) -> None:
-            if isinstance(event, Sent) and self.rng.random() < self.plan.fail_transfers:
+            if isinstance(event, Sent) and self.strikes("fail_transfers"):
                 event = TransferFailed(event.room, event.epoch, "injected failure of a transfer", TransferError.code)
             on_event(event)
 
@@ -101,6 +112,8 @@ class FaultyLink:
         self._inner = inner
         self._faults = faults
         self._turn = asyncio.Lock()  # sends of several tasks keep their order
+        self._before: tuple[wire.Frame, bytes] | None = None  # the last data frame
+        self._lies = itertools.cycle(LIES)
         self.recv = inner.recv
         self.close = inner.close
 
@@ -125,9 +138,24 @@ class FaultyLink:
             if payload is not None and len(payload):
                 if self._faults.plan.frame_delay_s:
                     await asyncio.sleep(self._faults.plan.frame_delay_s)
-                if self._faults.rng.random() < self._faults.plan.corrupt_frames:
-                    payload = _flip(payload, self._faults.rng)
+                if self._faults.plan.stale_frames:
+                    await self._send_stale(wire.unpack_frame(header), bytes(payload))
+                if self._faults.strikes("corrupt_frames"):
+                    payload = _flip(payload, self._faults.rngs["corrupt_frames"])
             await self._inner.send(header, payload)
+
+    async def _send_stale(self, frame: wire.Frame, payload: bytes) -> None:
+        """The pages of the frame before, as late as this one and for its pages, by one of LIES in turn."""
+        if self._before is not None and self._before[0].room != frame.room and self._faults.strikes("stale_frames"):
+            old, old_payload = self._before
+            stale = {
+                "an old room": old,
+                "an old epoch": replace(frame, epoch=old.epoch),
+                "an old generation": replace(frame, generations=[number - 1 for number in frame.generations]),
+            }[next(self._lies)]
+            stale = replace(stale, payload_crc=wire.crc(memoryview(old_payload)))
+            await self._inner.send(wire.pack_frame(stale), memoryview(old_payload))
+        self._before = frame, payload
 
 
 def _flip(payload: memoryview, rng: random.Random) -> memoryview:

@@ -1,18 +1,19 @@
 """SGLang's scenarios with injected faults: transfers that fail, pages that arrive damaged, memory that is taken away.
 
-Prefill 0 fails one hand-over in five; prefill 1 flips a bit in every frame; decode loses all pages every few steps.
-Pages travel through shared memory alone.
+Prefill 0 fails one hand-over in twenty; prefill 1 flips a bit in every frame; decode loses all pages every few steps.
+Prefill 0 and decode cannot compute a prompt with POISON in it. Pages travel through shared memory alone.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from asking import ask, counters, endless, in_flight, settle
+from asking import ask, counters, endless, in_flight, settle, until
 from mixed_requests import assert_same, generate, mixed_requests, one_by_one
 from pd_cluster import PDCluster, start_decode, start_prefill, start_router
 
@@ -21,8 +22,12 @@ from diptych.testing.processes import ServerProcess, metrics
 pytestmark = pytest.mark.timeout(300)
 
 
+POISON = 299
+NUM_AT_ONCE = 80
+
+
 def faults(**plan: Any) -> dict[str, str]:
-    return {"DIPTYCH_TEST_FAULTS": json.dumps({"seed": 3, **plan})}
+    return {"DIPTYCH_TEST_FAULTS": json.dumps({"seed": 4, **plan})}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +36,10 @@ def servers() -> Iterator[PDCluster]:
     with ExitStack() as stack:
         common = ("--disaggregation-transfer-backend", "shm")
         prefill = [
-            start_prefill(stack, *common, env=faults(fail_transfers=0.2)),
+            start_prefill(stack, *common, env=faults(fail_transfers=0.05, poison_token=POISON)),
             start_prefill(stack, *common, env=faults(corrupt_frames=1.0)),
         ]
-        decode = [start_decode(stack, *common, env=faults(retract_every=5))]
+        decode = [start_decode(stack, *common, env=faults(retract_every=5, poison_token=POISON))]
         for server in (*prefill, *decode):
             server.wait_ready()
         yield PDCluster(prefill, decode, start_router(stack, prefill[:1], decode))
@@ -71,13 +76,16 @@ def test_retries_and_retractions_do_not_show(servers: PDCluster, unified: Server
 
 
 def test_failed_transfers_disturb_nobody_else(servers: PDCluster, unified: ServerProcess) -> None:
-    """Scenario 6: without retries some of 60 requests at once fail, and say so; the others are right."""
-    bodies = [endless(index, 30, 3, **servers.bootstrap(9000 + index)) for index in range(60)]
+    """Scenario 6: without retries some of the requests at once fail, and say so; the others are right.
+
+    How many fail follows from the seed and from how many hand-overs there were before.
+    """
+    bodies = [endless(index, 30, 3, **servers.bootstrap(9000 + index)) for index in range(NUM_AT_ONCE)]
     with in_flight(servers.prefill[0], bodies) as prefilled, in_flight(servers.decode[0], bodies) as decoded:
         answers = [reply.result() for reply in decoded]
         assert [status for status, _ in answers] == [reply.result()[0] for reply in prefilled]  # both know
     failed = [text for status, text in answers if status != 200]
-    assert 0 < len(failed) < 30
+    assert 0 < len(failed) < NUM_AT_ONCE / 4
     assert all(json.loads(text)["error"]["message"] == "injected failure of a transfer" for text in failed)
     for index in (index for index, (status, _) in enumerate(answers) if status == 200):
         if index % 6 == 0:
@@ -85,6 +93,60 @@ def test_failed_transfers_disturb_nobody_else(servers: PDCluster, unified: Serve
             assert json.loads(answers[index][1])["output_ids"] == expected
     assert health(servers) == [200, 200, 200]
     settle(servers)
+
+
+def test_poison_ends_its_own_request_only(servers: PDCluster, unified: ServerProcess) -> None:
+    """A prompt that makes the forward pass fail, among others on decode and among others on prefill: it is told so,
+    and the others get the same answers and logprobs as on a quiet server.
+    """
+    decode = servers.decode[0]
+    poison = endless(90, 40, 4)
+    poison["input_ids"][20] = POISON
+    long = [endless(index, 30, 150, return_logprob=True) for index in range(6)]
+    with in_flight(decode, [{**body, "bootstrap_host": None} for body in long]) as replies:
+        until(lambda: counters(decode).get("num_running_reqs", 0) == len(long), "all decode")
+        assert_poisoned(ask(decode.url, "/generate", {**poison, "bootstrap_host": None}))
+        answers = [json.loads(text) for _, text in (reply.result() for reply in replies)]
+    assert_same(one_by_one(unified, long), answers, "beside poison on decode")
+    company = [int(found) for line in decode.log for found in re.findall(r"step \d+ failed with (\d+) requests", line)]
+    assert company[0] > 1 and company[-1] == 1
+
+    bodies = [endless(index, 400, 4, return_logprob=True) for index in range(20, 32)]
+    with in_flight(servers.router, [*bodies[:6], poison, *bodies[6:]]) as replies:
+        told = [reply.result() for reply in replies]
+    assert_poisoned(told.pop(6))
+    assert_same(one_by_one(unified, bodies), [json.loads(text) for _, text in told], "beside poison on prefill")
+    assert health(servers) == [200, 200, 200]
+    settle(servers)
+
+
+def assert_poisoned(answer: tuple[int, str]) -> None:
+    assert answer[0] == 500
+    assert json.loads(answer[1])["error"]["message"] == "the model failed on this request"
+
+
+def test_first_tokens_are_those_of_their_requests(unified: ServerProcess) -> None:
+    """Scenario 16: 40 requests at once, 2 at a time on either server, each with a first token of its own that is
+    forced; before the pages of each come those of the request before, for the same place, and are refused.
+    """
+    flags = ("--disaggregation-transfer-backend", "shm", "--max-running-requests", "2")
+    with ExitStack() as stack:
+        prefill = start_prefill(stack, *flags, env=faults(stale_frames=1.0))
+        decode = start_decode(stack, *flags)
+        for server in (prefill, decode):
+            server.wait_ready()
+        pd = PDCluster([prefill], [decode], start_router(stack, [prefill], [decode]))
+        bodies = [endless(index, 50, 3, return_logprob=True) for index in range(40)]
+        for index, body in enumerate(bodies):
+            body["sampling_params"]["logit_bias"] = {str(400 + index): 100}
+        with in_flight(pd.router, bodies) as replies:
+            answers = [json.loads(text) for _, text in (reply.result() for reply in replies)]
+        assert [answer["output_ids"][0] for answer in answers] == [400 + index for index in range(40)]
+        assert_same(one_by_one(unified, bodies), answers, "among stale pages")
+        refused = decode.get("/audit")["counters"]
+        assert refused["stale_frames"] + refused["duplicate_frames"] == 39 and refused["stale_frames"] >= 26
+        assert refused["corrupt_frames"] == 0
+        settle(pd)
 
 
 def test_damaged_pages_never_become_an_answer(plain: PDCluster) -> None:
