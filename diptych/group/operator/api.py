@@ -31,6 +31,12 @@ class ApiError(DiptychError):
     code = "kubernetes_error"
 
 
+class Forbidden(ApiError):
+    """The operator's role does not allow the call."""
+
+    code = "forbidden"
+
+
 class Conflict(DiptychError):
     """Somebody changed the object first: read it again."""
 
@@ -223,6 +229,8 @@ def _error(verb: str, path: str, response: RESTResponse) -> DiptychError:
     except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError):
         message = ""
     text = f"{verb} {path}: {status} {message}".rstrip()
+    if status == 403:
+        return Forbidden(text)
     if status == 404:
         return NotFound(text)
     if status == 409:

@@ -17,7 +17,7 @@ import msgspec
 
 from diptych.errors import DiptychError, NotFound
 from diptych.group import names
-from diptych.group.operator.api import Api, Gone, Watch
+from diptych.group.operator.api import Api, Forbidden, Gone, Watch
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import Json, Kind, key_of
 
@@ -38,7 +38,7 @@ class Informer:
     """Follows `kind` in one namespace (or in all: ""), those with the labels of `selector`.
 
     `on_change` gets each object that was added, changed or deleted, from the informer's thread. Objects are kept as
-    JSON text without `managedFields`: a tenth of the memory of dictionaries. `optional`: the cluster may lack the kind.
+    JSON text without `managedFields`: a tenth of the memory of dictionaries. `optional`: the cluster may lack the kind, or not let us see it.
     """
 
     def __init__(
@@ -122,13 +122,18 @@ class Informer:
                 version = ""
                 self._metrics.relists.labels(self.kind.kind).inc()
                 continue
-            except NotFound as error:
+            except (NotFound, Forbidden) as error:
                 version = ""
                 if self._optional:
+                    if not self.synced.is_set():
+                        log.info("%s is not used: %s", self.kind.kind, error.message)
                     self.synced.set()
                     self._stopping.wait(NOT_SERVED_S)
                     continue
-                log.warning("%s: is the CRD installed (diptych crds | kubectl apply -f -)?", error.message)
+                hint = "is the CRD installed (diptych crds | kubectl apply -f -)?"
+                log.warning(
+                    "%s: %s", error.message, hint if isinstance(error, NotFound) else "see deploy/operator/role"
+                )
             except DiptychError as error:
                 if self._stopping.is_set():
                     return

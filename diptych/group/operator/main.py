@@ -56,9 +56,9 @@ log = logging.getLogger(__name__)
 
 COMPONENT = "diptych-operator"
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-OUR_KINDS = (GROUP, GROUP_SET, ADAPTER, PROFILE)
+OUR_KINDS = (GROUP, GROUP_SET, ADAPTER, PROFILE)  # all of them are watched, not only those of groups
 KINDS_OF_GROUPS = (STATEFUL_SET, DEPLOYMENT, SERVICE, CONFIG_MAP, DISRUPTION_BUDGET, REVISION, POD)
-OPTIONAL_KINDS = (LEADER_WORKER_SET, POD_GROUP, VOLCANO_POD_GROUP)  # their CRDs may not be installed
+OPTIONAL_KINDS = (LEADER_WORKER_SET, POD_GROUP, VOLCANO_POD_GROUP, PROFILE)  # not installed, or not allowed to us
 STOP_TIMEOUT_S = 10.0
 
 
@@ -85,8 +85,8 @@ class Operator:
         self._queue: KeyQueue[Key] = KeyQueue()
         self._stopping = threading.Event()
         self._leading = threading.Event()
-        self._informers = {kind: self._informer(kind, namespace) for kind in (*OUR_KINDS, *KINDS_OF_GROUPS)}
-        self._informers |= {kind: self._informer(kind, namespace, optional=True) for kind in OPTIONAL_KINDS}
+        kinds = dict.fromkeys((*OUR_KINDS, *KINDS_OF_GROUPS, *OPTIONAL_KINDS))
+        self._informers = {kind: self._informer(kind, namespace) for kind in kinds}
         cluster = Cluster(self._api, self._informers, Events(self._api, COMPONENT), self.metrics)
         reconcilers: dict[str, Reconciler] = {
             "group": GroupReconciler(cluster),
@@ -155,9 +155,9 @@ class Operator:
 
     # ---- what changes make whom look ----
 
-    def _informer(self, kind: Kind, namespace: str, *, optional: bool = False) -> Informer:
+    def _informer(self, kind: Kind, namespace: str) -> Informer:
         selector = "" if kind in OUR_KINDS else GROUP_LABEL
-        where = namespace if kind.namespaced else ""
+        where, optional = namespace if kind.namespaced else "", kind in OPTIONAL_KINDS
         return Informer(self._api, kind, where, selector, self._on_change(kind), self.metrics, optional=optional)
 
     def _on_change(self, kind: Kind) -> Any:
