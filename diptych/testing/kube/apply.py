@@ -31,23 +31,20 @@ def merge(live: Any, config: Any, shape: Shape) -> Any:
 
 
 def _merge_items(live: list[Any], config: list[Any], shape: Shape, keys: Keys) -> list[Any]:
-    """Config's order; items only in `live` stay in front of the item that they stood in front of."""
+    """In config's order; items only in `live` stay behind the one they stood behind, in front of new ones."""
     declared = {item_key(item, keys): item for item in config}
-    before: dict[str, list[Any]] = {}
-    waiting: list[Any] = []
-    old = {}
-    for item in live:
-        key = item_key(item, keys)
-        if key in declared:
-            old[key] = item
-            before[key], waiting = waiting, []
-        else:
-            waiting.append(item)
-    merged = []
-    for key, item in declared.items():
-        merged += before.get(key, [])
-        merged.append(merge(old[key], item, shape.item()) if key in old else item)
-    return merged + waiting
+    old = {item_key(item, keys): item for item in live}
+    left, merged = list(declared), []
+    for key, item in old.items():
+        if key not in declared:
+            merged.append(item)
+        while key in left:  # all declared up to and with this one
+            merged.append(_merge_item(old, declared, left.pop(0), shape))
+    return merged + [_merge_item(old, declared, key, shape) for key in left]
+
+
+def _merge_item(old: Obj, declared: Obj, key: str, shape: Shape) -> Any:
+    return merge(old[key], declared[key], shape.item()) if key in old else declared[key]
 
 
 def without_nulls(value: Any) -> Any:

@@ -6,13 +6,16 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from diptych.testing.kube import dns
+from diptych.testing.kube import dns, environment
 from diptych.testing.kube.api import Api
 from diptych.testing.kube.clock import Clock
 from diptych.testing.kube.controllers import Work
+from diptych.testing.kube.deployment import Deployments, ReplicaSets
+from diptych.testing.kube.disruption import Disruptions
 from diptych.testing.kube.gc import GarbageCollector
 from diptych.testing.kube.kinds import Kinds
 from diptych.testing.kube.kubelet import Kubelet
+from diptych.testing.kube.lws import LeaderWorkerSets
 from diptych.testing.kube.namespaces import Namespaces
 from diptych.testing.kube.statefulset import StatefulSets
 from diptych.testing.kube.status import Obj
@@ -24,7 +27,7 @@ class Cluster:
     moves until `settle` or `advance`.
 
     `gates`: feature gates that are on (known: MaxUnavailableStatefulSet). `without`: API groups that are not
-    installed. `history`: changes of a resource that stay watchable. `seconds`, a pod's times: see Kubelet.
+    installed. `history`: changes of a resource that stay watchable. How pods behave: `pods` (see Kubelet).
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class Cluster:
             GarbageCollector(self.api, self.work),
             Namespaces(self.api),
             StatefulSets(self.api, self.work),
+            ReplicaSets(self.api),
+            Deployments(self.api),
+            LeaderWorkerSets(self.api),
+            Disruptions(self.api),
         ):
             self.work.add(controller)
         self.store.listeners.append(self._changed)
@@ -105,3 +112,20 @@ class Cluster:
     def objects(self, kind: str, namespace: str | None = None, **selectors: Any) -> list[Obj]:
         """All objects of a kind; `labels` and `fields` select."""
         return self.api.list(kind, namespace, **selectors).items
+
+    def environment(self, pod: str, namespace: str = "default", *, container: str = "") -> dict[str, str]:
+        """The variables that the pod's container (the first) would see. Raises ApiError 404."""
+        with self.lock:
+            found = self.api.get("Pod", namespace, pod)
+            return environment.variables(self.store, found, _container(found, container))
+
+    def command_line(self, pod: str, namespace: str = "default", *, container: str = "") -> list[str]:
+        """The command that the pod's container (the first) would run, `$(VAR)` replaced. Raises ApiError 404."""
+        with self.lock:
+            found = self.api.get("Pod", namespace, pod)
+            return environment.command_line(self.store, found, _container(found, container))
+
+
+def _container(pod: Obj, name: str) -> Obj:
+    found: Obj = next(one for one in pod["spec"]["containers"] if name in ("", one["name"]))
+    return found

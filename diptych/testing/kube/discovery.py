@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diptych.testing.kube.api import Api, Deleting
+from diptych.testing.kube.disruption import evict
 from diptych.testing.kube.kinds import Kinds
 from diptych.testing.kube.record import Request
 from diptych.testing.kube.routes import Target
@@ -54,6 +55,6 @@ def extra(api: Api, target: Target, request: Request, body: Any) -> tuple[int, O
     """Subresources that only pods have: an eviction deletes. Raises 404 for all others."""
     if target.kind.key == ("", "pods") and target.subresource == "eviction" and request.verb == "create":
         options = (body or {}).get("deleteOptions") or {}
-        api.delete("Pod", target.namespace or "", target.name, Deleting(grace_s=options.get("gracePeriodSeconds")))
+        evict(api, target.namespace or "", target.name, Deleting(grace_s=options.get("gracePeriodSeconds")))
         return 201, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
     raise no_such_path()

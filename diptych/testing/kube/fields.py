@@ -1,7 +1,7 @@
 """Sets of fields, as managedFields know them: paths of elements in the notation of FieldsV1.
 
 An element is `f:<field>`, `k:<JSON of a list item's keys>` or `v:<JSON of a set's value>`. A set holds the paths of
-leaves (scalars, atomic lists and maps, empty maps) and of list items themselves (`.` in FieldsV1).
+leaves (scalars, atomic lists and maps, empty ones) and of list items themselves (`.` in FieldsV1).
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def leaves(value: Any, shape: Shape, path: Path = ()) -> dict[Path, Any]:
 
 
 def _leaves(value: Any, shape: Shape, path: Path, found: dict[Path, Any]) -> None:
-    if isinstance(value, dict) and value and not shape.atomic_map:
+    if value in ({}, []):
+        found[path] = value
+    elif isinstance(value, dict) and not shape.atomic_map:
         for name, child in value.items():
             _leaves(child, shape.child(name), (*path, "f:" + name), found)
     elif isinstance(value, list) and shape.keys is not None:
