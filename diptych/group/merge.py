@@ -53,7 +53,8 @@ def _merge_object(original: Mapping[str, Any], patch: Mapping[str, Any], path: s
         raise ConfigError(f"{_join(path, _DIRECTIVE)}: must be merge, replace or delete, not {directive}")
     merged = copy.deepcopy(dict(original))
     if _RETAIN in patch:
-        merged = {name: value for name, value in merged.items() if name in _retained(patch, path)}
+        retained = _retained(patch, path)
+        merged = {name: value for name, value in merged.items() if name in retained}
     for name, value in patch.items():
         where = _join(path, name)
         if name in (_DIRECTIVE, _RETAIN):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from diptych.errors import ConfigError
 from diptych.group import names
 from diptych.group.checks import SERVICE_NAME, cluster_problems, group_problems, resolved_problems, unknown
 from diptych.group.documents import documents, identity, read_text
@@ -44,7 +45,7 @@ class Checked(msgspec.Struct):
     problems: list[Problem]
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.kind or 'document'} {self.name}"
+        return f"{self.source}: {self.kind or 'document'} {self.name}" if self.name else self.source
 
 
 def object_problems(document: Any) -> list[Problem]:
@@ -78,16 +79,19 @@ def _spec_problems(group: str, spec: GroupSpec, raw: Any, path: str) -> list[Pro
 
 
 def check(files: Sequence[str]) -> list[Checked]:
-    """Every document of the files, in their order. Raises ConfigError for a file that is no YAML."""
-    checked = [
-        _checked(file, number, document)
-        for file in files
-        for number, document in enumerate(documents(read_text(file)), start=1)
-    ]
+    """Every document of the files, in their order; for a file that is no YAML, one without a name."""
+    checked = [each for file in files for each in _checked_file(file)]
     _check_twice(checked)
     _check_made(checked)
     _check_targets(checked)
     return checked
+
+
+def _checked_file(file: str) -> list[Checked]:
+    try:
+        return [_checked(file, number, each) for number, each in enumerate(documents(read_text(file)), start=1)]
+    except ConfigError as error:
+        return [Checked(file, None, "", "", "", True, [Problem("", error.message)])]
 
 
 def _checked(source: str, number: int, document: Any) -> Checked:

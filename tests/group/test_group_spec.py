@@ -154,3 +154,42 @@ def test_a_service_names_itself_in_errors() -> None:
     broken["spec"]["ports"][0]["port"] = 0
     with pytest.raises(ConfigError, match=r"Service toy: spec.ports\[0\].port: expected int >= 1"):
         spec.parse(text(group(role("a", shell("true"))), broken))
+
+
+def test_role_templates_are_resolved() -> None:
+    shared = role("a", shell("true"))["template"]
+    patch = {"spec": {"containers": [{"name": "a", "env": [{"name": "MODE", "value": "decode"}]}]}}
+    decode = {"name": "decode", "templateRef": {"name": "base"}, "templatePatch": patch}
+    document = group(role("prefill", shell("true")), decode, roleTemplates=[{"name": "base", "template": shared}])
+    container = spec.parse(text(document)).group.role("decode").template.spec.containers[0]
+    assert container.command == ("sh", "-c", "true")
+    assert [each.name for each in container.env] == ["POD_IP", "MODE"]
+
+
+def test_a_patch_that_spoils_a_template_names_the_role() -> None:
+    shared = role("a", shell("true"))["template"]
+    broken = {"name": "b", "templateRef": {"name": "base"}, "templatePatch": {"spec": {"containers": None}}}
+    document = group(broken, roleTemplates=[{"name": "base", "template": shared}])
+    with pytest.raises(ConfigError, match=r"spec.roles\[0\].template, patched.spec.containers: is required"):
+        spec.parse(text(document))
+
+
+def test_a_scaling_group_sets_the_replicas_of_its_roles() -> None:
+    ratio = {"name": "pd", "replicas": 3, "roles": {"prefill": 2, "decode": 1}}
+    document = group(role("prefill", shell("true"), replicas=7), role("decode", shell("true")), scalingGroups=[ratio])
+    manifest = spec.parse(text(document))
+    assert [each.replicas for each in manifest.group.spec.roles] == [6, 3]
+
+
+def test_the_restart_policy_follows_the_workload() -> None:
+    several = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
+    roles = spec.parse(
+        text(
+            group(
+                role("a", shell("true")),
+                role("b", shell("true"), workload=several),
+                role("c", shell("true"), workload=several, restartPolicy="None"),
+            )
+        )
+    ).group.spec.roles
+    assert [each.restart_policy for each in roles] == ["None", "RecreateRoleInstanceOnPodRestart", "None"]
