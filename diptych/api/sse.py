@@ -36,26 +36,36 @@ async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid
         response.headers["X-Request-Id"] = rid
         try:
             await response.prepare(request)
-            await response.write(first)
+            await _write(response, first)
             await _rest(response, events, rid)
-            await response.write_eof()
-        except ConnectionError:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await response.write_eof()
+        except (ConnectionError, TimeoutError):
             log.info("[%s] the client went away", rid)
+            if request.transport is not None:  # it may only have stopped to read: don't wait until it takes the rest
+                request.transport.abort()
     return response
 
 
 async def _rest(response: web.StreamResponse, events: AsyncGenerator[bytes, None], rid: str) -> None:
     try:
         async for data in events:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await response.write(data)
-    except TimeoutError:
-        raise ConnectionError("the client reads nothing") from None
+            await _write(response, data)
     except ConnectionError:
         raise
     except DiptychError as error:
         log.info("[%s] ended with an error event: %s", rid, error.code)
-        await response.write(event(error_body(error)) + DONE)
+        await _write(response, event(error_body(error)) + DONE)
     except Exception:
         log.exception("[%s] failed", rid)
-        await response.write(event(error_body(DiptychError("internal error; the server's log has the details"))) + DONE)
+        internal = DiptychError("internal error; the server's log has the details")
+        await _write(response, event(error_body(internal)) + DONE)
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    """Raises ConnectionError when the client reads nothing for WRITE_TIMEOUT_S."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(data)
+    except TimeoutError:
+        raise ConnectionError("the client reads nothing") from None

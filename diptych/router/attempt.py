@@ -229,7 +229,7 @@ class Attempt:
         self._decode.end(self._loop.time(), False)
 
     async def _relay_merged(self, client: Client, exchange: Exchange, data: bytes, prefill: bytes) -> None:
-        merger = logprobs.StreamMerger(prefill)
+        merger = logprobs.StreamMerger(prefill, limit=self._max_bytes)
         while data:
             if (merged := merger.feed(data)) and not client.write(merged):
                 await client.drain()
@@ -307,7 +307,7 @@ def _told_in_stream(first: bytes) -> Reply | None:
     event = first[len(b"data: ") :].partition(b"\n\n")[0]
     try:
         code = msgspec.json.decode(event)["error"].get("code")
-    except (msgspec.DecodeError, AttributeError):
+    except (msgspec.DecodeError, RecursionError, AttributeError):
         return None
     status = code if isinstance(code, int) and not isinstance(code, bool) else 500
     return Reply(status, [JSON], event) if status in STATUSES else None

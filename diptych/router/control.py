@@ -96,7 +96,7 @@ class Control:
                 raise UpstreamError(f"a {server.role} server answered {reply.status} to {request.route}")
             found[server.role].append(_readable(reply.data))
         generating = found["decode" if self._config.disaggregated else "worker"]
-        states = [state for info in generating if isinstance(info, dict) for state in info.get("internal_states", ())]
+        states = [state for info in generating for state in _states(info)]
         named = found if self._config.disaggregated else {"workers": found["worker"]}
         send_json(client, {"internal_states": states, **named}, extra)
 
@@ -129,9 +129,15 @@ class Control:
         return Reply(exchange.status, exchange.headers, data)
 
 
+def _states(info: Any) -> list[Any]:
+    """The internal states that a server tells, none if it is another kind of server."""
+    found = info.get("internal_states") if isinstance(info, dict) else None
+    return found if isinstance(found, list) else []
+
+
 def _readable(data: bytes) -> Any:
     """An answer as JSON where it is JSON, else as text."""
     try:
         return msgspec.json.decode(data)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return data.decode("utf-8", "replace")

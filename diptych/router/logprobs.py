@@ -33,9 +33,13 @@ def merge(prefill: bytes, decode: bytes) -> bytes:
 
 
 class StreamMerger:
-    """Puts the prompt's logprobs into the events of decode's stream. `feed` takes any parts, `rest` ends it."""
+    """Puts the prompt's logprobs into the events of decode's stream. `feed` takes any parts, `rest` ends it.
 
-    def __init__(self, prefill: bytes) -> None:
+    Both raise UpstreamError: for what is no JSON, and for an event of more than `limit` bytes.
+    """
+
+    def __init__(self, prefill: bytes, *, limit: int) -> None:
+        self._limit = limit
         self._prompts = _Prompts()
         for event in prefill.split(b"\n\n"):
             if _has_json(event):
@@ -45,6 +49,8 @@ class StreamMerger:
     def feed(self, data: bytes) -> bytes:
         """The events that are complete now."""
         *events, self._held = (self._held + data).split(b"\n\n")
+        if len(self._held) > self._limit:
+            raise UpstreamError(f"a server's event is longer than {self._limit} bytes; raise --max-payload-size")
         return b"".join(self._merged(event) + b"\n\n" for event in events)
 
     def rest(self) -> bytes:
@@ -73,10 +79,9 @@ class _Prompts:
             return
         meta = item.get("meta_info")
         if isinstance(meta, dict):
-            self._meta[item.get("index", 0)] = {name: meta[name] for name in _META if meta.get(name)}
-        for choice in item.get("choices") or ():
-            if isinstance(choice.get("logprobs"), dict) and choice.get("index", 0) not in self._echo:
-                self._echo[choice.get("index", 0)] = choice["logprobs"]
+            self._meta[_index(item)] = {name: meta[name] for name in _META if _list(meta, name)}
+        for choice in _choices(item):
+            self._echo.setdefault(_index(choice), choice["logprobs"])
 
     def add_to(self, item: Any) -> None:
         """To an answer or event of the decode server."""
@@ -84,12 +89,28 @@ class _Prompts:
             return
         meta = item.get("meta_info")
         if isinstance(meta, dict):
-            for name, values in self._meta.get(item.get("index", 0), {}).items():
-                meta[name] = values + (meta.get(name) or [])
-        for choice in item.get("choices") or ():
-            echo = self._echo.pop(choice.get("index", 0), None)  # once: later events carry new tokens only
-            if echo is not None and isinstance(choice.get("logprobs"), dict):
+            for name, values in self._meta.get(_index(item), {}).items():
+                meta[name] = values + _list(meta, name)
+        for choice in _choices(item):
+            echo = self._echo.pop(_index(choice), None)  # once: later events carry new tokens only
+            if echo is not None:
                 _put_prompt(choice["logprobs"], echo)
+
+
+def _list(item: Json, name: str) -> list[Any]:
+    """A list, or an empty one if there is something else."""
+    value = item.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _index(item: Json) -> int:
+    index = item.get("index", 0)
+    return index if isinstance(index, int) else 0
+
+
+def _choices(item: Json) -> list[Json]:
+    """The choices that have logprobs."""
+    return [one for one in _list(item, "choices") if isinstance(one, dict) and isinstance(one.get("logprobs"), dict)]
 
 
 def _put_prompt(logprobs: Json, prefill: Json) -> None:
@@ -97,7 +118,7 @@ def _put_prompt(logprobs: Json, prefill: Json) -> None:
 
     Without places it is all but the last token, which is the one that a prefill server samples.
     """
-    given = logprobs.get("token_logprobs") or []
+    given = _list(logprobs, "token_logprobs")
     num_places = next((at for at, value in enumerate(given) if value is not None), len(given))
     for name in _ECHO:
         ours, theirs = logprobs.get(name), prefill.get(name)
@@ -112,5 +133,5 @@ def _has_json(event: bytes) -> bool:
 def _parse(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         raise UpstreamError("a server's answer is no JSON, so that its logprobs cannot be merged") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 from collections.abc import AsyncIterator
@@ -216,13 +217,18 @@ async def test_container_limit(serve: Serve) -> None:
         assert (await raw(server, "POST", "/generate", body))[0] == expected
 
 
-async def test_slow_bodies_have_a_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("drips", [False, True])
+async def test_slow_bodies_have_a_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch, drips: bool) -> None:
+    """Whether nothing comes any more or a byte now and then."""
     monkeypatch.setattr("diptych.api.wire.BODY_TIMEOUT_S", 0.05)
     server = await serve()
     release = asyncio.Event()
 
     async def slowly() -> AsyncIterator[bytes]:
         yield b'{"text":'
+        while drips and not release.is_set():
+            yield b" "
+            await asyncio.sleep(0.005)
         await release.wait()
 
     headers = {"Content-Type": "application/json"}
@@ -232,7 +238,7 @@ async def test_slow_bodies_have_a_deadline(serve: Serve, monkeypatch: pytest.Mon
 
 
 async def test_a_client_that_does_not_read(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its stream ends after a deadline, and the engine is told."""
+    """Its stream ends after a deadline, the engine is told, and its connection is not kept until it reads on."""
     monkeypatch.setattr("diptych.api.sse.WRITE_TIMEOUT_S", 0.1)
 
     def script(request: Request) -> list[Output | Exception]:
@@ -240,13 +246,17 @@ async def test_a_client_that_does_not_read(serve: Serve, monkeypatch: pytest.Mon
 
     server = await serve(script)
     host, port = server.url.removeprefix("http://").split(":")
-    _, writer = await asyncio.open_connection(host, int(port), limit=1)
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1)
     body = json.dumps({"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 5000}})
     writer.write(
         f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
     )
     await server.engine.until(lambda: len(server.engine.closed_early) == 1)
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
     writer.close()
 
 

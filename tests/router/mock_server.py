@@ -45,6 +45,7 @@ class MockServer:
         self.left = asyncio.Event()  # a client has gone while its request was being served
         self.healthy = True
         self.local_prefill = False  # as our decode servers can
+        self.info = ""  # in place of what control requests are answered
         self.refusal: tuple[int, str] | None = None  # status and message of every answer, health checks too
         self.gates: list[asyncio.Event] = []  # gates[i] holds token i of a stream back
         self.port = 0
@@ -93,6 +94,8 @@ class MockServer:
 
     async def _control(self, request: web.Request) -> web.Response:
         self.controls.append((request.method, request.path_qs, await request.read()))
+        if self.info:
+            return web.Response(text=self.info)
         if request.path in ("/server_info", "/get_server_info"):
             return web.json_response(
                 {"name": self.name, "internal_states": [{"last_gen_throughput": 1.0, "of": self.name}]}

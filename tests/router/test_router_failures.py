@@ -385,3 +385,40 @@ async def test_an_answer_without_bound_is_cut(cluster):
     c.decode[0].scripts.append(say(b"x" * 1001))
     status, data = await c.post("/generate", BODY)
     assert status == 502 and "--max-payload-size" in message(data)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'data: {"error":' + b"[" * 50_000 + b"\n\n",
+        b'data: {"error": {"code": 1e999}}\n\n',
+        b'data: {"error": 7}\n\n',
+    ],
+)
+async def test_a_stream_of_nonsense_is_passed_on(cluster, answer):
+    """What cannot be understood as an error is the client's to judge."""
+    c = await cluster(1, 1)
+    c.decode[0].scripts.append(say(answer, headers={"content-type": "text/event-stream"}))
+    assert await c.post("/generate", {**BODY, "stream": True}) == (200, answer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer", [b"[" * 50_000, b'{"meta_info":7}', b'{"choices":[1]}', b"\x1f\x8b\x08\x00", b"7", b""]
+)
+async def test_nonsense_instead_of_logprobs(cluster, answer, stream):
+    """An error in the envelope or an answer without them, never a failure of the router's own."""
+    c = await cluster(1, 1)
+    kind = "text/event-stream" if stream else "application/json"
+    for server in (c.prefill[0], c.decode[0]):
+        server.scripts.append(say(b"data: " + answer + b"\n\n" if stream else answer, headers={"content-type": kind}))
+    status, data = await c.post("/generate", {**BODY, "stream": stream, "return_logprob": True})
+    assert (status, b"see its log" in data) in ((200, False), (502, False))
+    assert (await c.post("/generate", BODY))[0] == 200
+
+
+async def test_an_endless_event_is_cut(cluster):
+    c = await cluster(1, 1, max_payload_size=10_000)
+    c.decode[0].scripts.append(say(b"data: " + b"x" * 20_000, headers={"content-type": "text/event-stream"}))
+    status, data = await c.post("/generate", {**BODY, "stream": True, "return_logprob": True})
+    assert status == 200 and b"--max-payload-size" in data and data.endswith(b"data: [DONE]\n\n")

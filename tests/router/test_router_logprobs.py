@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from diptych.errors import UpstreamError
 from diptych.router.logprobs import StreamMerger, merge
@@ -94,7 +96,7 @@ def sse(*items):
 def test_streams_whatever_their_parts(size):
     prefill = sse(generated([[None, 1, None]], index=0), generated([[None, 2, None]], index=1))
     decode = sse(generated([], index=1), generated([], index=0), generated([], index=1))
-    merger = StreamMerger(prefill)
+    merger = StreamMerger(prefill, limit=1 << 20)
     out = b"".join(merger.feed(decode[i : i + size]) for i in range(0, len(decode), size)) + merger.rest()
     assert out == sse_compact(
         generated([[None, 2, None]], index=1),
@@ -109,7 +111,7 @@ def sse_compact(*items):
 
 
 def test_streamed_echo_comes_once():
-    merger = StreamMerger(sse({"choices": [echoed(["a", "x"], [None, -0.1])]}))
+    merger = StreamMerger(sse({"choices": [echoed(["a", "x"], [None, -0.1])]}), limit=1 << 20)
     first = json.loads(merger.feed(sse({"choices": [echoed(["x"], [-0.1])]}))[6:].split(b"\n\n")[0])
     second = json.loads(merger.feed(sse({"choices": [echoed(["y"], [-0.2])]}))[6:].split(b"\n\n")[0])
     assert first["choices"][0]["logprobs"]["tokens"] == ["a", "x"]
@@ -117,6 +119,44 @@ def test_streamed_echo_comes_once():
 
 
 def test_comments_and_broken_ends_pass_as_they_are():
-    merger = StreamMerger(sse(generated(PROMPT)))
+    merger = StreamMerger(sse(generated(PROMPT)), limit=1 << 20)
     assert merger.feed(b": ping\n\ndata: {") == b": ping\n\n"
     assert merger.rest() == b"data: {"
+
+
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(("index", "meta_info", "choices", "logprobs", "token_logprobs", "tokens"))
+            | st.sampled_from(("input_token_logprobs", "top_logprobs", "text_offset")),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=16,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(odd, odd)
+def test_whatever_servers_answer_is_merged_or_refused(prefill, decode):
+    for theirs, ours in ((prefill, decode), ({"choices": [prefill]}, {"choices": [decode]})):
+        try:
+            merged(theirs, ours)
+        except UpstreamError:
+            continue
+    merger = StreamMerger(sse(prefill, {"choices": [prefill]}), limit=1000)
+    merger.feed(sse(decode, {"choices": [decode]}))
+    with pytest.raises(UpstreamError):
+        StreamMerger(b"data: {", limit=1000)
+    with pytest.raises(UpstreamError):
+        merge(b"[" * 100_000, b"{}")
+
+
+def test_an_event_without_end_is_not_kept_for_ever():
+    merger = StreamMerger(b"", limit=100)
+    assert merger.feed(b"data: 1\n\ndata: " + b"x" * 94) == b"data: 1\n\n"
+    with pytest.raises(UpstreamError, match="--max-payload-size"):
+        merger.feed(b"x")

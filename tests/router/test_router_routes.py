@@ -287,3 +287,12 @@ async def test_the_metrics_port_serves_metrics_only(cluster):
     assert status == 200 and b"smg_worker_health" in data
     for path in ("/workers", "/generate"):
         assert (await get(c, f"http://127.0.0.1:{port}{path}"))[0] == 404
+
+
+@pytest.mark.parametrize("answer", ["[]", "7", '{"internal_states": 7}', "[" * 5000, "oops"])
+async def test_server_info_of_servers_that_tell_nonsense(cluster, answer):
+    c = await cluster(1, 1)
+    for server in c.servers:
+        server.info = answer
+    async with c.http.get("/server_info") as response:
+        assert response.status == 200 and (await response.json())["internal_states"] == []
