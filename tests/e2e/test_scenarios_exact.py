@@ -86,8 +86,7 @@ def test_disaggregated(cluster: PDCluster, reference: list[dict[str, Any]]) -> N
 def test_tensor_parallel_and_disaggregated() -> None:
     """Two ranks add up their halves in another order than one rank does, so that tp 2 is compared with tp 2.
 
-    Scenario 17 without pipeline parallelism, which is not built: prefill servers with tp 2 and different chunk sizes,
-    a decode server with tp 2.
+    Prefill servers with tp 2 and another chunk size, a decode server with tp 2; test_scenarios_pp.py has the stages.
     """
     with ExitStack() as stack:
         alone = stack.enter_context(ServerProcess("serve", *MODEL, "--tp", "2"))

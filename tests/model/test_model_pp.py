@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,38 @@ def check(ranks: list[dict[str, Any]], expected: dict[str, Any], layers: list[in
     assert [rank["layers"] for rank in ranks] == layers
     assert all(rank["facts"] == expected["facts"] for rank in ranks)
     assert all(rank["logits"] is None for rank in ranks[1:])
+
+
+def test_a_stage_is_done_with_a_chunk_when_it_has_handed_it_on(tmp_path: Path) -> None:
+    """The second stage has not begun to compute when the first one returns: it may begin the next chunk."""
+    write(tmp_path, qwen3())
+    command = [sys.executable, str(Path(__file__).with_name("model_chunks.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first, second = (
+        subprocess.Popen([*command, str(stage), str(tmp_path / "store"), str(tmp_path)], **pipes) for stage in range(2)
+    )
+    with first, second:
+        try:
+            assert first.stdout.readline() == "done with a chunk\n"
+            assert second.poll() is None
+            second.stdin.write("go on\n")
+            second.stdin.flush()
+            assert second.stdout.readline() == "done with a chunk\n"
+            for stage in (first, second):
+                assert stage.stdout.readline() == "sampled\n"
+                assert stage.wait(60) == 0
+        finally:
+            first.kill()
+            second.kill()
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_stages_agree_on_the_model(load_format: str, tmp_path: Path) -> None:
+    """Each reads its own tensors and has looked at the names and shapes of all."""
+    write(tmp_path, qwen3(num_hidden_layers=3))
+    config = ServerConfig(model_path=str(tmp_path), page_size=PAGE, load_format=load_format, max_total_tokens=64)
+    one, first, second = (Runner(config, Parallel(0, 1, None, *place)).info for place in ((0, 1), (0, 2), (1, 2)))
+    assert one == first == second
 
 
 def test_all_stages_have_as_many_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
