@@ -190,7 +190,7 @@ class Attempt:
         if found is verdict.Guilt.SILENT:
             silent = [leg for leg in self.legs if leg.exchange is None]
             return [Blame(leg, told.reply) for leg in silent] if len(silent) < len(self.legs) else []
-        return [Blame(leg, told.reply) for leg in self.legs if leg.server.role == found.value]
+        return [Blame(leg, told.reply) for leg in self.legs if leg.server.role == found.value]  # none for NOBODY
 
     @property
     def alone(self) -> bool:

@@ -18,8 +18,7 @@ _LATE = b"deadline_exceeded"
 # What a late hand-over waited for, as transfer/room.py, peer.py and send_hub.py write it.
 _FOR_PREFILL = (b"cannot reach the prefill server", b"the prefill server got no request")
 _FOR_OTHER = b"to meet in the room"
-_FOR_ITSELF = b"this server to begin"
-_FOR_PAGES = b"the KV transfer to end"
+_FOR_EITHER = (b"the KV transfer to go on", b"with its queues")
 
 
 class Guilt(Enum):
@@ -29,6 +28,7 @@ class Guilt(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     SILENT = "the server that has told nothing, if there is one"
+    NOBODY = "nobody, as far as is known"
 
 
 class _Health(msgspec.Struct):
@@ -58,13 +58,9 @@ def guilt(teller: str, status: int, answer: bytes) -> Guilt:
         return Guilt.TELLER
     if _LATE not in answer:
         return Guilt.SILENT if _TRANSFER_FAILED.search(answer) else Guilt.TELLER
-    waiter = teller if status == 504 else OTHER[teller]
     if any(words in answer for words in _FOR_PREFILL):
         return Guilt.PREFILL
     if _FOR_OTHER in answer:
+        waiter = teller if status == 504 else OTHER[teller]
         return Guilt(OTHER[waiter])
-    if _FOR_ITSELF in answer:
-        return Guilt(waiter)
-    if _FOR_PAGES in answer:  # decode waits for prefill's pages; what prefill waits for then may be either's
-        return Guilt.PREFILL if waiter == "decode" else Guilt.SILENT
-    return Guilt.TELLER
+    return Guilt.NOBODY if any(words in answer for words in _FOR_EITHER) else Guilt.TELLER

@@ -21,10 +21,10 @@ BODY = {"text": "a"}
 class Room(RoomEnd):
     """A room that expires at once in any state."""
 
-    def __init__(self, state: KVPoll) -> None:
+    def __init__(self, state: KVPoll, *, queued: bool) -> None:
         super().__init__(1, lambda room: None, HubOptions(bootstrap_timeout_s=0.01))
         self.expired: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
-        self._enter(state)
+        self._enter(state, queued=queued)
 
     def _fail(self, error: Finish) -> None:
         self.expired.set_result(error)
@@ -37,18 +37,18 @@ def answer(finish: Finish) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("waiter", "state", "found"),
+    ("waiter", "state", "queued", "found"),
     [
-        ("decode", KVPoll.Bootstrapping, Guilt.PREFILL),
-        ("prefill", KVPoll.Bootstrapping, Guilt.DECODE),
-        ("decode", KVPoll.WaitingForInput, Guilt.DECODE),
-        ("prefill", KVPoll.WaitingForInput, Guilt.PREFILL),
-        ("decode", KVPoll.Transferring, Guilt.PREFILL),
-        ("prefill", KVPoll.Transferring, Guilt.SILENT),
+        ("decode", KVPoll.Bootstrapping, False, Guilt.PREFILL),
+        ("prefill", KVPoll.Bootstrapping, False, Guilt.DECODE),
+        ("prefill", KVPoll.Transferring, False, Guilt.NOBODY),  # its own next step, or decode's last word
+        ("decode", KVPoll.WaitingForInput, True, Guilt.NOBODY),  # queues: both are full rather than broken
+        ("prefill", KVPoll.WaitingForInput, True, Guilt.NOBODY),
+        ("decode", KVPoll.Transferring, True, Guilt.NOBODY),
     ],
 )
-async def test_who_made_a_hand_over_late(waiter: str, state: KVPoll, found: Guilt) -> None:
-    finish = await Room(state).expired
+async def test_who_made_a_hand_over_late(waiter: str, state: KVPoll, queued: bool, found: Guilt) -> None:
+    finish = await Room(state, queued=queued).expired
     other = "prefill" if waiter == "decode" else "decode"
     assert guilt(waiter, finish.status, answer(finish)) is found
     assert guilt(other, TransferError.status, answer(finish)) is found  # as it arrives over the link
@@ -103,11 +103,13 @@ def test_who_is_leaving() -> None:
 
 
 @pytest.mark.parametrize(
-    ("teller", "message", "charged"),
+    ("teller", "message", "charged"),  # charged: a role, or "" for nobody
     [
         ("decode", "cannot reach the prefill server within 15 s (no answer)", "prefill"),
         ("prefill", "waited 300 s for the other server to meet in the room", "decode"),
-        ("decode", "waited 300 s for this server to begin the transfer", "decode"),
+        ("prefill", "waited 300 s for the KV transfer to go on", ""),
+        ("decode", "the hand-over took 1800 s with its queues", ""),
+        ("decode", "something else", "decode"),
     ],
 )
 async def test_the_one_who_was_late_is_charged(cluster: Any, teller: str, message: str, charged: str) -> None:
