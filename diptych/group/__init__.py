@@ -1,4 +1,4 @@
 """RoleBasedGroup: roles that come up together, as processes on this machine or as pods on Kubernetes.
 
-`spec` is the manifest, `plan` decides what to do next (pure; every runner uses it), `local` runs it on this machine.
+`kinds` is the API (`crds` its definitions, `validate` its checks), `spec` a manifest for one machine, `plan` decides what to do next (pure; every runner uses it), `local` runs it on this machine.
 """

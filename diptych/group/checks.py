@@ -14,7 +14,7 @@ from typing import Any
 from diptych.errors import ConfigError
 from diptych.group import names, order, resolve
 from diptych.group.kinds import GroupSpec
-from diptych.group.pod import PodTemplate, pod_problems
+from diptych.group.pod import PodTemplate, mount_problems, pod_problems
 from diptych.group.reader import Problem, Reading
 from diptych.group.role import Role
 
@@ -30,8 +30,6 @@ def group_problems(spec: GroupSpec, path: str = "spec") -> list[Problem]:
     problems = [
         problem for i, role in enumerate(spec.roles) for problem in _role_problems(role, spec, f"{path}.roles[{i}]")
     ]
-    for i, template in enumerate(spec.role_templates):
-        problems += template_problems(template.template, f"{path}.roleTemplates[{i}].template")
     for i, coordination in enumerate(spec.coordination):
         for j, name in enumerate(coordination.roles):
             if name not in roles:
@@ -52,11 +50,14 @@ def _role_problems(role: Role, spec: GroupSpec, path: str) -> Iterator[Problem]:
     if role.template_ref is not None and role.template_ref.name not in templates:
         yield unknown("role template", role.template_ref.name, templates, f"{path}.templateRef.name")
     if role.own_template is not None:
-        yield from template_problems(role.own_template, f"{path}.template")
+        yield from template_problems(role.own_template, f"{path}.template", sidecars=bool(role.engine_runtimes))
 
 
-def resolved_problems(spec: Mapping[str, Any], path: str = "spec") -> list[Problem]:
-    """Mistakes that show only once templates are patched: `spec` is the plain object, free of other problems."""
+def resolved_problems(spec: Mapping[str, Any], path: str = "spec", *, open_pods: bool = False) -> list[Problem]:
+    """Mistakes that show only once templates are patched: `spec` is the plain object, free of other problems.
+
+    `open_pods`: as in Reading.
+    """
     problems = []
     templates = resolve.role_templates(spec)
     for i, role in enumerate(spec["roles"]):
@@ -74,18 +75,18 @@ def resolved_problems(spec: Mapping[str, Any], path: str = "spec") -> list[Probl
             problems.append(Problem(field, message))
             continue
         for label, template in patched.items():
-            problems += _read_template(template, f"{where}.{label}")
+            reading = Reading(open_pods=open_pods)
+            read = reading.read(PodTemplate, template, f"{where}.{label}")
+            if read is not None:
+                reading.add(template_problems(read, f"{where}.{label}", sidecars=bool(role.get("engineRuntimes"))))
+            problems += reading.problems
     return problems
 
 
-def _read_template(raw: Any, path: str) -> list[Problem]:
-    reading = Reading()
-    template = reading.read(PodTemplate, raw, path)
-    return reading.problems if template is None else list(template_problems(template, path))
-
-
-def template_problems(template: PodTemplate, path: str) -> Iterator[Problem]:
-    for below, message in pod_problems(template.spec):
+def template_problems(template: PodTemplate, path: str, *, sidecars: bool) -> Iterator[Problem]:
+    """`sidecars`: whether the pods get containers and volumes besides those of the template."""
+    found = pod_problems(template.spec) + ([] if sidecars else mount_problems(template.spec))
+    for below, message in found:
         yield Problem(f"{path}.spec.{below}", message)
 
 

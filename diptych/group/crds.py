@@ -20,7 +20,7 @@ from diptych.group.kinds import (
     RoleBasedGroupScalingAdapter,
     RoleBasedGroupSet,
 )
-from diptych.group.reader import Object, metas
+from diptych.group.reader import Object, fields_of, metas
 
 Schema = dict[str, Any]
 _PYTHON_END = r"$(?!\n)"  # Go's `$` is the end of the text already
@@ -203,8 +203,7 @@ def _said(kind: Any) -> Schema:
 def _object_schema(kind: type[Object]) -> Schema:
     properties: Schema = {}
     required = []
-    for field in msgspec.structs.fields(kind):
-        name = field.encode_name
+    for name, field in fields_of(kind).items():
         if field.type is ObjectMeta or (kind.outline is not None and name not in kind.outline):
             continue
         properties[name] = schema(field.type)

@@ -182,12 +182,9 @@ class PodTemplate(Object, frozen=True, kw_only=True):
 def pod_problems(spec: PodSpec) -> list[tuple[str, str]]:
     """What the types cannot say: (path below the pod spec, message)."""
     problems: list[tuple[str, str]] = []
-    volumes = {each.name for each in spec.volumes}
     for i, container in enumerate(spec.containers):
         path = f"containers[{i}]"
         for j, mount in enumerate(container.volume_mounts):
-            if mount.name not in volumes:
-                problems.append((f"{path}.volumeMounts[{j}].name", f"no volume is called {mount.name}"))
             if ".." in mount.sub_path.split("/") or mount.sub_path.startswith("/"):
                 problems.append((f"{path}.volumeMounts[{j}].subPath", "must be relative and must not contain .."))
         for j, variable in enumerate(container.env):
@@ -196,6 +193,17 @@ def pod_problems(spec: PodSpec) -> list[tuple[str, str]]:
         problems += _port_problems(container, path)
         problems += _probe_problems(container, path)
     return problems
+
+
+def mount_problems(spec: PodSpec) -> list[tuple[str, str]]:
+    """Mounts of volumes that the pod does not have; a pod that gets sidecars may get their volumes too."""
+    volumes = {each.name for each in spec.volumes}
+    return [
+        (f"containers[{i}].volumeMounts[{j}].name", f"no volume is called {mount.name}")
+        for i, container in enumerate(spec.containers)
+        for j, mount in enumerate(container.volume_mounts)
+        if mount.name not in volumes
+    ]
 
 
 def _port_problems(container: Container, path: str) -> list[tuple[str, str]]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import FieldInfo
 
 T = TypeVar("T")
 
@@ -48,6 +50,12 @@ class Object(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     rules: ClassVar[tuple[Rule, ...]] = ()
 
 
+@cache
+def fields_of(kind: type[Object]) -> dict[str, FieldInfo]:
+    """The fields of a struct by the names they have in manifests; looking them up anew would take most of the time."""
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+
+
 def keyed(*names: str) -> Meta:
     """A list whose items have a unique value of these fields (Kubernetes' listType map)."""
     return Meta(extra_json_schema={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(names)})
@@ -76,10 +84,16 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Reading:
-    """What reading a document found besides the object: problems, and fields without a meaning on one machine."""
+    """What reading a document found besides the object: problems, and fields without a meaning on one machine.
 
-    def __init__(self, label: str = "") -> None:
-        self.label = label  # goes before each path, to tell documents of one file apart
+    `label` goes before each path, to tell documents of one file apart. With `open_pods` unknown fields below an
+    `outline` object are no mistakes: a cluster may know more fields of a pod than this program.
+    """
+
+    def __init__(self, label: str = "", *, open_pods: bool = False) -> None:
+        self.label = label
+        self._open_pods = open_pods
+        self._outlines = 0  # how many outline objects are around the one that is being read
         self.problems: list[Problem] = []
         self.unmodelled: list[tuple[str, str]] = []  # (path of the object, field name)
 
@@ -128,8 +142,7 @@ class Reading:
         for i, item in enumerate(items):
             if item is None:
                 continue
-            names = {field.encode_name: field.name for field in msgspec.structs.fields(item)}
-            key = tuple(getattr(item, names[each]) for each in keys)
+            key = tuple(getattr(item, fields_of(type(item))[each].name) for each in keys)
             if key in seen:
                 value = "/".join(str(each) for each in key)
                 self.problem(f"{path}[{i}].{keys[0]}", f"{value} is already used")
@@ -139,11 +152,18 @@ class Reading:
         if not isinstance(value, dict):
             self.problem(path, f"expected an object, got {_type_name(value)}")
             return None
-        fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+        self._outlines += kind.outline is not None
+        try:
+            return self._read_fields(kind, value, path)
+        finally:
+            self._outlines -= kind.outline is not None
+
+    def _read_fields(self, kind: type[Object], value: dict[Any, Any], path: str) -> Any:
+        fields = fields_of(kind)
         for name in value:
             if name in kind.other_fields or (name in kind.cluster_fields and value[name] is not None):
                 self.unmodelled.append((path, str(name)))
-            elif name not in fields:
+            elif name not in fields and not (self._open_pods and self._outlines):
                 self.problem(_join(path, name), _unknown(name, [*fields, *kind.other_fields]))
         read: dict[str, Any] = {}
         before = len(self.problems)

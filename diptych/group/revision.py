@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 import msgspec
 
 from diptych.group.kinds import RoleTemplate
-from diptych.group.reader import Object
+from diptych.group.reader import Object, fields_of
 from diptych.group.resolve import resolve_role
 from diptych.group.role import Role
 
@@ -69,7 +69,7 @@ def _digest(data: Any) -> str:
 
 def _said(value: Mapping[str, Any], kind: type[Object]) -> Raw:
     """What an object says beyond the defaults of its struct. Objects whose fields pass through unread stay whole."""
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    fields = fields_of(kind)
     result = {}
     for name, each in _without_nulls(value).items():
         field = fields.get(name)

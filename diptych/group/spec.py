@@ -17,10 +17,9 @@ from diptych.group.checks import LABEL, MAX_LABEL, group_problems, resolved_prob
 from diptych.group.documents import documents, identity
 from diptych.group.kinds import API_VERSION, ObjectMeta, RoleBasedGroup
 from diptych.group.names import pod_name
-from diptych.group.pod import Port
+from diptych.group.pod import Port, mount_problems
 from diptych.group.reader import Object, Problem, Reading, field_names
 from diptych.group.resolve import resolve_spec
-from diptych.group.role import RestartPolicy as RestartPolicy
 from diptych.group.role import Role as Role
 
 
@@ -129,7 +128,11 @@ def read_group(reading: Reading, document: Any) -> tuple[RoleBasedGroup | None, 
         return None, document
     document = {**document, "spec": resolve_spec(document["spec"])}
     reading.unmodelled.clear()
-    return reading.read(RoleBasedGroup, document), document
+    resolved = reading.read(RoleBasedGroup, document)
+    for i, role in enumerate(resolved.spec.roles if resolved else ()):
+        for below, message in mount_problems(role.template.spec):  # sidecars and their volumes are not injected here
+            reading.problem(f"spec.roles[{i}].template.spec.{below}", message)
+    return resolved, document
 
 
 def read_service(reading: Reading, document: Any) -> Service | None:

@@ -48,21 +48,26 @@ class Checked(msgspec.Struct):
         return f"{self.source}: {self.kind or 'document'} {self.name}" if self.name else self.source
 
 
-def object_problems(document: Any) -> list[Problem]:
-    """Everything that is wrong with one object of workloads.x-k8s.io: types, rules, references, names."""
+def object_problems(document: Any, *, open_pods: bool = True) -> list[Problem]:
+    """Everything that is wrong with one object of workloads.x-k8s.io: types, rules, references, names.
+
+    `open_pods`: fields of pods that this program does not know are no mistakes, since the cluster may know them.
+    """
     kind = KINDS.get(str(document.get("kind"))) if isinstance(document, dict) else None
     if kind is None:
         return [_unknown_kind(document)]
     if document.get("apiVersion") != API_VERSION:
         return [Problem("apiVersion", f"must be {API_VERSION}, not {document.get('apiVersion')}")]
-    reading = Reading()
+    reading = Reading(open_pods=open_pods)
     value = reading.read(kind, document)
     if isinstance(value, RoleBasedGroup):
-        reading.add(_spec_problems(value.name, value.spec, document["spec"], "spec"))
+        reading.add(_spec_problems(value.name, value.spec, "spec"))
+        reading.add([] if reading.problems else resolved_problems(document["spec"], "spec", open_pods=open_pods))
     elif isinstance(value, RoleBasedGroupSet):
         last = names.child_name(value.metadata.name, max(value.spec.replicas - 1, 0))
-        template = document["spec"]["template"]
-        reading.add(_spec_problems(last, value.spec.template, template, "spec.template"))
+        path, template = "spec.template", document["spec"]["template"]
+        reading.add(_spec_problems(last, value.spec.template, path))
+        reading.add([] if reading.problems else resolved_problems(template, path, open_pods=open_pods))
     return reading.problems
 
 
@@ -73,9 +78,8 @@ def _unknown_kind(document: Any) -> Problem:
     return Problem("kind", f"{kind or 'nothing'} is no kind of {API_GROUP}; {hint}")
 
 
-def _spec_problems(group: str, spec: GroupSpec, raw: Any, path: str) -> list[Problem]:
-    problems = [*group_problems(spec, path), *cluster_problems(group, spec, path)]
-    return problems or resolved_problems(raw, path)
+def _spec_problems(group: str, spec: GroupSpec, path: str) -> list[Problem]:
+    return [*group_problems(spec, path), *cluster_problems(group, spec, path)]
 
 
 def check(files: Sequence[str]) -> list[Checked]:
@@ -103,7 +107,7 @@ def _checked(source: str, number: int, document: Any) -> Checked:
     if not kind:
         result.problems = [Problem("", "needs apiVersion and kind")]
     elif kind in KINDS or str(version).startswith(f"{API_GROUP}/"):
-        result.problems = object_problems(document)
+        result.problems = object_problems(document, open_pods=False)
     elif kind == "Service":
         reading = Reading()
         service = read_service(reading, document)

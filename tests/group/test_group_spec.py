@@ -193,3 +193,14 @@ def test_the_restart_policy_follows_the_workload() -> None:
         )
     ).group.spec.roles
     assert [each.restart_policy for each in roles] == ["None", "RecreateRoleInstanceOnPodRestart", "None"]
+
+
+def test_sidecars_bring_no_volumes_here() -> None:
+    mounting = role(
+        "a",
+        shell("true"),
+        container={"volumeMounts": [{"name": "models", "mountPath": "/models"}]},
+        engineRuntimes=[{"profileName": "patio"}],
+    )
+    with pytest.raises(ConfigError, match=r"volumeMounts\[0\].name: no volume is called models"):
+        spec.parse(text(group(mounting)))

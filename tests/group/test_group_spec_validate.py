@@ -22,7 +22,7 @@ LWS = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
 
 
 def problems(document: dict[str, Any]) -> list[str]:
-    return [str(each) for each in object_problems(document)]
+    return [str(each) for each in object_problems(document, open_pods=False)]
 
 
 def a(**fields: Any) -> dict[str, Any]:
@@ -214,6 +214,37 @@ def test_rules_hold_and_fail(kind: type[Object], right: dict[str, Any], wrong: d
         reading = Reading()
         reading.read(kind, value)
         assert [each.message for each in reading.problems] == expected
+
+
+def test_the_operator_lets_fields_of_newer_pods_through() -> None:
+    """Unknown fields below a pod template, wherever it is; not those of a role."""
+    newer = {"container": {"newField": 1, "readinessProbe": {"newer": {}}}, "pod": {"newest": True}}
+    patched = without_template(templateRef={"name": "base"}, templatePatch={"spec": {"newest": True}})
+    patched["name"] = "b"
+    document = group(role("a", TRUE, **newer), patched, roleTemplates=TEMPLATES)
+    assert object_problems(document) == []
+    assert len(problems(document)) == 3
+    assert [str(each) for each in object_problems(a(newField=1))] == ["spec.roles[0].newField: unknown field"]
+
+
+def test_a_sidecar_profile_may_bring_the_volume_that_is_mounted() -> None:
+    mounting = {"container": {"volumeMounts": [{"name": "models", "mountPath": "/models"}]}}
+    assert problems(a(**mounting)) == [
+        "spec.roles[0].template.spec.containers[0].volumeMounts[0].name: no volume is called models"
+    ]
+    assert problems(a(**mounting, engineRuntimes=[{"profileName": "patio"}])) == []
+
+
+def test_a_shared_template_needs_to_be_whole_only_once_it_is_patched() -> None:
+    template = role("a", TRUE, container={"volumeMounts": [{"name": "models", "mountPath": "/models"}]})["template"]
+    templates = [{"name": "base", "template": template}]
+    patch = {"spec": {"volumes": [{"name": "models", "emptyDir": {}}]}}
+    whole = without_template(templateRef={"name": "base"}, templatePatch=patch)
+    assert problems(group(whole, roleTemplates=templates)) == []
+    part = without_template(templateRef={"name": "base"}, templatePatch={})
+    assert problems(group(part, roleTemplates=templates)) == [
+        "spec.roles[0].template, patched.spec.containers[0].volumeMounts[0].name: no volume is called models"
+    ]
 
 
 def files(tmp_path: Path, *contents: str) -> list[str]:
