@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import psutil
 import pytest
@@ -296,3 +298,14 @@ async def test_server_info_of_servers_that_tell_nonsense(cluster, answer):
         server.info = answer
     async with c.http.get("/server_info") as response:
         assert response.status == 200 and (await response.json())["internal_states"] == []
+
+
+async def test_every_metric_is_documented_and_every_documented_one_there(cluster):
+    c = await cluster(1, 1)
+    assert (await c.post("/generate", {"text": "a"}))[0] == 200
+    assert (await c.post("/nothing", {}))[0] == 404
+    async with c.http.get("/metrics") as response:
+        shown = set(re.findall(r"^# TYPE (\w+) ", await response.text(), re.MULTILINE))
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `((?:smg|diptych_router)_\w+)` ", text, re.MULTILINE))
+    assert {name for name in shown if not name.startswith("process_")} == documented
