@@ -269,10 +269,9 @@ def test_our_list_types_are_those_of_the_published_schemas() -> None:
             elif schema.get("type") == "array" and schema.get("x-kubernetes-list-type") == "atomic":
                 assert field not in LIST_KEYS and field not in SETS, where
             reference = schema.get("$ref", "").rpartition("/")[2]
-            if definitions.get(reference, {}).get("x-kubernetes-map-type") == "atomic":
-                assert field in ATOMIC_MAPS | {"required", "configMapRef"} or "Volume" in name or "EnvFrom" in name, (
-                    where
-                )
+            if definitions.get(reference, {}).get("x-kubernetes-map-type") == "atomic" and field != "scopeSelector":
+                known = ATOMIC_MAPS | {"required", "configMapRef"}  # the latter two hold one field each
+                assert field in known or "Volume" in name or "EnvFrom" in name, where
 
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])

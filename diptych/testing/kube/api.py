@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from diptych.testing.kube import admission, apply, crds, managed
+from diptych.testing.kube import admission, apply, crds, defaults, managed
 from diptych.testing.kube.clock import Clock
 from diptych.testing.kube.kinds import Kind, Kinds
 from diptych.testing.kube.managed import Manager
@@ -110,9 +110,7 @@ class Api:
         with self.lock:
             found = self.kinds.find(kind)
             obj = self._new(found, namespace, admission.check_type(found, body))
-            shape = shape_of(found)
-            owners = managed.after_update(None, obj, Manager(manager, "Update"), shape)
-            return self._insert(found, obj, owners, dry_run=dry_run)
+            return self._insert(found, obj, Manager(manager, "Update"), dry_run=dry_run)
 
     def update(
         self,
@@ -185,7 +183,8 @@ class Api:
                 if subresource or config["metadata"].get("uid"):
                     raise not_found(found.plural, found.group, name)
                 obj = self._new(found, namespace, config)
-                return self._insert(found, obj, apply.first(obj, who, shape, found.status), dry_run=dry_run)
+                owners = apply.first(obj, who, shape, found.status)
+                return self._insert(found, obj, who, owners=owners, dry_run=dry_run)
             self._check_identity(found, live, config)
             base = self._shown(found, live)
             main = found.status and not subresource
@@ -300,11 +299,16 @@ class Api:
         digest = hashlib.sha256(str(self._names).encode()).digest()
         return "".join("bcdfghjklmnpqrstvwxz2456789"[byte % 27] for byte in digest[:length])
 
-    def _insert(self, kind: Kind, obj: Obj, owners: managed.Owners, *, dry_run: bool) -> Obj:
+    def _insert(
+        self, kind: Kind, obj: Obj, who: Manager, *, dry_run: bool, owners: managed.Owners | None = None
+    ) -> Obj:
         now = self.clock.stamp()
         obj = admission.admit(kind, obj, None, self.gates, now)
-        if kind.key == ("", "pods"):
-            obj["status"] = {"phase": "Pending", "qosClass": "BestEffort"}
+        if owners is None:
+            owners = managed.after_update(None, obj, who, shape_of(kind))
+        status = defaults.first_status(kind)
+        if status is not None:
+            obj["status"] = status
         obj = managed.with_owners(obj, owners, None, now)
         return copy(obj if dry_run else self._put(kind, obj))
 

@@ -7,8 +7,14 @@ import itertools
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import lru_cache
 
 START_S = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+
+
+@lru_cache(maxsize=16)
+def _whole_seconds(now_s: int) -> str:
+    return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Clock:
@@ -26,8 +32,10 @@ class Clock:
 
     def stamp(self, *, micro: bool = False) -> str:
         """Now, as metav1.Time (whole seconds) or metav1.MicroTime."""
-        when = datetime.fromtimestamp(self.now(), UTC)
-        return when.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if micro else "%Y-%m-%dT%H:%M:%SZ")
+        now_s = self.now()
+        if micro:
+            return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return _whole_seconds(int(now_s))
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (self.now() + seconds, next(self._number), action))

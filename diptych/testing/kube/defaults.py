@@ -176,3 +176,22 @@ def set_defaults(kind: Kind, obj: Obj, gates: frozenset[str]) -> None:
     defaults(obj)
     if kind.name == "StatefulSet" and "MaxUnavailableStatefulSet" not in gates:
         (obj["spec"]["updateStrategy"].get("rollingUpdate") or {}).pop("maxUnavailable", None)
+
+
+def first_status(kind: Kind) -> Obj | None:
+    """The status that a built-in object comes into being with."""
+    statuses: dict[tuple[str, str], Obj] = {
+        ("", "Pod"): {"phase": "Pending", "qosClass": "BestEffort"},
+        ("", "Service"): {"loadBalancer": {}},
+        ("", "PersistentVolumeClaim"): {"phase": "Pending"},
+        ("apps", "StatefulSet"): {"replicas": 0, "availableReplicas": 0},
+        ("apps", "ReplicaSet"): {"replicas": 0},
+        ("apps", "Deployment"): {},
+        ("policy", "PodDisruptionBudget"): {
+            "currentHealthy": 0,
+            "desiredHealthy": 0,
+            "disruptionsAllowed": 0,
+            "expectedPods": 0,
+        },
+    }
+    return statuses.get((kind.group, kind.name))

@@ -11,7 +11,17 @@ from diptych.testing.kube.record import Request
 from diptych.testing.kube.routes import Target
 from diptych.testing.kube.status import Obj, no_such_path
 
-VERSION = {"major": "1", "minor": "36", "gitVersion": "v1.36.0", "platform": "linux/amd64", "goVersion": "none"}
+VERSION = {
+    "major": "1",
+    "minor": "36",
+    "gitVersion": "v1.36.0",
+    "gitCommit": "",
+    "gitTreeState": "clean",
+    "buildDate": "2026-04-22T00:00:00Z",
+    "goVersion": "",
+    "compiler": "",
+    "platform": "linux/amd64",
+}
 
 
 def document(kinds: Kinds, path: str) -> Obj | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from diptych.testing.kube.shapes import Keys, Shape
@@ -29,7 +30,12 @@ def item_key(item: Any, keys: Keys) -> str:
             found[name] = value
         elif len(keys) == 1:
             raise bad_request(f'associative list with keys has an element that omits key field "{name}"')
-    return "k:" + json.dumps(found, sort_keys=True, separators=(",", ":"))
+    return _key_text(tuple(found.items()))
+
+
+@lru_cache(maxsize=4096)
+def _key_text(pairs: tuple[tuple[str, Any], ...]) -> str:
+    return "k:" + json.dumps(dict(pairs), sort_keys=True, separators=(",", ":"))
 
 
 def leaves(value: Any, shape: Shape, path: Path = ()) -> dict[Path, Any]:
@@ -81,8 +87,9 @@ def ensured(fields: Fields) -> set[Path]:
     return found
 
 
+@lru_cache(maxsize=4096)
 def to_v1(fields: Fields) -> Obj:
-    """As `fieldsV1`."""
+    """As `fieldsV1`. Equal sets share the result: read it, never change it."""
     root: Obj = {}
     for path in sorted(fields):
         node = root
@@ -90,10 +97,19 @@ def to_v1(fields: Fields) -> Obj:
             node = node.setdefault(element, {})
         if path[-1].startswith("k:"):
             node["."] = {}
+    if len(_parsed) >= 4096:
+        _parsed.clear()
+    _parsed[id(root)] = root, fields
     return root
 
 
+_parsed: dict[int, tuple[Obj, Fields]] = {}  # what to_v1 made, by identity: nearly all that from_v1 is asked
+
+
 def from_v1(fields: Obj) -> Fields:
+    known = _parsed.get(id(fields))
+    if known is not None and known[0] is fields:
+        return known[1]
     return frozenset(_walk_v1(fields, ()))
 
 

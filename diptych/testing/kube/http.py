@@ -128,7 +128,8 @@ class Handler:
         except ApiError as error:
             self._record.add(replace(request, code=error.code))
             raise
-        self._record.add(replace(request, code=code, changed=changed))
+        name = target.name or (answer["metadata"]["name"] if verb == "create" else "")
+        self._record.add(replace(request, name=name, code=code, changed=changed))
         if fault is not None and fault.what == "lose_answer":
             raise Cut
         return _reply(code, answer)

@@ -74,23 +74,26 @@ def with_owners(obj: Obj, owners: Owners, before: Obj | None, now: str) -> Obj:
 
 def difference(old: Obj, new: Obj, shape: Shape) -> tuple[set[Path], set[Path]]:
     """(changed or added, removed) paths between two objects."""
-    before, after = _changed_leaves(old, new, shape)
+    before: dict[Path, Any] = {}
+    after: dict[Path, Any] = {}
+    _differing(stripped(old), stripped(new), shape, (), before, after)
     changed = {path for path, value in after.items() if path not in before or before[path] != value}
     return changed, before.keys() - after.keys()
 
 
-def _changed_leaves(old: Obj, new: Obj, shape: Shape) -> tuple[dict[Path, Any], dict[Path, Any]]:
-    """Leaves of both, of top-level parts that differ (equal ones are skipped: most writes touch one part)."""
-    before: dict[Path, Any] = {}
-    after: dict[Path, Any] = {}
-    old, new = stripped(old), stripped(new)
+def _differing(old: Obj, new: Obj, shape: Shape, path: Path, before: dict[Path, Any], after: dict[Path, Any]) -> None:
+    """Leaves of both, of parts that differ (most writes touch one part of an object)."""
     for name in {**old, **new}:
-        if old.get(name) == new.get(name):
-            continue
-        for part, found in ((old, before), (new, after)):
-            if name in part:
-                found.update(leaves(part[name], shape.child(name), ("f:" + name,)))
-    return before, after
+        one, other = old.get(name), new.get(name)
+        here, below = (*path, "f:" + name), shape.child(name)
+        if one and other and isinstance(one, dict) and isinstance(other, dict) and not below.atomic_map:
+            if one != other:
+                _differing(one, other, below, here, before, after)
+        elif one != other or (name in old) != (name in new):
+            if name in old:
+                before.update(leaves(one, below, here))
+            if name in new:
+                after.update(leaves(other, below, here))
 
 
 def after_update(old: Obj | None, new: Obj, manager: Manager, shape: Shape) -> Owners:

@@ -6,6 +6,7 @@ names (the table is compared with the published schemas in tests/kube); custom o
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 from diptych.testing.kube.kinds import Kind
@@ -100,11 +101,16 @@ class ByName:
     def child(self, name: str) -> ByName:
         # below labels, annotations or data every name is a plain key
         if self._name in ("labels", "annotations", "data", "limits", "requests") and not self._item:
-            return ByName()
-        return ByName(name, self._name)
+            return _by_name("", "", False)
+        return _by_name(name, self._name, False)
 
     def item(self) -> ByName:
-        return ByName(self._name, self._parent, item=True)
+        return _by_name(self._name, self._parent, True)
+
+
+@lru_cache(maxsize=4096)
+def _by_name(name: str, parent: str, item: bool) -> ByName:
+    return ByName(name, parent, item=item)
 
 
 class BySchema:
