@@ -54,8 +54,11 @@ class View:
         wait_s = self.role.update.min_ready_s
         return pod.ready_since + wait_s if wait_s else float("-inf")
 
+    def is_ready(self, pod: PodState | None) -> bool:
+        return pod is not None and pod.phase == "running" and pod.ready
+
     def is_available(self, pod: PodState | None) -> bool:
-        return pod is not None and pod.phase == "running" and pod.ready and self.now >= self.available_at(pod)
+        return pod is not None and self.is_ready(pod) and self.now >= self.available_at(pod)
 
     @cached_property
     def outdated(self) -> list[int]:
@@ -112,7 +115,8 @@ def next_step(view: View, limit: int | None, held: bool) -> tuple[Target, list[P
         return Target(replicas, partition, role.revision), []
     on_delete = _needs_on_delete(view, chosen, partition)
     target = Target(replicas + surge, 0 if on_delete else partition, role.revision, on_delete)
-    return target, [view.pods[i] for i in sorted(chosen, reverse=True) if i in view.pods]
+    stale = {i for i, pod in view.pods.items() if replicas <= i < replicas + surge and not view.is_updated(pod)}
+    return target, [view.pods[i] for i in sorted(chosen | stale, reverse=True) if i in view.pods]
 
 
 def progress(view: View, held: bool) -> Rollout | None:
@@ -120,10 +124,10 @@ def progress(view: View, held: bool) -> Rollout | None:
     record, now = view.seen.rollout, view.now
     if record is None or record.revision != view.role.revision:
         return _begun(view, held) if view.under_way else record
-    if view.complete:
-        return msgspec.structs.replace(record, state="complete")
     if record.state == "complete" and not view.outdated:
         return record
+    if view.complete:
+        return msgspec.structs.replace(record, state="complete", updated=view.num_updated)
     if held:
         return msgspec.structs.replace(record, state="held")
     if record.state == "complete":
@@ -186,14 +190,14 @@ def _chosen(view: View, limit: int | None, surge: int) -> set[int]:
     pods, left_to_controller = view.pods, view.role.kind == "LeaderWorkerSet"
     candidates = [i for i in reversed(range(view.floor, view.replicas)) if not view.is_updated(pods.get(i))]
     if view.floor == 0 and not left_to_controller:
-        candidates.sort(key=lambda i: view.is_available(pods.get(i)))
+        candidates.sort(key=lambda i: view.is_ready(pods.get(i)))
     if limit is None or not view.outdated:
         limit = view.replicas
     room = limit - sum(view.is_updated(pods.get(i)) for i in range(view.replicas))
     spare = view.replicas if left_to_controller else _spare(view, surge)
     chosen: set[int] = set()
     for i in candidates:
-        cost = int(view.is_available(pods.get(i)))
+        cost = int(view.is_ready(pods.get(i)))  # ready, but not for long enough to count: wait for it
         if len(chosen) >= room or (cost and spare < cost):
             break
         chosen.add(i)

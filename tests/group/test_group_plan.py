@@ -1,171 +1,388 @@
-"""What the plan says in single situations."""
+"""What the plan says in single situations: creation, scaling, ends, restart policies, gangs, status."""
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from diptych.group.order import find_cycle, start_order
-from diptych.group.plan import (
+import pytest
+from msgspec.structs import replace
+
+from diptych.group.actions import (
     Action,
+    ApplyRole,
     Backoff,
+    CoordinatedScaling,
+    Coordination,
+    DeletePod,
+    DeleteRole,
     Desired,
     DesiredRole,
-    DesiredService,
     Failures,
     Observed,
+    ObservedRole,
     PodState,
-    SetEndpoints,
-    StartPod,
-    StopPod,
+    RecordFailures,
+    Target,
+    Update,
     Wait,
-    count_failure,
-    group_ready,
-    plan,
-    waiting_for,
 )
+from diptych.group.conditions import group_status
+from diptych.group.coordinate import Share, amount, budget, lower_limits, upper_limits
+from diptych.group.gang import members, min_member
+from diptych.group.order import find_cycle, start_order
+from diptych.group.plan import group_ready, plan, waiting_for
+from diptych.group.restart import count_failure
 
 BACKOFF = Backoff()
-SEED = Desired(
-    "sglang-pd",
-    (
-        DesiredRole("scheduler", 1, ("decode", "prefill"), labels={"role": "scheduler"}),
-        DesiredRole("prefill", 2, labels={"role": "prefill"}),
-        DesiredRole("decode", 1, labels={"role": "decode"}),
-    ),
-)
 
 
-def pods(*described: str) -> tuple[PodState, ...]:
-    """ "prefill-0" starting, "prefill-0+" ready, "prefill-0x" exited, "prefill-0~" stopping."""
-    result = []
-    for text in described:
-        role, _, rest = text.partition("-")
-        phase = {"x": "exited", "~": "stopping"}.get(rest[-1], "running")
-        result.append(PodState(role, int(rest.rstrip("+x~")), phase, rest.endswith("+")))  # type: ignore[arg-type]
-    return tuple(result)
+def role(name: str, replicas: int = 1, *dependencies: str, **more: Any) -> DesiredRole:
+    return DesiredRole(name=name, replicas=replicas, dependencies=dependencies, revision="r", **more)
 
 
-def at(desired: Desired, *described: str, now: float = 0.0, **observed: object) -> list[Action]:
-    return plan(desired, Observed(pods(*described), **observed), now, BACKOFF)  # type: ignore[arg-type]
+def group(*roles: DesiredRole, **more: Any) -> Desired:
+    return Desired(group="g", roles=roles, **more)
 
 
-def test_what_nothing_depends_on_starts_first_all_replicas_at_once() -> None:
-    assert at(SEED) == [StartPod("prefill", 0), StartPod("prefill", 1), StartPod("decode", 0)]
+SEED = group(role("scheduler", 1, "decode", "prefill"), role("prefill", 2), role("decode", 1))
+
+
+def pods(name: str, text: str) -> tuple[PodState, ...]:
+    """One letter an ordinal: `+` ready, `.` starting, `?` not scheduled, `x` exited, `~` stopping, `r` restarted,
+    `-` not there."""
+    return tuple(
+        PodState(
+            name=f"g-{name}-{index}",
+            index=index,
+            uid=f"{name}{index}",
+            revision="r",
+            phase={"x": "exited", "~": "stopping"}.get(letter, "running"),  # type: ignore[arg-type]
+            scheduled=letter != "?",
+            ready=letter == "+",
+            restarts=int(letter == "r"),
+        )
+        for index, letter in enumerate(text)
+        if letter != "-"
+    )
+
+
+def seen(failures: dict[str, Failures] | None = None, targets: dict[str, int] | None = None, **roles: str) -> Observed:
+    """Roles whose target is as many replicas as there are letters, unless `targets` says otherwise."""
+    return Observed(
+        roles=tuple(
+            ObservedRole(name=name, target=Target((targets or {}).get(name, len(text)), 0, "r"), pods=pods(name, text))
+            for name, text in roles.items()
+        ),
+        failures=failures or {},
+    )
+
+
+def apply(name: str, replicas: int) -> ApplyRole:
+    return ApplyRole(name, Target(replicas, 0, "r"))
+
+
+def at(desired: Desired, observed: Observed, now: float = 0.0) -> list[Action]:
+    return plan(desired, observed, now)
+
+
+# ---- creation ----------------------------------------------------------------------------------------------------
+
+
+def test_what_nothing_depends_on_is_created_first_all_replicas_at_once() -> None:
+    assert at(SEED, Observed()) == [apply("prefill", 2), apply("decode", 1)]
 
 
 def test_a_role_waits_for_every_replica_of_its_dependencies() -> None:
-    assert at(SEED, "prefill-0+", "prefill-1", "decode-0+") == []
-    assert waiting_for(SEED.roles[0], SEED, Observed(pods("prefill-0+", "prefill-1", "decode-0+"))) == ["prefill"]
-    assert at(SEED, "prefill-0+", "prefill-1+", "decode-0+") == [StartPod("scheduler", 0)]
+    observed = seen(prefill="+.", decode="+")
+    assert at(SEED, observed) == []
+    assert waiting_for(SEED.roles[0], SEED, observed) == ["prefill"]
+    assert at(SEED, seen(prefill="++", decode="+")) == [apply("scheduler", 1)]
 
 
 def test_a_ready_group_needs_nothing() -> None:
-    everything = ("prefill-0+", "prefill-1+", "decode-0+", "scheduler-0+")
-    assert at(SEED, *everything) == []
-    assert group_ready(SEED, Observed(pods(*everything)))
-    assert not group_ready(SEED, Observed(pods(*everything, "decode-1~")))
+    assert at(SEED, seen(prefill="++", decode="+", scheduler="+")) == []
+    assert group_ready(SEED, seen(prefill="++", decode="+", scheduler="+"))
+    assert not group_ready(SEED, seen(prefill="++", decode="+~", scheduler="+"))
 
 
 def test_a_flapping_dependency_does_not_touch_a_created_role() -> None:
-    assert at(SEED, "prefill-0", "prefill-1+", "decode-0+", "scheduler-0+") == []
-    # nor does it keep the role's own pod from restarting
-    exited = ("prefill-0", "prefill-1+", "decode-0+", "scheduler-0x")
-    assert at(SEED, *exited) == [StartPod("scheduler", 0, fresh=False)]
-
-
-def test_back_off() -> None:
-    delays = [BACKOFF.delay_s(failures) for failures in range(1, 9)]
-    assert delays == [0, 10, 20, 40, 80, 160, 300, 300]
-    assert BACKOFF.delay_s(10_000) == 300
-    described = ("prefill-0+", "prefill-1+", "decode-0x", "scheduler-0+")
-    failures = {"sglang-pd-decode-0": Failures(3, last_at=100.0)}
-    assert at(SEED, *described, now=119.9, failures=failures) == [Wait("sglang-pd-decode-0", 120.0)]
-    assert at(SEED, *described, now=120.0, failures=failures) == [StartPod("decode", 0, fresh=False)]
-
-
-def test_failures_are_counted_until_a_stable_run() -> None:
-    first = count_failure(None, 1.0, 10.0, BACKOFF)
-    second = count_failure(first, 599.0, 700.0, BACKOFF)
-    third = count_failure(second, 600.0, 1400.0, BACKOFF)
-    assert (first, second, third) == (Failures(1, 10.0), Failures(2, 700.0), Failures(1, 1400.0))
-
-
-def test_scaling_down_ends_the_highest_index_first() -> None:
-    small = Desired("g", (DesiredRole("a", 1),))
-    assert at(small, "a-0+", "a-1+", "a-2x", "a-3~") == [StopPod("a", 2), StopPod("a", 1)]
-
-
-def test_scaling_up_does_not_wait_for_dependencies_again() -> None:
-    desired = Desired("g", (DesiredRole("a", 2, ("b",)), DesiredRole("b", 1)))
-    assert at(desired, "a-0+", "b-0") == [StartPod("a", 1)]
+    assert at(SEED, seen(prefill=".+", decode="+", scheduler="+")) == []
+    more = group(replace(SEED.roles[0], replicas=3), *SEED.roles[1:])
+    assert at(more, seen(prefill=".+", decode="+", scheduler="+")) == [apply("scheduler", 3)]
+    newer = group(replace(SEED.roles[0], revision="s"), *SEED.roles[1:])
+    applied = at(newer, seen(prefill=".+", decode="+", scheduler="+"))[-1]
+    assert applied == ApplyRole("scheduler", Target(1, 0, "s"))
 
 
 def test_a_dependency_of_no_replicas_is_ready() -> None:
-    desired = Desired("g", (DesiredRole("a", 1, ("b",)), DesiredRole("b", 0)))
-    assert at(desired) == [StartPod("a", 0)]
+    desired = group(role("a", 1, "b"), role("b", 0))
+    assert at(desired, Observed()) == [apply("b", 0), apply("a", 1)]
+
+
+def test_a_role_started_from_none_waits_as_a_new_one_does() -> None:
+    desired = group(role("a", 2, "b"), role("b", 1))
+    assert at(desired, seen(targets={"b": 1}, a="", b=".")) == []
+    assert at(desired, seen(a="", b="+")) == [apply("a", 2)]
+
+
+def test_drift_of_replicas_is_reverted() -> None:
+    assert at(group(role("a", 2)), seen(a="+++")) == [apply("a", 2)]
+
+
+# ---- ends --------------------------------------------------------------------------------------------------------
 
 
 def test_deleting_ends_dependents_first() -> None:
-    deleted = Desired(SEED.group, SEED.roles, deleted=True)
-    assert at(deleted, "prefill-0+", "prefill-1", "decode-0x", "scheduler-0+") == [StopPod("scheduler", 0)]
-    assert at(deleted, "prefill-0+", "prefill-1", "decode-0x", "scheduler-0~") == []
-    assert at(deleted, "prefill-0+", "prefill-1", "decode-0x") == [
-        StopPod("decode", 0),
-        StopPod("prefill", 1),
-        StopPod("prefill", 0),
-    ]
-    assert at(deleted) == []
+    deleted = replace(SEED, deleted=True)
+    assert at(deleted, seen(prefill="+.", decode="x", scheduler="+")) == [DeleteRole("scheduler")]
+    observed = seen(prefill="+.", decode="x", scheduler="~")
+    ending = replace(observed, roles=(*observed.roles[:2], replace(observed.roles[2], deleting=True)))
+    assert at(deleted, ending) == []
+    assert at(deleted, seen(prefill="+.", decode="x")) == [DeleteRole("decode"), DeleteRole("prefill")]
+    assert at(deleted, Observed()) == []
 
 
-def test_a_role_that_is_no_longer_desired_ends() -> None:
-    assert at(Desired("g", (DesiredRole("a", 1),)), "a-0+", "old-0+", "old-1~") == [StopPod("old", 0)]
+def test_roles_gone_from_the_spec_end_dependents_first() -> None:
+    front = ObservedRole(name="front", target=Target(1, 0, "r"), pods=pods("front", "+"), dependencies=("back",))
+    back = ObservedRole(name="back", target=Target(1, 0, "r"), pods=pods("back", "+"))
+    desired = group(role("a"))
+    a = seen(a="+").roles
+    assert at(desired, Observed(roles=(*a, back, front))) == [DeleteRole("front")]
+    assert at(desired, Observed(roles=(*a, back, replace(front, deleting=True)))) == []
+    assert at(desired, Observed(roles=(*a, back))) == [DeleteRole("back")]
 
 
-def test_restart_policy_of_an_instance_makes_a_fresh_pod() -> None:
-    desired = Desired("g", (DesiredRole("a", 1, restart_policy="RecreateRoleInstanceOnPodRestart"),))
-    assert at(desired, "a-0x") == [StartPod("a", 0, fresh=True)]
+def test_a_role_of_another_kind_is_made_anew_even_if_others_need_it() -> None:
+    desired = group(role("a", 1, "b"), role("b", kind="Deployment"))
+    observed = seen(a="+", b="+")
+    assert at(desired, observed) == [DeleteRole("b")]
+    going = replace(observed, roles=(observed.roles[0], replace(observed.roles[1], deleting=True)))
+    assert at(desired, going) == []
+    assert at(desired, seen(a="+")) == [apply("b", 1)]
 
 
-def test_restart_policy_of_the_group_restarts_everything_in_order() -> None:
-    roles = (DesiredRole("a", 1, ("b",)), DesiredRole("b", 2, restart_policy="RecreateRBGOnPodRestart"))
-    desired = Desired("g", roles)
-    failures = {"g": Failures(2, last_at=100.0)}
-    assert at(desired, "a-0+", "b-0x", "b-1+", now=101, failures=failures) == [StopPod("a", 0)]
-    assert at(desired, "a-0~", "b-0x", "b-1+", now=101, failures=failures) == []
-    assert at(desired, "b-0x", "b-1+", now=101, failures=failures) == [StopPod("b", 1)]
-    assert at(desired, "b-0x", now=101, failures=failures) == [Wait("g", 110.0)]
-    assert at(desired, "b-0x", now=110, failures=failures) == [StopPod("b", 0)]
-    assert at(desired, now=110, failures=failures) == [StartPod("b", 0), StartPod("b", 1)]
+# ---- restart policies --------------------------------------------------------------------------------------------
 
 
-def test_endpoints_are_the_ready_pods_the_selector_matches() -> None:
-    service = DesiredService("svc", {"role": "prefill"})
-    desired = Desired(SEED.group, SEED.roles, (service,))
-    described = ("prefill-1+", "prefill-0+", "decode-0+", "scheduler-0+")
-    names = ("sglang-pd-prefill-0", "sglang-pd-prefill-1")
-    assert at(desired, *described) == [SetEndpoints("svc", names)]
-    assert at(desired, *described, endpoints={"svc": names}) == []
-    assert at(desired, "prefill-0", "prefill-1+", "decode-0+", "scheduler-0+", endpoints={"svc": names}) == [
-        SetEndpoints("svc", names[1:])
-    ]
-    deleted = Desired(SEED.group, SEED.roles, (service,), deleted=True)
-    assert at(deleted, "prefill-0+", endpoints={"svc": names}) == [SetEndpoints("svc", ()), StopPod("prefill", 0)]
+def test_back_off() -> None:
+    assert [BACKOFF.delay_s(failures) for failures in range(1, 9)] == [0, 10, 20, 40, 80, 160, 300, 300]
+    assert BACKOFF.delay_s(10_000) == 300
+
+
+def test_failures_are_counted_until_nothing_has_failed_for_long() -> None:
+    first = count_failure(None, 10.0, BACKOFF)
+    second = count_failure(first, 609.0, BACKOFF)
+    third = count_failure(second, 609.0 + 10 + 600, BACKOFF)
+    assert (first, second, third) == (Failures(1, 10.0), Failures(2, 609.0), Failures(1, 1219.0))
+
+
+def test_without_a_policy_nothing_is_made_anew() -> None:
+    assert at(group(role("a", 3)), seen(a="+rx")) == []
+
+
+INSTANCE = group(role("a", 3, restart_policy="RecreateRoleInstanceOnPodRestart"))
+
+
+@pytest.mark.parametrize("letter", "rx")
+def test_an_instance_is_made_anew_at_once_and_then_after_a_pause(letter: str) -> None:
+    observed = seen(a=f"+{letter}+")
+    first = Failures(1, 100.0, "a1")
+    delete = DeletePod("a", "g-a-1", "a1", "it failed, and its role is restarted by instance")
+    assert at(INSTANCE, observed, 100.0) == [RecordFailures("g-a-1", first), delete]
+    # the runner ended between the two: the failure counts once
+    assert at(INSTANCE, replace(observed, failures={"g-a-1": first}), 101.0) == [delete]
+    # the pod that came instead fails too
+    earlier = {"g-a-1": Failures(1, 90.0, "before")}
+    second = Failures(2, 100.0, "a1")
+    actions = at(INSTANCE, replace(observed, failures=earlier), 100.0)
+    assert actions[0] == RecordFailures("g-a-1", second)
+    assert [type(each) for each in actions[1:]] == [Wait] and actions[1].until == 110.0  # type: ignore[union-attr]
+    assert at(INSTANCE, replace(observed, failures={"g-a-1": second}), 110.0) == [delete]
+
+
+def test_no_pod_is_made_anew_that_is_to_end_or_is_ending() -> None:
+    assert at(INSTANCE, seen(a="+~+")) == []
+    assert at(INSTANCE, seen(targets={"a": 3}, a="+++x")) == []
+
+
+def test_records_of_what_is_no_longer_there_are_forgotten() -> None:
+    records = {"g-a-7": Failures(1, 0.0), "g-a-2": Failures(1, 0.0), "g": Failures(1, 0.0)}
+    assert at(INSTANCE, seen(records, a="+++")) == [RecordFailures("g-a-7", None), RecordFailures("g", None)]
+
+
+WHOLE = group(role("a", 1, "b"), role("b", 2, restart_policy="RecreateRBGOnPodRestart"))
+
+
+def test_the_whole_group_is_restarted_in_order() -> None:
+    pending = {"g": Failures(1, 100.0, "b0", pending=True)}
+    assert at(WHOLE, seen(a="+", b="x+"), 100.0) == [RecordFailures("g", pending["g"]), apply("a", 0)]
+    assert at(WHOLE, seen(pending, targets={"a": 0}, a="~", b="x+"), 101.0) == []
+    assert at(WHOLE, seen(pending, a="", b="x+"), 101.0) == [apply("b", 0)]
+    assert at(WHOLE, seen(pending, targets={"b": 0}, a="", b="~~"), 101.0) == []
+    done = {"g": Failures(1, 100.0, "b0")}
+    assert at(WHOLE, seen(pending, a="", b=""), 102.0) == [RecordFailures("g", done["g"]), apply("b", 2)]
+    assert at(WHOLE, seen(done, targets={"a": 0, "b": 2}, a="", b="+."), 103.0) == []
+    assert at(WHOLE, seen(done, a="", b="++"), 103.0) == [apply("a", 1)]
+
+
+def test_a_restart_of_the_group_that_was_asked_for_waits_and_survives_that_the_pod_recovers() -> None:
+    again = {"g": Failures(3, 100.0, "b0", pending=True)}
+    (wait,) = at(WHOLE, seen(again, a="+", b="++"), 101.0)
+    assert isinstance(wait, Wait) and wait.until == 120.0
+    assert at(WHOLE, seen(again, a="+", b="++"), 120.0) == [apply("a", 0)]
+
+
+def test_deleting_a_pod_restarts_no_group() -> None:
+    assert at(WHOLE, seen(a="+", b="+~")) == []
+    assert at(WHOLE, seen(targets={"b": 2}, a="+", b="+-")) == []
+
+
+def test_a_restart_is_given_up_with_its_policy() -> None:
+    pending = {"g": Failures(3, 100.0, "b0", pending=True)}
+    desired = group(role("a", 1, "b"), role("b", 2))
+    assert at(desired, seen(pending, a="+", b="++"), 200.0) == [RecordFailures("g", None)]
+
+
+# ---- scaling -----------------------------------------------------------------------------------------------------
+
+
+def coordinated(progression: Any = "OrderScheduled", skew: int = 34, **replicas: int) -> Desired:
+    scaling = CoordinatedScaling(max_skew=skew, progression=progression)
+    roles = tuple(role(name, number) for name, number in replicas.items())
+    return group(*roles, coordinations=(Coordination(roles=tuple(replicas), scaling=scaling),))
+
+
+def test_scaling_without_coordination_goes_straight_there() -> None:
+    assert at(group(role("a", 5, "b"), role("b", 2)), seen(a="+", b=".++")) == [apply("b", 2), apply("a", 5)]
+
+
+def test_coordinated_roles_come_in_step() -> None:
+    desired = coordinated(p=6, d=3)
+    assert at(desired, Observed()) == [apply("p", 2), apply("d", 1)]
+    assert at(desired, seen(p="..", d="?")) == [apply("d", 2)]  # the pod without a node holds p back
+    assert at(desired, seen(p="..", d=".")) == [apply("p", 4), apply("d", 2)]
+    ready = coordinated("OrderReady", p=6, d=3)
+    assert at(ready, seen(p="..", d=".")) == []
+    assert at(ready, seen(p="++", d=".")) == [apply("d", 2)]
+    assert at(ready, seen(p="++", d="+")) == [apply("p", 4), apply("d", 2)]
+
+
+def test_roles_of_one_replica_come_whatever_the_skew() -> None:
+    assert at(coordinated(skew=1, p=1, d=1), Observed()) == [apply("p", 1), apply("d", 1)]
+
+
+def test_a_role_that_waits_for_another_holds_it_not_back() -> None:
+    desired = coordinated("OrderReady", p=4, d=4)
+    desired = replace(desired, roles=(desired.roles[0], replace(desired.roles[1], dependencies=("p",))))
+    assert at(desired, Observed()) == [apply("p", 4)]
+    assert at(desired, seen(p="++++")) == [apply("d", 4)]
+
+
+def test_coordinated_roles_go_in_step() -> None:
+    desired = coordinated(skew=50, p=4, d=2)
+    assert at(desired, seen(p="+" * 8, d="+" * 4)) == [apply("p", 6), apply("d", 3)]
+    ending = seen(targets={"p": 6, "d": 3}, p="++++++~~", d="+++~")
+    assert at(desired, ending) == []  # what still ends counts as there
+    assert at(desired, seen(p="+" * 6, d="+++")) == [apply("p", 4), apply("d", 2)]
+    assert at(coordinated(p=0, d=0), seen(p="+" * 8, d="+" * 4)) == [apply("p", 0), apply("d", 0)]
+
+
+def test_limits() -> None:
+    assert upper_limits({"a": Share(0, 1), "b": Share(0, 1)}, 0) == {"a": 1, "b": 1}
+    assert upper_limits({"a": Share(3, 10), "b": Share(1, 3)}, 1) == {"a": 4, "b": 0}
+    assert upper_limits({"a": Share(2, 4), "b": Share(4, 4)}, 10)["a"] == 4
+    assert lower_limits({"a": Share(8, 4), "b": Share(4, 2)}, 25) == {"a": 7, "b": 3}
+    assert lower_limits({"a": Share(8, 4), "b": Share(2, 2)}, 25)["a"] == 4
 
 
 @pytest.mark.parametrize(
-    ("selector", "publish", "expected"),
+    ("unavailable", "surge", "replicas", "expected"),
     [
-        ({}, False, ()),
-        ({"role": "a", "apps.kubernetes.io/pod-index": "1"}, False, ("g-a-1",)),
-        ({"statefulset.kubernetes.io/pod-name": "g-a-2"}, False, ()),
-        ({"statefulset.kubernetes.io/pod-name": "g-a-2"}, True, ("g-a-2",)),
+        (1, 0, 4, (1, 0)),
+        ("25%", 0, 7, (1, 0)),
+        ("25%", 0, 3, (1, 0)),  # 0 and 0: nothing could ever go on
+        ("0%", "10%", 3, (0, 1)),
+        (9, 9, 3, (3, 3)),
+        (0, 1, 0, (1, 0)),
     ],
 )
-def test_selectors(selector: dict[str, str], publish: bool, expected: tuple[str, ...]) -> None:
-    role = DesiredRole("a", 3, labels={"role": "a"})
-    desired = Desired("g", (role,), (DesiredService("svc", selector, publish),))
-    actions = at(desired, "a-0+", "a-1+", "a-2")
-    assert actions == ([SetEndpoints("svc", expected)] if expected else [])
+def test_what_a_rollout_may_take(unavailable: Any, surge: Any, replicas: int, expected: tuple[int, int]) -> None:
+    assert budget(Update(max_unavailable=unavailable, max_surge=surge), replicas) == expected
+
+
+def test_percentages() -> None:
+    assert [amount("30%", 4, round_up=up) for up in (True, False)] == [2, 1]
+    assert amount("50%", 4, round_up=True) == 2
+
+
+# ---- gangs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gang_counts_only_roles_that_are_due() -> None:
+    assert members(SEED, Observed()) == {"prefill": 2, "decode": 1}
+    assert min_member(SEED, seen(prefill="+.", decode="+")) == 3
+    assert min_member(SEED, seen(prefill="++", decode="+")) == 4
+    # once created a role goes on counting, whatever its dependencies do
+    assert min_member(SEED, seen(prefill="+.", decode="+", scheduler=".")) == 4
+
+
+def test_a_gang_of_least_members() -> None:
+    desired = group(role("p", 4, gang_min=2), role("d", 2, size=2), role("e", 0), role("f", 3, gang_min=0))
+    assert members(desired, Observed()) == {"p": 2, "d": 4, "f": 0}
+    assert members(group(role("p", 1, gang_min=2)), Observed()) == {"p": 1}
+
+
+# ---- status ------------------------------------------------------------------------------------------------------
+
+
+def told(desired: Desired, observed: Observed) -> dict[str, tuple[bool, str, str]]:
+    status = group_status(desired, observed, 7, 0.0)
+    assert status.observed_generation == 7
+    return {each.type: (each.status, each.reason, each.message) for each in status.conditions}
+
+
+def test_the_status_of_a_starting_group_says_what_it_waits_for() -> None:
+    conditions = told(SEED, seen(prefill="+?", decode="."))
+    assert conditions["Ready"] == (
+        False,
+        "RoleNotReady",
+        "scheduler waits until decode, prefill is ready; prefill has 1 of 2 replicas ready, no node has room for"
+        " g-prefill-1; decode has 0 of 1 replicas ready; see the events and logs of g-decode-0",
+    )
+    assert conditions["Progressing"] == (True, "Reconciling", "still at work on scheduler, prefill, decode")
+    assert conditions["RollingUpdateInProgress"][0] is False
+    assert conditions["RestartInProgress"][:2] == (False, "NoRestart")
+
+
+def test_the_status_of_a_ready_group() -> None:
+    observed = seen(prefill="++", decode="+", scheduler="+")
+    conditions = told(SEED, observed)
+    assert conditions["Ready"][:2] == (True, "AllRolesReady")
+    assert conditions["Progressing"][:2] == (True, "Complete")
+    numbers = [
+        (each.name, each.replicas, each.ready, each.updated) for each in group_status(SEED, observed, 1, 0).roles
+    ]
+    assert numbers == [("scheduler", 1, 1, 1), ("prefill", 2, 2, 2), ("decode", 1, 1, 1)]
+
+
+def test_the_status_tells_of_restarts() -> None:
+    again = {"g": Failures(3, 100.0, "b0", pending=True)}
+    assert told(WHOLE, seen(again, a="+", b="x+"))["RestartInProgress"] == (
+        True,
+        "RBGRestart",
+        "failure 3 in a row: the whole group is made anew after a pause of 20 s; see the logs of its pods",
+    )
+    done = {"g": Failures(3, 100.0, "b0")}
+    assert told(WHOLE, seen(done, a="", b="+."))["RestartInProgress"][0] is True  # a is not started yet
+    assert told(WHOLE, seen(done, a="+", b="++"))["RestartInProgress"][:2] == (False, "RBGRestartCompleted")
+    assert told(INSTANCE, seen(a="+xx"))["RestartInProgress"] == (
+        True,
+        "RoleInstanceRestart",
+        "g-a-1 and 1 more failed and is made anew; see its logs",
+    )
+
+
+# ---- order -------------------------------------------------------------------------------------------------------
 
 
 def test_order_of_roles() -> None:

@@ -23,6 +23,7 @@ from diptych.group.actions import (
     Desired,
     DesiredRole,
     Observed,
+    RecordFailures,
     Update,
     Wait,
 )
@@ -83,10 +84,18 @@ def asked(world: World) -> list[Action]:
     deleted = [action.uid for action in actions if isinstance(action, DeletePod)]
     assert len(deleted) == len(set(deleted))
     check_creation(world.desired, observed, actions)
-    check_rollouts(world, observed, actions)
-    check_scaling(world.desired, observed, actions)
+    if not restarting(world, actions):
+        check_rollouts(world, observed, actions)
+        check_scaling(world.desired, observed, actions)
     check_back_off(world, observed, actions)
     return actions
+
+
+def restarting(world: World, actions: list[Action]) -> bool:
+    """Whether the group is being emptied, and nothing else is done."""
+    records = [action.failures for action in actions if isinstance(action, RecordFailures) and action.unit == "g"]
+    record = records[-1] if records else world.failures.get("g")
+    return record is not None and record.pending and world.now >= restart_at(record, BACKOFF)
 
 
 def check_creation(desired: Desired, observed: Observed, actions: list[Action]) -> None:
@@ -108,8 +117,6 @@ def check_rollouts(world: World, observed: Observed, actions: list[Action]) -> N
         if seen is None or seen.deleting or not role.replicas:
             continue
         target, goal = targets.get(role.name, seen.target), replicas_now(world.desired, observed)[role.name]
-        if target.replicas == 0 < goal:
-            continue  # the whole group restarts
         floor = min(amount(role.update.partition, goal, round_up=True), goal)
         most, surge = limits(role, goal)
         assert goal <= target.replicas <= goal + surge
@@ -135,7 +142,7 @@ def check_rollouts(world: World, observed: Observed, actions: list[Action]) -> N
             if pod.ready and pod.phase == "running"
             if not role.update.min_ready_s or world.now >= pod.ready_since + role.update.min_ready_s
         }
-        if covered & available:
+        if covered & {i for i in pods if pods[i].ready}:
             staying = {
                 i
                 for i in available - covered
@@ -265,19 +272,19 @@ def disturb(world: World, data: st.DataObject) -> None:
 def calm(world: World) -> None:
     """Nothing goes wrong any more, and time passes."""
     for _ in range(400):
+        before = world.observe()
         actions = asked(world)
         world.carry_out(actions)
-        busy = any([world.sync(role) for role in list(world.workloads)])
+        for role in list(world.workloads):
+            world.sync(role)
         for role, pod in world.all_pods():
             world.change(role, pod, "gone" if pod.phase == "stopping" else "ready")
-        waits = [action.until for action in actions if isinstance(action, Wait)]
-        if waits:
-            world.now = min(waits)
-        elif not actions and not busy and not any(pod.phase == "stopping" for _, pod in world.all_pods()):
-            exited = [each for _, each in world.all_pods() if each.phase == "exited"]
-            if not exited:
+        if world.observe() == before:
+            waits = [action.until for action in actions if isinstance(action, Wait)]
+            exited = any(pod.phase == "exited" for _, pod in world.all_pods())
+            if not waits and not exited:
                 return
-            world.now += 50.0
+            world.now = min(waits, default=world.now + 50.0)
     raise AssertionError(f"does not converge: {world}")
 
 
