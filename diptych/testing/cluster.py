@@ -1,14 +1,17 @@
 """A whole cluster in one process, on a virtual clock: router, prefill and decode servers, a network with faults.
 
 Everything but the model is the real thing: the router's core and health checks, the engine loop with its roles, the
-scheduler, the page pool, the hand-over. HTTP exchanges and KV links run over one MemoryNetwork; MockRunner computes.
+scheduler, the page pool, the hand-over, rank 0's lead of the other ranks. HTTP exchanges and KV links run over one
+MemoryNetwork, the ranks' channels over pipes; the ranks compute a mock model, each in its own time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,56 +19,46 @@ import msgspec
 from diptych.engine.client import EngineLink
 from diptych.engine.handover import Site, attach_decode, attach_prefill
 from diptych.engine.loop import Engine
-from diptych.errors import DiptychError, Unavailable
+from diptych.engine.ranks import Follower, Ranks
+from diptych.errors import Unavailable
 from diptych.kv.share import Grid
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.core import Core
-from diptych.router.exchange import Body, Exchange, Headers, ServerLost
 from diptych.router.fleet import Fleet
 from diptych.router.health import HealthChecker
 from diptych.router.metrics import RouterMetrics
 from diptych.sched.state import SchedConfig, new_state
-from diptych.testing.mock_model import MockRunner
+from diptych.testing.exchange import SimUpstream, serve
+from diptych.testing.mock_model import U64, MockRunner, contents_of, num_cached
 from diptych.testing.network import MemoryNetwork
+from diptych.testing.pipe import PipeChannel, Pipes
+from diptych.testing.ranks import Lockstep, SimFollower, SimRank
+from diptych.testing.virtual import LateExecutor
 from diptych.transfer.bootstrap import Registration, Route, RouteTable
-from diptych.transfer.link import Link, LinkClosed
+from diptych.transfer.commands import AnyEvent
+from diptych.transfer.link import Link
 from diptych.transfer.plane import DataPlane
 from diptych.transfer.room import HubOptions
-from diptych.types import Bootstrap, Plan, Request, Sampling, StepResult
+from diptych.types import Bootstrap, ModelInfo, Plan, Request, Sampling, StepResult
 
 PAGE_SIZE = 4
-STEP_S = (0.002, 0.02)
-HTTP_TIMEOUT_S = 5.0
-ROUTER = "router"
-
-
-class Head(msgspec.Struct, tag="head"):
-    """First message of an answer."""
-
-    status: int
-
-
-class Part(msgspec.Struct, tag="part"):
-    """`number` counts from 0: what a faulty network duplicates is dropped, as TCP does."""
-
-    number: int
-    data: bytes
-    last: bool = False
-
-
-class Call(msgspec.Struct, tag="call"):
-    path: str
-    body: bytes
+COPY_S, LATE_COPY_P, LATE_COPY_S = (0.0, 0.004), 0.03, (0.05, 0.5)  # to gather, sum or scatter a frame
+LAST_WORDS_S = (0.0, 0.3)  # from the death of a rank to the end of its server
+ROUTER, CLIENT = "router", "client"
 
 
 class SimServer:
-    """One prefill or decode server. `start`, then `kill` (it is gone at once) or `close` (orderly)."""
+    """One prefill or decode server of `tp` ranks. `start`, then `kill` (it is gone at once).
 
-    def __init__(self, name: str, mode: str, cluster: Cluster, num_pages: int, *, radix: bool) -> None:
-        self.name, self.mode = name, mode
+    Rank 0's endpoint in the network is the server's name, rank r's is `name.r`.
+    """
+
+    def __init__(self, name: str, mode: str, cluster: Cluster, num_pages: int, *, radix: bool, tp: int = 1) -> None:
+        self.name, self.mode, self.tp = name, mode, tp
+        self.ended = asyncio.Event()
         self._cluster = cluster
         self._rng = random.Random(cluster.rng.getrandbits(64))
-        self.runner = MockRunner(num_pages, PAGE_SIZE, context_len=256)
+        self.runner = MockRunner(num_pages, PAGE_SIZE, context_len=256, world=tp)
         config = SchedConfig(
             page_size=PAGE_SIZE,
             context_len=256,
@@ -78,24 +71,65 @@ class SimServer:
         self.state = new_state(config, num_pages)
         self.link = EngineLink(lambda message: self.engine.deliver(message), self.runner.info, num_pages * PAGE_SIZE)
         self.engine = Engine(self.state, self._compute, self.link.receive, grammars=None)
-        self._transport = cluster.network.transport(name)
-        grid = Grid(self.runner.info.num_kv_heads, self.runner.info.num_layers)
-        self.plane = DataPlane(
-            self.runner.store, [self._transport], 0, grid, self._on_event, rng=self._rng, send_timeout_s=5.0
-        )
         self.hub: Any = None
         self.routes = RouteTable(asyncio.get_running_loop().time)
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order of creation: a run must replay exactly
+        self._inspected: dict[str, None] = {}  # requests whose pages were compared with what their prompts demand
+        self._demands: dict[tuple[int, int], list[tuple[int, U64]]] = {}  # of step and rank: rows and contents
+        self._num_requests = 0
+        self._set_up_ranks()
+
+    def _set_up_ranks(self) -> None:
+        self._pipes = Pipes(self._rng)
+        self._lockstep = Lockstep(self.tp)
+        leader: Any = self._sim_rank(0)
+        self.ranks = Ranks(leader, self._on_event, self._on_death, partial(PipeChannel, self._pipes))
+        self.plane = self.ranks.plane = self._make_plane(0, partial(self._on_event, 0))
+        self._fds: list[int] = []
+        self.followers: list[SimFollower] = []
+        for rank in range(1, self.tp):
+            ours, theirs = self._pipes.pair()
+            self._fds.append(ours)
+            make_plane = partial(self._make_plane, rank)
+            on_end = partial(self._cluster.network.kill, self.endpoints[rank])
+            follower = SimFollower(
+                self._cluster.follower, self._sim_rank(rank), self._pipes, theirs, make_plane, on_end
+            )
+            self.followers.append(follower)
+
+    def _sim_rank(self, rank: int) -> SimRank:
+        return SimRank(self.runner, rank, self._lockstep, self._rng, partial(self._inspect, rank))
+
+    def _make_plane(self, rank: int, on_event: Callable[[AnyEvent], None]) -> DataPlane:
+        info = self.runner.info
+        return DataPlane(
+            self.runner.stores[rank],
+            [self._cluster.network.transport(self.endpoints[rank])],
+            rank,
+            Grid(info.num_kv_heads, info.num_layers, self.tp),
+            on_event,
+            rng=self._rng,
+            executor=LateExecutor(self._rng, COPY_S, LATE_COPY_P, LATE_COPY_S),
+            send_timeout_s=5.0,
+        )
+
+    @property
+    def endpoints(self) -> list[str]:
+        return [self.name, *(f"{self.name}.{rank}" for rank in range(1, self.tp))]
 
     async def start(self) -> None:
+        for follower in self.followers:
+            self._spawn(follower.start(self.name))
+        await self.ranks.connect(self._fds, 60.0)
+        transport = self._cluster.network.transport(self.name)
         site = Site(
             info=self.runner.info,
             layout=self.runner.store.layout,
             page_size=PAGE_SIZE,
-            addresses=[await self.plane.start(self.name)],
-            broadcast=self.plane.execute,
+            addresses=[await self.plane.start(self.name), *self.ranks.addresses],
+            broadcast=self.ranks.broadcast,
             counters=self.plane.counters,
-            transport=self._transport,
+            transport=transport,
             options=HubOptions(bootstrap_timeout_s=30.0, heartbeat_timeout_s=5.0),
             boot_id=f"{self.name}-{self._rng.getrandbits(32)}",
             rng=self._rng,
@@ -104,17 +138,30 @@ class SimServer:
             self.hub = attach_decode(self.engine, site, self._cluster.fetch_route(self.name))
         else:
             self.hub = await attach_prefill(self.engine, site, self.name, 0, self._register)
-        listener = await self._transport.listen(self.name, self._on_link)
+        listener = await transport.listen(self.name, self._on_link)
         self._cluster.http[self.name] = listener.address
-        self._spawn(self.engine.run())
+        self._spawn(self._run_engine())
 
     def kill(self) -> None:
-        """The process is gone; nothing of it runs on."""
+        """The process of rank 0 is gone, nothing of it runs on; the other ranks end when they see it."""
+        if self.ended.is_set():
+            return
+        self.ended.set()
         self._cluster.http.pop(self.name, None)
         self._cluster.network.kill(self.name)
+        for fd in self._fds:
+            self._pipes[fd].die()
         for task in list(self._tasks):
             task.cancel()
         self._closing = [asyncio.ensure_future(self.hub.close()), asyncio.ensure_future(self.plane.close())]
+        self.ranks.close()
+
+    def kill_rank(self, rank: int) -> None:
+        """A rank is gone; its server follows (`ended`)."""
+        if rank:
+            self.followers[rank - 1].kill()
+        else:
+            self.kill()
 
     def holds(self) -> dict[str, int]:
         """All zero when nothing is left of any request."""
@@ -124,9 +171,18 @@ class SimServer:
             "requests": len(self.state.seqs),
             "held": len(self.engine.role.held()),
             "rooms": self.hub.snapshot()["rooms"],
-            "transfers": self.plane.snapshot()["rooms"],
+            "transfers": sum(plane.snapshot()["rooms"] for plane in self.planes),
             "pages": pool.num_pages - pool.num_free - cached,
         }
+
+    @property
+    def num_steps_open(self) -> int:
+        """Steps that some rank has still to begin, and collectives that wait for one."""
+        return len(self._lockstep) + len(self._demands)
+
+    @property
+    def planes(self) -> list[DataPlane]:
+        return [self.plane, *(follower.plane for follower in self.followers)]
 
     # ---- inside ----
 
@@ -135,161 +191,109 @@ class SimServer:
         self._tasks[task] = None
         task.add_done_callback(self._tasks.pop)
 
-    async def _compute(self, plan: Plan) -> StepResult:
-        await asyncio.sleep(self._rng.uniform(*STEP_S))
-        return self.runner.run(plan)
+    async def _run_engine(self) -> None:
+        try:
+            await self.engine.run()
+        except Exception as error:
+            self._cluster.defects.append(f"the engine of {self.name} stopped: {error!r}")
+            self._on_death(0)
 
-    def _on_event(self, event: Any) -> None:
+    async def _compute(self, plan: Plan) -> StepResult:
+        self._demand(plan)
+        return await self.ranks.compute(plan)
+
+    def _demand(self, plan: Plan) -> None:
+        """Note what each rank must find in the pages of requests that begin or join in this step."""
+        demands = []
+        for index, (row, length) in enumerate(zip(plan.rows, num_cached(plan), strict=True)):
+            if length and row.rid not in self._inspected:
+                demands.append((index, contents_of(self.state.seqs[row.rid].tokens[:length])))
+            self._inspected[row.rid] = None
+        for rank in range(self.tp):
+            self._demands[plan.step, rank] = demands
+
+    def _inspect(self, rank: int, plan: Plan) -> None:
+        """Rank `rank` begins a step: compare."""
+        for index, contents in self._demands.pop((plan.step, rank)):
+            wrong = self.runner.ranks[rank].wrong(plan.pages[index], contents)
+            if wrong:
+                rid = plan.rows[index].rid
+                self._cluster.defects.append(f"rank {rank} of {self.name} finds wrong KV of {rid} at positions {wrong}")
+
+    def _on_event(self, rank: int, event: AnyEvent) -> None:
         if self.hub is not None:
-            self.hub.handle_event(0, event)
+            self.hub.handle_event(rank, event)
+
+    def _on_death(self, rank: int) -> None:
+        if not self.ended.is_set():
+            self._ending = asyncio.ensure_future(self._end())
+
+    async def _end(self) -> None:
+        """A rank died. As in `diptych.engine.worker.lead`, and in the API process then."""
+        self.engine.stop()
+        self.link.died()
+        await self.hub.close()
+        await self.plane.close()
+        await asyncio.sleep(self._rng.uniform(*LAST_WORDS_S))
+        self.kill()
 
     async def _register(self, registration: Registration) -> None:
         self.routes.register(registration)
 
     def _on_link(self, link: Link) -> None:
-        self._spawn(self._serve(link))
+        self._spawn(serve(link, self._handle))
 
-    async def _serve(self, link: Link) -> None:
-        """One HTTP exchange: a call comes in, a head and parts go out; a caller that hangs up aborts the request."""
-        link.max_header_bytes = 1 << 20
-        try:
-            call = msgspec.msgpack.decode((await link.recv())[0], type=Call)
-            answer = asyncio.ensure_future(self._answer(link, call))
-            gone = asyncio.ensure_future(_until_closed(link))
-            try:
-                await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (answer, gone):
-                    task.cancel()
-                await asyncio.gather(answer, gone, return_exceptions=True)
-        except LinkClosed:
-            pass
-        finally:
-            link.close()
-
-    async def _answer(self, link: Link, call: Call) -> None:
-        number = 0
-
-        async def part(data: bytes, *, last: bool = False) -> None:
-            nonlocal number
-            await link.send(msgspec.msgpack.encode(Part(number, data, last)))
-            number += 1
-
-        if call.path == "/health":
-            await link.send(msgspec.msgpack.encode(Head(200)))
-            await part(b"", last=True)
+    async def _handle(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+        """/health, and /generate, streamed, tokens only."""
+        if path == "/health":
+            if not self.link.alive:
+                raise Unavailable("the engine of this server has stopped")
+            yield msgspec.json.encode({"local_prefill": self.mode == "decode"})
             return
-        stream = self._generate(call.body)
-        try:
-            first = await anext(stream)
-            await link.send(msgspec.msgpack.encode(Head(200)))
-            await part(first)
-            async for data in stream:
-                await part(data)
-            await part(b"", last=True)
-        except DiptychError as error:
-            if isinstance(error, LinkClosed):
-                return
-            body = msgspec.json.encode({"error": {"message": error.message, "code": error.code}})
-            if number == 0:
-                await link.send(msgspec.msgpack.encode(Head(error.status)))
-                await part(body, last=True)
-            else:
-                await part(b"data: " + body + b"\n\n")
-                await part(b"", last=True)
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
-
-    async def _generate(self, body: bytes) -> AsyncIterator[bytes]:
-        """/generate, streamed, tokens only."""
         fields = msgspec.json.decode(body)
+        room = fields.get("bootstrap_room")
+        self._num_requests += 1
         request = Request(
-            rid=f"{self.name}-{fields['bootstrap_room']}",
+            rid=f"{self.name}-{self._num_requests}",
             prompt=fields["input_ids"],
             sampling=msgspec.convert(fields["sampling_params"], Sampling),
-            bootstrap=Bootstrap(fields["bootstrap_host"], 0, fields["bootstrap_room"]),
+            bootstrap=None if room is None else Bootstrap(fields["bootstrap_host"], 0, room),
         )
-        async for output in self.link.generate(request):
-            finish = output.finish
-            if finish is not None and finish.type == "abort":
-                error = Unavailable(finish.message)
-                error.status, error.code = finish.status if finish.status >= 500 else 503, finish.code
-                raise error
-            frame = {"tokens": output.tokens, "finish": finish.type if finish else None}
-            yield b"data: " + msgspec.json.encode(frame) + b"\n\n"
+        async with aclosing(self.link.generate(request)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                finish = output.finish
+                if finish is not None and finish.type == "abort":
+                    error = Unavailable(finish.message)
+                    error.status, error.code = finish.status if finish.status >= 500 else 503, finish.code
+                    raise error
+                frame = {"tokens": output.tokens, "finish": finish.type if finish else None}
+                yield b"data: " + msgspec.json.encode(frame) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
 
-async def _until_closed(link: Link) -> None:
-    try:
-        while True:
-            await link.recv()
-    except LinkClosed:
-        return
-
-
-class SimExchange(Exchange):
-    """The router's side of a call."""
-
-    def __init__(self, link: Link, status: int) -> None:
-        self.status = status
-        self.headers = [(b"content-type", b"text/event-stream" if status == 200 else b"application/json")]
-        self._link = link
-        self._next = 0
-
-    async def read(self) -> bytes:
-        while True:
-            try:
-                message = msgspec.msgpack.decode((await self._link.recv())[0], type=Head | Part)
-            except LinkClosed:
-                raise ServerLost("the connection broke", sent=True) from None
-            if isinstance(message, Part) and message.number == self._next:
-                self._next += 1
-                if message.last:
-                    return b""
-                if message.data:
-                    return message.data
-
-    def close(self) -> None:
-        self._link.close()
-
-
-class SimUpstream:
-    """The router's way to the servers, over the simulated network."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._transport = cluster.network.transport(ROUTER)
-
-    async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
-        link: Link | None = None
-        try:
-            address = self._cluster.http.get(server.host, f"mem://{server.host}/0")
-            link = await self._transport.connect(address, HTTP_TIMEOUT_S)
-        except LinkClosed as error:
-            raise ServerLost(error.message, sent=False) from None
-        link.max_header_bytes = 1 << 20
-        try:
-            await link.send(msgspec.msgpack.encode(Call(path, b"".join(body))))
-            head = msgspec.msgpack.decode((await link.recv())[0], type=Head | Part)
-            assert isinstance(head, Head)
-            return SimExchange(link, head.status)
-        except LinkClosed:
-            link.close()
-            raise ServerLost("the connection broke before an answer", sent=True) from None
-        except BaseException:
-            link.close()
-            raise
-
-
 class Cluster:
-    """`prefill` and `decode` servers behind a router; all randomness comes from `seed`."""
+    """`prefill` and `decode` servers behind a router; all randomness comes from `seed`.
 
-    def __init__(self, seed: int, *, prefill: int = 2, decode: int = 1) -> None:
+    `tp`: ranks of each prefill and of each decode server. `follower`: what leads a rank above 0. `defects` collects
+    what must never be: pages that are not what a prompt demands.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        prefill: int = 2,
+        decode: int = 1,
+        tp: tuple[int, int] = (1, 1),
+        follower: type[Follower] = Follower,
+    ) -> None:
         self.rng = random.Random(seed)
         self.network = MemoryNetwork(self.rng.getrandbits(64))
+        self.follower = follower
+        self.defects: list[str] = []
         self.http: dict[str, str] = {}  # where each server's HTTP is reached now
         self.names = {"prefill": [f"p{i}" for i in range(prefill)], "decode": [f"d{i}" for i in range(decode)]}
+        self.tp = dict(zip(self.names, tp, strict=True))
         self.servers: dict[str, SimServer] = {}
         self.num_pages = self.rng.choice([40, 64, 160])
         config = RouterConfig(
@@ -302,8 +306,10 @@ class Cluster:
         loop = asyncio.get_running_loop()
         router_rng = random.Random(self.rng.getrandbits(64))
         self.fleet = Fleet(config, router_rng, loop.time)
-        upstream = SimUpstream(self)
-        self.core = Core(config, self.fleet, upstream, router_rng, RouterMetrics(("/generate",)))
+        upstream = SimUpstream(self.network.transport(ROUTER), self.http)
+        self.direct = SimUpstream(self.network.transport(CLIENT), self.http)  # past the router
+        self.metrics = RouterMetrics(("/generate",))
+        self.core = Core(config, self.fleet, upstream, router_rng, self.metrics)
         self._health = HealthChecker(config, self.fleet, upstream, [])
 
     async def start(self) -> None:
@@ -315,10 +321,11 @@ class Cluster:
             await self.fleet.complete.wait()
 
     async def start_server(self, name: str, mode: str) -> None:
-        """A new process under this name, with an empty pool."""
-        self.network.revive(name)
+        """New processes under this name, with an empty pool."""
         radix = mode == "prefill" or self.rng.random() < 0.5
-        server = SimServer(name, mode, self, self.num_pages, radix=radix)
+        server = SimServer(name, mode, self, self.num_pages, radix=radix, tp=self.tp[mode])
+        for endpoint in server.endpoints:
+            self.network.revive(endpoint)
         await server.start()
         self.servers[name] = server
 
@@ -327,6 +334,10 @@ class Cluster:
         server = self.servers.pop(name)
         server.kill()
         return server.mode
+
+    @property
+    def info(self) -> ModelInfo:
+        return next(iter(self.servers.values())).runner.info
 
     def fetch_route(self, caller: str) -> Any:
         """The bootstrap lookup of a decode server, over the same faulty network."""
@@ -337,7 +348,7 @@ class Cluster:
                 while self.network.is_stalled((caller, host)) or self.network.is_stalled((host, caller)):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             server = self.servers.get(host)
-            if server is None:
+            if server is None or server.ended.is_set():
                 raise Unavailable("its bootstrap service does not answer")
             return server.routes.route()
 

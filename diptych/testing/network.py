@@ -259,6 +259,7 @@ class MemoryLink:
             self._end(self._closed or self._in.ended)
             raise LinkClosed(self._closed)
         parcel = self._in.arrived.popleft()
+        self._network.keep(self._in.pair[1], parcel)
         self._in.num_bytes -= parcel.num_bytes
         self._in.changed.set()
         if len(parcel.header) > self.max_header_bytes or len(parcel.payload) > self.max_payload_bytes:
@@ -332,9 +333,7 @@ class MemoryLink:
             self._deliver()
 
     def _deliver(self) -> None:
-        parcel = self._out.in_flight.popleft()
-        self._network.keep(self._out.pair[1], parcel)
-        self._out.arrived.append(parcel)
+        self._out.arrived.append(self._out.in_flight.popleft())
         self._out.changed.set()
 
     def _hang_up(self) -> None:

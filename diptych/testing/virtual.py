@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import random
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -36,10 +37,24 @@ class _Clock:
         return None
 
 
+class LateExecutor(Executor):
+    """Does its work some virtual seconds after it was given, on a VirtualLoop; with probability `late_p` much later."""
+
+    def __init__(
+        self, rng: random.Random, delay_s: tuple[float, float], late_p: float, late_s: tuple[float, float]
+    ) -> None:
+        self._rng = rng
+        self._delay_s = delay_s
+        self._late_p, self._late_s = late_p, late_s
+
+    def draw_delay(self) -> float:
+        return self._rng.uniform(*(self._late_s if self._rng.random() < self._late_p else self._delay_s))
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
     """For code that waits only through asyncio: no sockets, no threads.
 
-    Executors run their work at once, in place. Work that takes virtual time is a coroutine function.
+    Executors other than LateExecutor run their work at once, in place; a coroutine function takes its own time.
     """
 
     def __init__(self) -> None:
@@ -56,10 +71,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         if inspect.iscoroutinefunction(func):
             return self.create_task(func(*args))
         done: asyncio.Future[T] = self.create_future()
-        try:
-            done.set_result(func(*args))
-        except Exception as error:
-            done.set_exception(error)
+        if isinstance(executor, LateExecutor):
+            self.call_later(executor.draw_delay(), _carry_out, done, func, args)
+        else:
+            _carry_out(done, func, args)
         return done
 
     def _process_events(self, event_list: list[Any]) -> None:
@@ -67,6 +82,18 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _write_to_self(self) -> None:
         return None
+
+
+def _carry_out(done: asyncio.Future[T], func: Callable[..., T], args: tuple[Any, ...]) -> None:
+    """As a thread would: also if nobody waits any more."""
+    try:
+        result = func(*args)
+    except Exception as error:
+        if not done.cancelled():
+            done.set_exception(error)
+    else:
+        if not done.cancelled():
+            done.set_result(result)
 
 
 def run_virtual(work: Coroutine[Any, Any, T]) -> T:
