@@ -137,7 +137,7 @@ class Reading:
             self._check_keys(items, keys, path)
         return items
 
-    def _check_keys(self, items: tuple[Any, ...], keys: list[str], path: str) -> None:
+    def _check_keys(self, items: tuple[Object | None, ...], keys: list[str], path: str) -> None:
         seen = []
         for i, item in enumerate(items):
             if item is None:
