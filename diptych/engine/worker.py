@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 TRANSFER_THREADS = 2  # one gathers and sums the next frame while the other does the last one
 PULSE_S = 1.0
 REGISTER_TIMEOUT_S = 10.0
+LAST_WORDS_S = 5.0  # of rank 0, while the others wait to end
 LOAD_TIMEOUT_S = 1800.0  # the followers' weights come from the same store as ours
 
 
@@ -310,7 +312,11 @@ def run(spec: Spec) -> int:
 
 
 def report_failure(spec: Spec, message: str) -> None:
-    """Tell the API process why this engine does not start (rank 0), and the log in any case."""
+    """Tell the API process why this engine does not start (rank 0), and the log in any case.
+
+    The API process takes the first end of a process for the reason, and hears it from rank 0 alone. What fails here
+    most often fails there too, so the other ranks let rank 0 end first.
+    """
     log.error("%s", message)
 
     async def tell() -> None:
@@ -323,6 +329,8 @@ def report_failure(spec: Spec, message: str) -> None:
 
     if spec.rank == 0:
         asyncio.run(tell())
+    else:
+        select.select([spec.leader_fd], [], [], LAST_WORDS_S)
 
 
 if __name__ == "__main__":
