@@ -137,7 +137,10 @@ class Fleet:
         return pick(self._states[role], wanted, key, self._rng)
 
     def mark(self, server: Server, healthy: bool, why: str) -> None:
-        """A check or a connection has shown what a server is."""
+        """A check or a connection has shown what a server is. What waits for one that is gone is given up."""
+        if not healthy and not server.draining:
+            for leg in list(server.legs):
+                leg.give_up()
         if server.healthy == healthy:
             return
         server.healthy = healthy
@@ -148,8 +151,6 @@ class Fleet:
             self.complete.set()
         if not healthy:
             self._states[server.role].tree.remove(server.address)  # it comes back with an empty cache
-            for leg in list(server.legs) if not server.draining else ():
-                leg.give_up()
 
     def leave(self, server: Server) -> None:
         """A server has told a request that it takes nothing new. What it has begun it may end."""

@@ -58,7 +58,7 @@ class HealthChecker:
                 self._fleet.mark(server, True, "healthy")
             elif server.healthy and server.draining:
                 self._fleet.mark(server, False, "leaving: it takes nothing new")
-            elif server.healthy and bad >= config.health_failure_threshold:
+            elif bad >= config.health_failure_threshold:
                 self._fleet.mark(server, False, f"unhealthy: {bad} checks failed")
             steady = ok and server.healthy
             await self._pause(server, config.health_check_interval_secs if steady else self._soon(seen))

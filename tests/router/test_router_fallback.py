@@ -130,6 +130,20 @@ async def test_a_leaving_server_ends_what_it_has(cluster: Any) -> None:
     assert first.result()[0] == 200 and len(c.prefill[1].bodies) == 0
 
 
+async def test_a_leaving_server_that_dies_keeps_nobody_waiting(cluster: Any) -> None:
+    """What it had begun is given up once its checks fail otherwise, as when its machine is switched off."""
+    c = await cluster(2, 1, health_check_interval_secs=0.02, health_failure_threshold=2)
+    c.prefill[0].scripts.append(hang())
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(c.post("/generate", BODY))
+        await until(lambda: len(c.prefill[0].bodies) == 1)
+        c.prefill[0].refusal = 503, "this server is draining"
+        await until(lambda: not c.router.fleet.roles["prefill"][0].healthy)
+        assert not first.done()
+        c.prefill[0].refusal, c.prefill[0].healthy = None, False
+    assert first.result()[0] == 200 and len(c.prefill[1].bodies) == 1
+
+
 async def test_it_can_be_switched_off(cluster: Any) -> None:
     c = await cluster(1, 1, health_check_interval_secs=0.02, disable_prefill_fallback=True)
     await teach(c, c.decode[0])
