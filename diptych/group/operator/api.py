@@ -211,10 +211,14 @@ class Watch:
         except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
             raise Unavailable(f"the watch broke off: {type(error).__name__}") from None
         finally:
-            self.close()
+            self._response.close()
 
     def close(self) -> None:
-        self._response.close()
+        """The reader gets an end of file."""
+        try:
+            self._response.shutdown()
+        except (ValueError, OSError, RuntimeError):
+            return  # it has ended already
 
 
 def _body(response: RESTResponse) -> bytes:

@@ -31,6 +31,7 @@ from diptych.group.actions import (
 from diptych.group.conditions import group_status
 from diptych.group.gang import min_member
 from diptych.group.operator import objects
+from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.desired import desired_group, template_revision, workload_kind
 from diptych.group.operator.discovery import config_yaml
@@ -88,7 +89,11 @@ class GroupReconciler:
             return None
         now = self._clock()
         actions = plan(view.desired, view.observed, now)
-        waits = [_Pass(self._cluster, view, now).carry_out(actions)]
+        try:
+            waits = [_Pass(self._cluster, view, now).carry_out(actions)]
+        except ApiError as error:  # what only a person can change
+            self._cluster.events.tell(group, "Warning", "FailedReconcile", error.message)
+            raise
         if not view.desired.deleted:
             status = group_status(view.desired, view.observed, group["metadata"]["generation"], now)
             waits.append(self._reporter.write(group, status, now))

@@ -38,7 +38,8 @@ class Informer:
     """Follows `kind` in one namespace (or in all: ""), those with the labels of `selector`.
 
     `on_change` gets each object that was added, changed or deleted, from the informer's thread. Objects are kept as
-    JSON text without `managedFields`: a tenth of the memory of dictionaries. `optional`: the cluster may lack the kind, or not let us see it.
+    JSON text without `managedFields`: a tenth of the memory of dictionaries. `optional`: the cluster may lack the kind,
+    or not let us see it.
     """
 
     def __init__(
@@ -69,10 +70,13 @@ class Informer:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout_s: float = 5.0) -> None:
+    def stop(self) -> None:
+        """Let the thread end; `join` waits for it."""
         self._stopping.set()
         if self._watch is not None:
             self._watch.close()
+
+    def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
     # ---- reading ----

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ class Operator:
             self._election.stop()
         for informer in self._informers.values():
             informer.stop()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for informer in self._informers.values():
+            informer.join(max(0.0, deadline - time.monotonic()))
         self.health.close()
         self._api.close()
 
