@@ -16,7 +16,7 @@ from rich.console import Console
 from diptych.errors import ConfigError, DeadlineExceeded
 from diptych.group.crds import crds_yaml
 from diptych.group.local import up
-from diptych.group.local.control import ScaleRequest, StatusRequest
+from diptych.group.local.control import ScaleRequest, StatusRequest, UpdateRequest
 from diptych.group.local.launch import prepare, read_launch
 from diptych.group.local.logs import follow_logs, log_files, print_logs
 from diptych.group.local.paths import GroupFolder, known_groups, state_root
@@ -46,6 +46,11 @@ def add_commands(subparsers: Any) -> None:
         default=[],
         help="port of 127.0.0.1 for a Service; NAME is its name, or NAME:PORTNAME if it has several ports; 0: any free"
         " one (default: the Service's own port; repeatable)",
+    )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="change a group that runs to what FILE says, by rolling updates, and return when that is done",
     )
     parser.add_argument("--detach", action="store_true", help="return when all roles are ready and leave them running")
     parser.add_argument(
@@ -113,6 +118,8 @@ def _count(text: str) -> int:
 def run_up(args: argparse.Namespace) -> int:
     prepared = prepare(read_launch(args.file, args.claim, args.service_port))
     folder = GroupFolder(state_root(), prepared.group)
+    if args.update:
+        return _change(folder, UpdateRequest(prepared.launch), args.timeout)
     lock = folder.take_lock()
     name = prepared.group
     hint = f"`diptych status {name}` shows it, `diptych down {name}` ends it" if args.detach else "Ctrl-C ends it"
@@ -217,18 +224,22 @@ def run_scale(args: argparse.Namespace) -> int:
     group, role, _ = _target(args.target, 2)
     if not role:
         raise ConfigError(f"{args.target}: must have the form GROUP/ROLE")
-    folder = GroupFolder(state_root(), group)
+    return _change(GroupFolder(state_root(), group), ScaleRequest(role, args.replicas), args.timeout)
+
+
+def _change(folder: GroupFolder, request: ScaleRequest | UpdateRequest, timeout_s: float) -> int:
+    """Asks a running group for a change and shows it until the group is ready; 0 s: does not wait."""
     if not folder.running():
-        raise ConfigError(f"group {group} is not running")
+        raise ConfigError(f"group {folder.group} is not running")
     progress = Progress(Console(stderr=True))
     progress.start_from(_asked(folder, StatusRequest()))
-    snapshot = _asked(folder, ScaleRequest(role, args.replicas))
-    deadline = time.monotonic() + args.timeout
+    snapshot = _asked(folder, request)
+    deadline = time.monotonic() + timeout_s
     try:
-        while args.timeout and snapshot.status != "ready":
+        while timeout_s and snapshot.status != "ready":
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(
-                    f"group {group} is not ready after {args.timeout:g} s; see `diptych status {group}`"
+                    f"group {folder.group} is not ready after {timeout_s:g} s; see `diptych status {folder.group}`"
                 )
             progress.show(snapshot)
             time.sleep(up.POLL_S)
@@ -236,10 +247,12 @@ def run_scale(args: argparse.Namespace) -> int:
         progress.show(snapshot)
     finally:
         progress.settle()
+    if snapshot.message:
+        raise DeadlineExceeded(snapshot.message)
     return 0
 
 
-def _asked(folder: GroupFolder, message: StatusRequest | ScaleRequest) -> Snapshot:
+def _asked(folder: GroupFolder, message: StatusRequest | ScaleRequest | UpdateRequest) -> Snapshot:
     snapshot = up.ask(folder, message)
     if snapshot is None:
         raise ConfigError(f"group {folder.group} is starting or ending; try again")

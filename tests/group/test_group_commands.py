@@ -259,3 +259,20 @@ def test_help_tells_defaults_and_units(diptych: Diptych) -> None:
     assert diptych("scale", "toy", "1").stderr == "diptych: toy: must have the form GROUP/ROLE\n"
     assert diptych("logs", "toy/a/x").stderr == "diptych: toy/a/x: must have the form GROUP[/ROLE[/INDEX]]\n"
     assert diptych("status", "../x").returncode == 2
+
+
+def test_up_update_changes_a_running_group(diptych: Diptych, tmp_path: Path) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text(text(group(role("a", toy(), replicas=2))))
+    refused = diptych("up", str(path), "--update")
+    assert (refused.returncode, refused.stderr) == (2, "diptych: group toy is not running\n")
+    assert diptych("up", str(path), "--detach").returncode == 0
+    before = json.loads(diptych("status", "toy", "--json").stdout)
+    path.write_text(text(group(role("a", toy(), replicas=2, env=[{"name": "NEW", "value": "1"}]))))
+    updated = diptych("up", str(path), "--update")
+    assert (updated.returncode, updated.stdout) == (0, "")
+    after = json.loads(diptych("status", "toy", "--json").stdout)
+    assert after["status"] == "ready" and len(after["pods"]) == 2
+    assert not {pid for pod in before["pods"] for pid in pod["pids"]} & {
+        pid for pod in after["pods"] for pid in pod["pids"]
+    }

@@ -288,7 +288,7 @@ def calm(world: World) -> None:
     raise AssertionError(f"does not converge: {world}")
 
 
-COURSE = settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+COURSE = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("naive", [False, True])

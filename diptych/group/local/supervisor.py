@@ -65,6 +65,7 @@ class Supervisor:
         self._failures: dict[str, Failures] = {}
         self._changed = asyncio.Event()
         self._been_ready = False
+        self._message = ""
         self._started_at = time.time()
         self._shown: Snapshot | None = None
         self._services: LocalServices
@@ -115,16 +116,22 @@ class Supervisor:
         wanted = msgspec.structs.replace(self._desired, roles=roles)
         self._check_room(self._prepared, wanted)
         self._desired = wanted
+        self._message = ""
         self._changed.set()
 
     def update(self, prepared: Prepared) -> None:
         """Goes over to another manifest of the same group. Raises ConfigError if that needs a new start."""
-        services = prepared.manifest.services, prepared.launch.service_ports
-        if services != (self._prepared.manifest.services, self._prepared.launch.service_ports):
+        ports = self._prepared.launch.service_ports
+        if prepared.manifest.services != self._prepared.manifest.services or prepared.launch.service_ports not in (
+            {},
+            ports,
+        ):
             raise ConfigError(f"Services change only with a new start; `diptych down {prepared.group}` comes first")
         self._check_room(prepared, prepared.desired)
-        self._history.append(prepared)
+        launch = msgspec.structs.replace(prepared.launch, service_ports=ports)
+        self._history.append(msgspec.structs.replace(prepared, launch=launch))
         self._desired = prepared.desired
+        self._message = ""
         self._changed.set()
 
     def _check_room(self, prepared: Prepared, wanted: Desired) -> None:
@@ -160,6 +167,7 @@ class Supervisor:
             ),
             pods=tuple(self._view(pod) for pod in self._fleet),
             services=self._services.views(),
+            message=self._message,
         )
 
     # -- the loop
@@ -226,8 +234,9 @@ class Supervisor:
                     self._failures.pop(key, None)
                 else:
                     self._failures[key] = failures
-            case Rollback(role, to):
+            case Rollback(role, to, why):
                 self._roll_back(role, to)
+                self._message = f"the update was undone: {why}"
             case Wait():
                 pass
 
