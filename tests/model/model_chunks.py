@@ -1,7 +1,7 @@
 """One of two stages, as a process: `python model_chunks.py STAGE STORE FOLDER`.
 
-Runs two chunks of a prompt, of which the second one samples, and says when it is done with each. The second stage takes
-what the first hands on, but computes nothing before it is told to go on.
+Runs two chunks of a prompt, of which the second one samples, and says when it is done with the first one, and what the
+second one sampled. The second stage takes what the first hands on, but computes nothing before it is told to go on.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def main() -> None:
     runner.run(driver.plan([(seq, 24)]))
     print("done with a chunk", flush=True)
     seq.num_cached = 24
-    runner.run(driver.plan([(seq, 16)]))
-    print("sampled", flush=True)
+    print([row.token for row in runner.run(driver.plan([(seq, 16)])).rows], flush=True)
     dist.destroy_process_group()
 
 

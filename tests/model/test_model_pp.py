@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from model_checkpoints import llama, qwen3, write
+from model_driver import Driver, Sequence, prompt_of
 from model_ranks import PAGE, answers, run_ranks
 from transformers import PreTrainedConfig
 
@@ -51,6 +52,8 @@ def check(ranks: list[dict[str, Any]], expected: dict[str, Any], layers: list[in
 def test_a_stage_is_done_with_a_chunk_when_it_has_handed_it_on(tmp_path: Path) -> None:
     """The second stage has not begun to compute when the first one returns: it may begin the next chunk."""
     write(tmp_path, qwen3())
+    one = Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=512))
+    expected = Driver(one, PAGE).generate(Sequence(prompt_of(40)), 1)
     command = [sys.executable, str(Path(__file__).with_name("model_chunks.py"))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     first, second = (
@@ -63,9 +66,9 @@ def test_a_stage_is_done_with_a_chunk_when_it_has_handed_it_on(tmp_path: Path) -
             second.stdin.write("go on\n")
             second.stdin.flush()
             assert second.stdout.readline() == "done with a chunk\n"
-            for stage in (first, second):
-                assert stage.stdout.readline() == "sampled\n"
-                assert stage.wait(60) == 0
+            assert first.stdout.readline() == f"{expected}\n"
+            assert second.stdout.readline() == "[]\n"
+            assert (first.wait(60), second.wait(60)) == (0, 0)
         finally:
             first.kill()
             second.kill()
