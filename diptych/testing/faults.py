@@ -23,7 +23,7 @@ from diptych.transfer.link import Link, Listener, Transport
 
 VARIABLE = "DIPTYCH_TEST_FAULTS"
 LIES = ("an old room", "an old epoch", "an old generation")
-NO_TOKEN = 1 << 30  # no vocabulary has it: on a CPU the embedding raises
+NO_TOKEN = 1 << 30  # no vocabulary has it: to raise its logit raises IndexError
 
 
 class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,7 +37,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     stale_frames: float = 0.0  # data frames that the pages of the room before precede once more
     frame_delay_s: float = 0.0  # wait before each data frame: keeps a transfer under way
     retract_every: int = 0  # steps after which all that runs loses its pages; 0: never
-    poison_token: int = -1  # a prompt that has it makes the model's forward pass fail
+    poison_token: int = -1  # a step that samples after a prompt which has it fails, when all its KV is stored
 
 
 class Faults:
@@ -78,7 +78,7 @@ class Faults:
         """Before a step: spoil what is to be computed, and take memory away."""
         for seq in state.seqs.values():
             if self.plan.poison_token in seq.request.prompt:
-                seq.tokens[: seq.num_prompt] = [NO_TOKEN] * seq.num_prompt
+                seq.request = replace(seq.request, sampling=replace(seq.request.sampling, logit_bias={NO_TOKEN: 1.0}))
         self._retract(state, now)
 
     def _retract(self, state: SchedState, now: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from asking import ask, counters, endless, in_flight, settle, until
 from mixed_requests import assert_same, generate, mixed_requests, one_by_one
-from pd_cluster import PDCluster, start_decode, start_prefill, start_router
+from pd_cluster import MODEL, PDCluster, start_decode, start_prefill, start_router
 
 from diptych.testing.processes import ServerProcess, metrics
 
@@ -118,6 +118,19 @@ def test_poison_ends_its_own_request_only(servers: PDCluster, unified: ServerPro
     assert_same(one_by_one(unified, bodies), [json.loads(text) for _, text in told], "beside poison on prefill")
     assert health(servers) == [200, 200, 200]
     settle(servers)
+
+
+def test_poison_ends_an_engine_of_several_ranks() -> None:
+    """Which rank got how far is unknown, and their sums could mix two steps: the server says so and ends, with 1."""
+    with ServerProcess("serve", *MODEL, "--tp-size", "2", env=faults(poison_token=POISON)) as server:
+        server.wait_ready()
+        poison = endless(90, 40, 4)
+        poison["input_ids"][20] = POISON
+        status, text = ask(server.url, "/generate", poison)
+        assert status == 503
+        assert "the engine of this server has stopped" in text
+        assert server.process.wait(20) == 1
+        assert any("step 1 failed on rank 0 of 2" in line for line in server.log), server.tail()
 
 
 def assert_poisoned(answer: tuple[int, str]) -> None:
