@@ -1,7 +1,8 @@
 """A Kubernetes API server for tests: in memory, over real HTTP, with the controllers that an operator relies on."""
 
-from diptych.testing.kube.api import Api, Deleting
+from diptych.testing.kube.api import Api
 from diptych.testing.kube.cluster import Cluster
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.faults import Faults
 from diptych.testing.kube.kubelet import Behaviour
 from diptych.testing.kube.record import Request

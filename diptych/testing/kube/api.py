@@ -11,15 +11,15 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from diptych.testing.kube import admission, apply, crds, defaults, managed
+from diptych.testing.kube import admission, apply, crds, defaults, deletion, managed
 from diptych.testing.kube.clock import Clock
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.kinds import Kind, Kinds
 from diptych.testing.kube.managed import Manager
 from diptych.testing.kube.patch import json_patch, merge_patch, strategic_patch
 from diptych.testing.kube.selectors import field_selector, label_selector
 from diptych.testing.kube.shapes import shape_of
 from diptych.testing.kube.status import (
-    ApiError,
     Obj,
     already_exists,
     bad_request,
@@ -31,7 +31,7 @@ from diptych.testing.kube.status import (
     not_found,
     success,
 )
-from diptych.testing.kube.store import Change, Store, copy
+from diptych.testing.kube.store import Store, copy
 
 Objects = list[Obj]  # inside the class, `list` is the verb
 CONTROLLER = "kube-controller-manager"
@@ -45,17 +45,6 @@ class Page:
     revision: int
     after: tuple[str, str] | None = None
     remaining: int = 0
-
-
-@dataclass(frozen=True)
-class Deleting:
-    """DeleteOptions. `grace_s` counts for pods only."""
-
-    policy: str = "Background"
-    grace_s: int | None = None
-    uid: str | None = None
-    revision: str | None = None
-    dry_run: bool = False
 
 
 class Api:
@@ -196,11 +185,11 @@ class Api:
         with self.lock:
             found, options = self.kinds.find(kind), options or Deleting()
             live = self._live(found, namespace, name)
-            self._preconditions(found, live, options)
+            deletion.check(found, live, options)
             done = success(name, found.group, found.plural, live["metadata"]["uid"])
             if options.dry_run:
                 return done
-            obj = self._mark(found, live, options)
+            obj = deletion.mark(found, live, options, self.clock.stamp())
             if obj is None:
                 self._drop(found, live)
                 return done
@@ -347,7 +336,8 @@ class Api:
             if "status" in live:
                 obj["status"] = live["status"]
         now = self.clock.stamp()
-        obj = admission.admit(kind, obj, live, self.gates, now)
+        if kind.custom or who.subresource != "status":  # nothing checks the status of built-in kinds
+            obj = admission.admit(kind, obj, live, self.gates, now)
         if kind.generation and admission.spec_changed(kind, {**live, "apiVersion": obj["apiVersion"]}, obj):
             obj["metadata"]["generation"] = live["metadata"].get("generation", 0) + 1
         if owners is None:
@@ -357,7 +347,7 @@ class Api:
             return self._shown(kind, copy(live))
         if dry_run:
             return copy(obj)
-        if self._finished(obj):
+        if deletion.is_finished(obj):
             self._drop(kind, obj)
             return copy(obj)
         return copy(self._put(kind, obj))
@@ -378,55 +368,3 @@ class Api:
                         served.key, instance["metadata"].get("namespace", ""), instance["metadata"]["name"]
                     )
                 self.kinds.remove(served)
-
-    def _preconditions(self, kind: Kind, live: Obj, options: Deleting) -> None:
-        have = live["metadata"]
-        for name, wanted, got in (
-            ("UID", options.uid, have["uid"]),
-            ("ResourceVersion", options.revision, have["resourceVersion"]),
-        ):
-            if wanted is not None and wanted != got:
-                why = f"Precondition failed: {name} in precondition: {wanted}, {name} in object meta: {got}"
-                raise conflict(kind.plural, kind.group, have["name"], why)
-
-    def _mark(self, kind: Kind, live: Obj, options: Deleting) -> Obj | None:
-        """The object marked for deletion, or None if it can go at once."""
-        metadata = dict(live["metadata"])
-        finalizers = [name for name in metadata.get("finalizers", []) if name not in ("orphan", "foregroundDeletion")]
-        finalizers += {"Foreground": ["foregroundDeletion"], "Orphan": ["orphan"]}.get(options.policy, [])
-        grace_s = _grace_s(kind, live, options)
-        if kind.key == ("", "namespaces") and live["spec"].get("finalizers"):
-            live = {**live, "status": {**live.get("status", {}), "phase": "Terminating"}}
-        elif not finalizers and not grace_s:
-            return None
-        if "deletionTimestamp" not in metadata:
-            metadata["deletionTimestamp"] = self.clock.stamp()
-            metadata["deletionGracePeriodSeconds"] = grace_s
-            if "generation" in metadata:
-                metadata["generation"] += 1
-        elif grace_s < metadata.get("deletionGracePeriodSeconds", 0):
-            metadata["deletionGracePeriodSeconds"] = grace_s
-        if finalizers:
-            metadata["finalizers"] = finalizers
-        else:
-            metadata.pop("finalizers", None)
-        return {**live, "metadata": metadata}
-
-    def _finished(self, obj: Obj) -> bool:
-        metadata = obj["metadata"]
-        waiting = metadata.get("finalizers") or metadata.get("deletionGracePeriodSeconds")
-        return "deletionTimestamp" in metadata and not waiting and not obj.get("spec", {}).get("finalizers")
-
-
-def _grace_s(kind: Kind, live: Obj, options: Deleting) -> int:
-    """How long a pod may take to end: nothing when it never ran or has ended."""
-    if kind.key != ("", "pods"):
-        return 0
-    ended = live.get("status", {}).get("phase") in ("Succeeded", "Failed")
-    if ended or not live["spec"].get("nodeName"):
-        return 0
-    wanted = options.grace_s if options.grace_s is not None else live["spec"].get("terminationGracePeriodSeconds", 30)
-    return int(wanted)
-
-
-__all__ = ["CONTROLLER", "Api", "ApiError", "Change", "Deleting", "Page"]

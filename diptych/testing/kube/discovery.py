@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from diptych.testing.kube.api import Api, Deleting
+from diptych.testing.kube.api import Api
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.disruption import evict
 from diptych.testing.kube.kinds import Kinds
 from diptych.testing.kube.record import Request

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from diptych.testing.kube.api import Api, Deleting
+from diptych.testing.kube.api import Api
 from diptych.testing.kube.controllers import Key
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.owned import is_healthy, whole, write_status
 from diptych.testing.kube.selectors import matches
 from diptych.testing.kube.status import ApiError, Obj

@@ -87,9 +87,11 @@ def ensured(fields: Fields) -> set[Path]:
     return found
 
 
-@lru_cache(maxsize=4096)
 def to_v1(fields: Fields) -> Obj:
     """As `fieldsV1`. Equal sets share the result: read it, never change it."""
+    known = _rendered.get(fields)
+    if known is not None:
+        return known
     root: Obj = {}
     for path in sorted(fields):
         node = root
@@ -97,13 +99,18 @@ def to_v1(fields: Fields) -> Obj:
             node = node.setdefault(element, {})
         if path[-1].startswith("k:"):
             node["."] = {}
-    if len(_parsed) >= 4096:
+    if len(_rendered) >= _REMEMBERED:
+        _rendered.clear()
         _parsed.clear()
+    _rendered[fields] = root
     _parsed[id(root)] = root, fields
     return root
 
 
-_parsed: dict[int, tuple[Obj, Fields]] = {}  # what to_v1 made, by identity: nearly all that from_v1 is asked
+# what to_v1 made, both ways: nearly all that from_v1 is asked is an object that came from it
+_REMEMBERED = 20_000
+_rendered: dict[Fields, Obj] = {}
+_parsed: dict[int, tuple[Obj, Fields]] = {}
 
 
 def from_v1(fields: Obj) -> Fields:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from diptych.testing.kube.api import Api, Deleting
+from diptych.testing.kube.api import Api
 from diptych.testing.kube.controllers import Key, Work
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.kinds import Kind
 from diptych.testing.kube.status import Obj
 from diptych.testing.kube.store import Change, ResourceKey
@@ -33,9 +34,11 @@ class GarbageCollector:
         elif "deletionTimestamp" in metadata and ({"foregroundDeletion", "orphan"} & set(_finalizers(change.obj))):
             yield self._place(change.resource, change.obj)
         elif "ownerReferences" in metadata:
-            owners_before = (change.before or {}).get("metadata", {}).get("ownerReferences")
-            if metadata["ownerReferences"] != owners_before:
+            before = (change.before or {}).get("metadata", {}).get("ownerReferences", [])
+            if metadata["ownerReferences"] != before:
                 yield self._place(change.resource, change.obj)
+                for owner in before:  # one that waits may be waited for no longer
+                    yield from self._owner(owner["uid"])
 
     def _owner(self, uid: str) -> Iterable[Key]:
         owner = self._api.store.by_uid(uid)

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import msgspec
-import yaml
 from aiohttp import web
 
 from diptych.testing.kube import admission, discovery, scale
-from diptych.testing.kube.api import Deleting
 from diptych.testing.kube.cluster import Cluster
 from diptych.testing.kube.faults import Fault, Faults
+from diptych.testing.kube.message import BODY_BYTES, delete_options, patch_kind, read_body, reply, send, verb_of
 from diptych.testing.kube.paging import continue_from, continue_token
 from diptych.testing.kube.record import Record, Request
 from diptych.testing.kube.routes import Target, parse
@@ -23,22 +21,12 @@ from diptych.testing.kube.status import (
     ApiError,
     Obj,
     bad_request,
-    method_not_allowed,
     unauthorized,
-    unsupported_media_type,
 )
 from diptych.testing.kube.store import Change
 from diptych.testing.kube.watch import Filter, Watcher
 
-_PATCHES = {
-    "application/json-patch+json": "json",
-    "application/merge-patch+json": "merge",
-    "application/strategic-merge-patch+json": "strategic",
-    "application/apply-patch+yaml": "apply",
-    "application/apply-patch+cbor": "",
-}
 _WATCH_S = 1800.0
-_BODY_BYTES = 3 * 1024 * 1024  # kube-apiserver's limit
 
 
 class Cut(Exception):
@@ -56,12 +44,13 @@ class Handler:
         cluster.store.listeners.append(self._changed)
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=_BODY_BYTES)
+        app = web.Application(client_max_size=BODY_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handle)
         return app
 
     def close(self) -> None:
-        self._cluster.store.listeners.remove(self._changed)
+        with self._cluster.lock:  # then no change is on its way to a watcher
+            self._cluster.store.listeners.remove(self._changed)
         self.drop_watches()
 
     def drop_watches(self) -> None:
@@ -86,11 +75,11 @@ class Handler:
                 raise unauthorized()
             document = discovery.document(self._cluster.kinds, http.path)
             if document is not None:
-                return _reply(200, document)
+                return reply(200, document)
             target = parse(self._cluster.kinds, http.path)
             return await self._asked(http, target)
         except ApiError as error:
-            return _reply(error.code, error.body(), error.headers)
+            return reply(error.code, error.body(), error.headers)
         except Cut:
             return self._cut(http)
 
@@ -101,7 +90,7 @@ class Handler:
         return web.Response()
 
     async def _asked(self, http: web.Request, target: Target) -> web.StreamResponse:
-        verb = _verb(http, target)
+        verb = verb_of(http, target)
         manager = http.query.get("fieldManager") or http.headers.get("User-Agent", "unknown").split("/")[0]
         request = Request(
             verb,
@@ -120,10 +109,10 @@ class Handler:
             if verb == "watch":
                 self._record.add(replace(request, code=200))
                 return await self._watch(http, target)
-            body = await _body(http)
+            asked = await read_body(http)
             with self._cluster.lock:
                 before = self._cluster.store.revision
-                code, answer = self._call(http, target, request, body)
+                code, answer = self._call(http, target, request, asked)
                 changed = self._cluster.store.revision != before
         except ApiError as error:
             self._record.add(replace(request, code=error.code))
@@ -132,7 +121,7 @@ class Handler:
         self._record.add(replace(request, name=name, code=code, changed=changed))
         if fault is not None and fault.what == "lose_answer":
             raise Cut
-        return _reply(code, answer)
+        return reply(code, answer)
 
     async def _before(self, fault: Fault | None) -> None:
         if fault is None:
@@ -146,7 +135,7 @@ class Handler:
 
     def _call(self, http: web.Request, target: Target, request: Request, body: Any) -> tuple[int, Obj]:
         if target.subresource == "scale":
-            return scale.call(self._cluster.api, target, request, body, _patch_kind(http))
+            return scale.call(self._cluster.api, target, request, body, patch_kind(http))
         if target.subresource not in ("", "status"):
             return discovery.extra(self._cluster.api, target, request, body)
         return _VERBS[request.verb](self, http, target, request, body)
@@ -203,7 +192,7 @@ class Handler:
             target.namespace or "",
             target.name,
             body,
-            how=_patch_kind(http),
+            how=patch_kind(http),
             subresource=target.subresource,
             manager=request.manager,
             dry_run=request.dry_run,
@@ -227,12 +216,12 @@ class Handler:
         return 200 if existed else 201, answer
 
     def _delete(self, http: web.Request, target: Target, request: Request, body: Any) -> tuple[int, Obj]:
-        options = _deleting(http, body)
+        options = delete_options(http, body)
         return 200, self._cluster.api.delete(target.kind, target.namespace or "", target.name, options)
 
     def _delete_collection(self, http: web.Request, target: Target, request: Request, body: Any) -> tuple[int, Obj]:
         labels, fields = http.query.get("labelSelector", ""), http.query.get("fieldSelector", "")
-        options = _deleting(http, body)
+        options = delete_options(http, body)
         items = self._cluster.api.delete_collection(
             target.kind, target.namespace, options, labels=labels, fields=fields
         )
@@ -263,10 +252,10 @@ class Handler:
             with self._cluster.lock:
                 first = self._first_events(query, chosen)
                 self._watchers.add(watcher)
-            await _send(response, first)
+            await send(response, first)
             await self._stream(response, query, chosen, watcher)
         except ApiError as error:
-            await _send(response, [{"type": "ERROR", "object": error.body()}])
+            await send(response, [{"type": "ERROR", "object": error.body()}])
         finally:
             self._watchers.discard(watcher)
         await response.write_eof()
@@ -305,7 +294,7 @@ class Handler:
                 if bookmarks and now_s >= bookmark_s:
                     events.append(self._bookmark(chosen))
                     bookmark_s = now_s + self._bookmark_s
-            await _send(response, events)
+            await send(response, events)
             if not watcher.dropped:
                 await watcher.wait(min(end_s, bookmark_s if bookmarks else end_s) - self._loop.time())
 
@@ -321,71 +310,3 @@ _VERBS: dict[str, Call] = {
     "delete": Handler._delete,
     "deletecollection": Handler._delete_collection,
 }
-
-
-def _verb(http: web.Request, target: Target) -> str:
-    named = bool(target.name)
-    if http.method == "GET":
-        if http.query.get("watch", "").lower() in ("true", "1"):
-            return "watch"
-        return "get" if named else "list"
-    if http.method == "PATCH" and named:
-        return "apply" if _patch_kind(http) == "apply" else "patch"
-    by_method = {"POST": "create", "PUT": "update", "DELETE": "delete" if named else "deletecollection"}
-    verb = by_method.get(http.method)
-    if verb is None or (verb == "update" and not named) or (verb == "create" and named and not target.subresource):
-        raise method_not_allowed()
-    return verb
-
-
-def _patch_kind(http: web.Request) -> str:
-    if http.method != "PATCH":
-        return ""
-    kind = _PATCHES.get(http.content_type)
-    if not kind:
-        raise unsupported_media_type(http.content_type)
-    return kind
-
-
-def _deleting(http: web.Request, body: Any) -> Deleting:
-    options = body if isinstance(body, dict) else {}
-    conditions = options.get("preconditions") or {}
-    grace = http.query.get("gracePeriodSeconds") or options.get("gracePeriodSeconds")
-    policy = http.query.get("propagationPolicy") or options.get("propagationPolicy") or "Background"
-    if options.get("orphanDependents"):
-        policy = "Orphan"
-    if policy not in ("Background", "Foreground", "Orphan"):
-        raise bad_request(f"invalid propagationPolicy {policy!r}")
-    return Deleting(
-        policy=policy,
-        grace_s=None if grace is None else int(grace),
-        uid=conditions.get("uid"),
-        revision=conditions.get("resourceVersion"),
-        dry_run=http.query.get("dryRun") == "All" or bool(options.get("dryRun")),
-    )
-
-
-async def _body(http: web.Request) -> Any:
-    try:
-        raw = await http.read()
-    except web.HTTPRequestEntityTooLarge:
-        message = f"Request entity too large: limit is {_BODY_BYTES}"
-        raise ApiError(413, "RequestEntityTooLarge", message) from None
-    if not raw.strip():
-        return None
-    try:
-        return msgspec.json.decode(raw)
-    except msgspec.DecodeError:
-        try:
-            return yaml.safe_load(raw)
-        except yaml.YAMLError as error:
-            raise bad_request(f"the body is neither JSON nor YAML: {error}") from None
-
-
-def _reply(code: int, body: Obj, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(status=code, body=msgspec.json.encode(body), content_type="application/json", headers=headers)
-
-
-async def _send(response: web.StreamResponse, events: list[Obj]) -> None:
-    if events:
-        await response.write(b"".join(msgspec.json.encode(event) + b"\n" for event in events))

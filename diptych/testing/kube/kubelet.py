@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from diptych.testing.kube import gang, podstatus
-from diptych.testing.kube.api import Api, Deleting
+from diptych.testing.kube.api import Api
 from diptych.testing.kube.controllers import Key, Work
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.status import Obj
 from diptych.testing.kube.store import Change, key_of
 
@@ -58,7 +59,7 @@ class Kubelet:
         self.behaviour = Behaviour()
         self._rules: list[tuple[Callable[[Obj], bool], Behaviour]] = []
         self._lives: dict[str, _Life] = {}
-        self._bound = 0
+        self._bound = self._started = 0
         self._waiting: dict[tuple[str, str], set[Key]] = defaultdict(set)
 
     # for tests
@@ -186,15 +187,11 @@ class Kubelet:
         if not self._due(pod, life.bound_s or life.created_s, behaviour.running_s):
             return
         life.started_s = self._api.clock.now()
-        number = self._bound_number(pod)
-        address = f"10.244.{number // 250}.{number % 250 + 1}"
+        self._started += 1
+        address = f"10.{244 + self._started // 62_500}.{self._started // 250 % 250}.{self._started % 250 + 1}"
         status = podstatus.running(pod, address, self._api.clock.stamp())
         ready = behaviour.ready_s == 0 if life.ready is None else life.ready
         self._write(pod, podstatus.with_ready({**pod, "status": status}, ready, self._api.clock.stamp()))
-
-    def _bound_number(self, pod: Obj) -> int:
-        self._bound += 1
-        return self._bound
 
     def _keep(self, pod: Obj, behaviour: Behaviour, life: _Life) -> None:
         """A running pod: new images, crashes, failure, readiness."""

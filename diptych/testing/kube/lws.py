@@ -11,8 +11,9 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from diptych.testing.kube.api import CONTROLLER, Api, Deleting
+from diptych.testing.kube.api import CONTROLLER, Api
 from diptych.testing.kube.controllers import Key
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.dns import is_ready
 from diptych.testing.kube.owned import (
     controlled,

@@ -52,7 +52,7 @@ class KubeServer:
             raise self._error
 
     def stop(self) -> None:
-        """Cuts watches, ends the thread."""
+        """Cuts watches, ends the thread. Raises what a simulated controller died of, if one did."""
         if self._thread is None or self._loop is None or self._stop is None:
             return
         self._loop.call_soon_threadsafe(self._stop.set)
@@ -60,6 +60,8 @@ class KubeServer:
         if self._thread.is_alive():
             raise DeadlineExceeded(f"the API server did not stop within {_START_S:.0f} s")
         self._thread = None
+        if self._error is not None:
+            raise self._error
 
     def __enter__(self) -> KubeServer:
         self.start()
@@ -116,12 +118,17 @@ class KubeServer:
         driver = asyncio.create_task(self._drive()) if not self.cluster.clock.manual else None
         self._ready.set()
         await self._stop.wait()
-        self.cluster.on_work = lambda: None
+        with self.cluster.lock:
+            self.cluster.on_work = lambda: None
         handler.close()
-        if driver is not None:
-            driver.cancel()
-            await asyncio.gather(driver, return_exceptions=True)
-        await runner.cleanup()
+        try:
+            if driver is not None:
+                driver.cancel()
+                await driver
+        except asyncio.CancelledError:
+            pass
+        finally:
+            await runner.cleanup()
 
     def _wake(self) -> None:
         """From any thread: the controllers have work."""

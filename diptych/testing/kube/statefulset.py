@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 
-from diptych.testing.kube.api import CONTROLLER, Api, Deleting
+from diptych.testing.kube.api import CONTROLLER, Api
 from diptych.testing.kube.controllers import Key, Work
+from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.dns import is_ready
 from diptych.testing.kube.owned import (
     controlled,
