@@ -1,0 +1,114 @@
+"""What deploy/ ships: objects pass Kubernetes' own schemas, the definitions are today's, the role is just enough."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from diptych.group.crds import crds_yaml
+from diptych.group.validate import check
+
+sys.path.insert(0, str(Path("tests/operator")))
+from kube_world import World, group, role, until
+
+OPERATOR = Path("deploy/operator")
+FILES = sorted([*OPERATOR.glob("*.yaml"), OPERATOR / "all-namespaces/binding.yaml"])
+OURS = ("workloads.x-k8s.io/", "monitoring.coreos.com/", "kustomize.config.k8s.io/")
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [each for each in yaml.safe_load_all(path.read_text()) if each]
+
+
+@pytest.mark.parametrize("path", [*FILES, Path("deploy/qwen3-32b/qwen3-32b.yaml")], ids=str)
+def test_every_object_passes_the_schemas_of_kubernetes(path: Path) -> None:
+    for each in documents(path):
+        if not each["apiVersion"].startswith(OURS):
+            kubernetes_validate.validate(each, "1.33", strict=True)
+
+
+def test_our_own_manifest_is_valid() -> None:
+    checked = check(["deploy/qwen3-32b/qwen3-32b.yaml"])
+    assert [each.problems for each in checked] == [[], []]
+
+
+def test_the_definitions_are_todays() -> None:
+    assert (OPERATOR / "crds.yaml").read_text() == crds_yaml(), "run: diptych crds > deploy/operator/crds.yaml"
+
+
+def test_kustomizations_name_files_that_are_there() -> None:
+    for path in OPERATOR.rglob("kustomization.yaml"):
+        for name in documents(path)[0]["resources"]:
+            assert (path.parent / name).exists(), f"{path}: {name}"
+
+
+def test_the_operator_image_installs_what_is_tested() -> None:
+    pins = dict(
+        line.split("==")
+        for name in ("requirements.txt", "requirements-dev.txt")
+        for line in lines(Path(name))
+        if "==" in line
+    )
+    for line in lines(Path("deploy/requirements-operator.txt")):
+        name, version = line.split("==")
+        assert pins[name] == version, name
+
+
+def lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-r"))]
+
+
+def test_containers_are_restricted() -> None:
+    deployment = next(each for each in documents(OPERATOR / "deployment.yaml") if each["kind"] == "Deployment")
+    group_ = documents(Path("deploy/qwen3-32b/qwen3-32b.yaml"))[0]["spec"]
+    templates = [deployment["spec"]["template"], group_["roles"][0]["template"], group_["roleTemplates"][0]["template"]]
+    for template in templates:
+        assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+        for container in template["spec"]["containers"]:
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
+            assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_role_allows_what_the_operator_does_and_names_no_secrets(tmp_path: Path) -> None:
+    """A busy life of groups, sets and adapters: every request that was answered is in the role."""
+    rules = documents(OPERATOR / "role.yaml")[0]["rules"]
+    allowed = {(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+    assert not any("*" in each for each in allowed)
+    assert not {r for _, r, _ in allowed} & {"secrets", "pods/exec", "serviceaccounts", "roles"}
+    world = World(tmp_path)
+    try:
+        mark = world.server.record.mark()
+        world.start(elect=True)
+        busy = role("a", 2, podDisruptionBudget={"maxUnavailable": 1}, scalingAdapter={"enable": True})
+        deployment = role("c", workload={"apiVersion": "apps/v1", "kind": "Deployment"})
+        policy = {"kubeScheduling": {"scheduleTimeoutSeconds": 30}}
+        world.create(group("g", busy, role("b", dependencies=["a"]), deployment, podGroupPolicy=policy))
+        world.wait_ready("g")
+        world.edit("g", lambda each: each["spec"]["roles"].pop(0) and each["spec"]["roles"][0].pop("dependencies"))
+        until(lambda: world.names("StatefulSet") == ["g-b"], "a is gone")
+        world.wait_ready("g")
+        used = set()
+        for each in world.server.record.requests(mark):
+            if each.manager or each.verb in ("get", "list", "watch", "delete"):
+                used |= needed(world, each)
+        assert used - allowed == {
+            ("workloads.x-k8s.io", "clusterengineruntimeprofiles", verb) for verb in ("list", "watch")
+        }
+    finally:
+        world.close()
+
+
+def needed(world: World, request: Any) -> set[tuple[str, str, str]]:
+    """What RBAC asks for: an apply is a patch, and a create if the object is new."""
+    kind = world.cluster.kinds.find(request.kind)
+    resource = f"{kind.plural}/{request.subresource}" if request.subresource else kind.plural
+    verbs = {"apply": ("patch", "create")}.get(request.verb, (request.verb,))
+    if request.subresource:
+        verbs = tuple(verb for verb in verbs if verb != "create")
+    return {(kind.group, resource, verb) for verb in verbs}
