@@ -6,9 +6,10 @@ wrong is a BadRequest with the reason.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_REGEX_CHARS = 4096
 MAX_SCHEMA_DEPTH = 32
+MAX_JOINED_PATTERNS = 8  # the library's work grows exponentially with the patterns that one text must fulfil
 CACHED_GRAMMARS = 128
 
 # A bounded run of white space between tokens: a small model would otherwise write spaces for ever.
@@ -72,6 +74,7 @@ def _compile_text(grammar: Grammar) -> str:
         if grammar.kind == "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         if grammar.kind == "ebnf":
+            _check_inner_schemas(grammar.text)
             return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
     except BadRequest:
         raise
@@ -91,11 +94,56 @@ def _schema(text: str) -> dict[str, Any]:
         schema = {} if schema else {"not": {}}
     if not isinstance(schema, dict):
         raise BadRequest("json_schema must be a JSON object", param="json_schema")
+    _check_schema(schema)
+    return schema
+
+
+def _check_inner_schemas(text: str) -> None:
+    """Lark's %json takes a schema too: those of forced tool calls, and of whoever writes such a grammar."""
+    for found in re.finditer(r"%json\s*", text):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            schema = None
+        if not isinstance(schema, dict):
+            raise BadRequest("%json must be followed by a JSON object", param="ebnf")
+        _check_schema(schema)
+
+
+def _check_schema(schema: dict[str, Any]) -> None:
+    """Raise BadRequest for a schema beyond our limits."""
     if depth_of(schema) > MAX_SCHEMA_DEPTH:
         raise BadRequest(f"json_schema must not be nested deeper than {MAX_SCHEMA_DEPTH} levels", param="json_schema")
+    if len(_patterns(schema)) > MAX_JOINED_PATTERNS and any(map(_joins, _objects(schema))):
+        raise BadRequest(
+            f"json_schema must not have more than {MAX_JOINED_PATTERNS} patterns where it joins schemas (allOf, $ref "
+            "beside other rules ...)",
+            param="json_schema",
+        )
     if "x-guidance" in schema:
         raise BadRequest("json_schema must not have x-guidance", param="json_schema")
-    return schema
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects within decoded JSON."""
+    level = [value]
+    while level:
+        found = [x for x in level if isinstance(x, dict)]
+        yield from found
+        level = [x for item in level if isinstance(item, list) for x in item] + [x for o in found for x in o.values()]
+
+
+def _patterns(schema: dict[str, Any]) -> set[str]:
+    return {one["pattern"] for one in _objects(schema) if isinstance(one.get("pattern"), str)}
+
+
+def _joins(schema: dict[str, Any]) -> bool:
+    """Whether several parts of a schema apply to the same value."""
+    every = schema.get("allOf")
+    num_parts = len(every) if isinstance(every, list) else 0
+    num_parts += sum(name in schema for name in ("anyOf", "oneOf", "$ref"))
+    num_parts += any(name in schema for name in ("pattern", "properties", "patternProperties", "items", "prefixItems"))
+    return num_parts > 1
 
 
 def depth_of(value: Any) -> int:

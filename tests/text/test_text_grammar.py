@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diptych.errors import BadRequest, ConfigError
-from diptych.text.grammar import MAX_GRAMMAR_BYTES, MAX_REGEX_CHARS, GrammarCompiler, GrammarState, depth_of, validate
+from diptych.text.grammar import (
+    MAX_GRAMMAR_BYTES,
+    MAX_JOINED_PATTERNS,
+    MAX_REGEX_CHARS,
+    GrammarCompiler,
+    GrammarState,
+    depth_of,
+    validate,
+)
 from diptych.text.tokenizer import Tokenizer
 from diptych.text.toolcalls import forced_call_grammar
 from diptych.types import Grammar, Sampling
@@ -139,6 +148,10 @@ def test_matchers_of_one_grammar_are_independent(compiler: GrammarCompiler, demo
         (Grammar("json_schema", "[" * 100_000), "64|65536"),
         (Grammar("json_schema", '{"a":' * 10_000 + "1" + "}" * 10_000), "deeper|valid JSON"),
         (Grammar("json_schema", '{"x-guidance": {"lenient": true}}'), "x-guidance"),
+        (Grammar("ebnf", 'start: %json {"x-guidance": {}}'), "x-guidance"),
+        (Grammar("ebnf", 'start: %json {"a":' + '{"a":' * 40 + "1" + "}" * 41), "deeper"),
+        (Grammar("ebnf", 'start: %json // {}\n {"type": "string"}'), "%json"),
+        (Grammar("ebnf", "start: %json"), "%json"),
         (Grammar("ebnf", "root ::= ((("), "cannot be used"),
         (Grammar("ebnf", "root ::= " + "(" * 20_000), "nested too deeply"),
         (Grammar("ebnf", "start: nothing"), "nothing"),
@@ -172,6 +185,51 @@ def test_schema_depth_limit() -> None:
     validate(nested(31))
     with pytest.raises(BadRequest, match="deeper"):
         validate(nested(32))
+
+
+def joined(shape: str, count: int) -> dict[str, Any]:
+    """A schema in which a text must fulfil `count` patterns at once."""
+    rules: list[dict[str, Any]] = [{"type": "string", "pattern": f"^.{{{i},}}$"} for i in range(count)]
+    if shape == "allOf":
+        return {"allOf": rules}
+    if shape == "$ref":
+        chain = {f"d{i}": {**rule, "$ref": f"#/$defs/d{i + 1}"} for i, rule in enumerate(rules)}
+        return {"$defs": {**chain, f"d{count}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+    if shape == "properties":
+        return {"allOf": [{"type": "object", "properties": {"a": rule}} for rule in rules]}
+    found: dict[str, Any] = {"type": "string"}
+    for rule in rules:
+        found = {**rule, "anyOf": [found]}
+    return found
+
+
+@pytest.mark.parametrize("wrap", ["json_schema", "ebnf"])
+@pytest.mark.parametrize("shape", ["allOf", "$ref", "properties", "anyOf"])
+def test_patterns_that_must_hold_together_are_few(compiler: GrammarCompiler, shape: str, wrap: str) -> None:
+    """The library's work more than doubles with each of them: 21 took 21 s, and nobody can stop it."""
+
+    def grammar(count: int) -> Grammar:
+        text = json.dumps(joined(shape, count))
+        return Grammar(wrap, text if wrap == "json_schema" else f"start: %json {text}")
+
+    validate(grammar(MAX_JOINED_PATTERNS))
+    for check in (validate, compiler.compile):
+        with pytest.raises(BadRequest, match="more than 8 patterns"):
+            check(grammar(MAX_JOINED_PATTERNS + 1))
+        with pytest.raises(BadRequest, match="more than 8 patterns"):
+            check(grammar(12))
+
+
+def test_patterns_of_different_values_may_be_many() -> None:
+    """As in schemas that programs write: definitions that others refer to, each with patterns of its own."""
+    fields = {f"f{i}": {"type": "string", "pattern": f"^x{{{i}}}$"} for i in range(40)}
+    lonely = {"allOf": [{"$ref": "#/$defs/inner"}], "description": "one part is no join"}
+    schema = {
+        "$defs": {"inner": {"type": "object", "properties": fields}},
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/inner"}, "b": lonely, "c": {"anyOf": [{"type": "null"}, fields["f3"]]}},
+    }
+    validate(Grammar("json_schema", json.dumps(schema)))
 
 
 def test_depth() -> None:
