@@ -39,9 +39,9 @@ from diptych.transfer.commands import AnyEvent
 from diptych.transfer.link import Link
 from diptych.transfer.plane import DataPlane
 from diptych.transfer.room import HubOptions
-from diptych.types import Bootstrap, ModelInfo, Plan, Request, Sampling, StepResult
+from diptych.types import Bootstrap, Plan, Request, Sampling, StepResult
 
-PAGE_SIZE = 4
+PAGE_SIZE, CONTEXT_LEN = 4, 256
 COPY_S, LATE_COPY_P, LATE_COPY_S = (0.0, 0.004), 0.03, (0.05, 0.5)  # to gather, sum or scatter a frame
 LAST_WORDS_S = (0.0, 0.3)  # from the death of a rank to the end of its server
 ROUTER, CLIENT = "router", "client"
@@ -58,10 +58,10 @@ class SimServer:
         self.ended = asyncio.Event()
         self._cluster = cluster
         self._rng = random.Random(cluster.rng.getrandbits(64))
-        self.runner = MockRunner(num_pages, PAGE_SIZE, context_len=256, world=tp)
+        self.runner = MockRunner(num_pages, PAGE_SIZE, context_len=CONTEXT_LEN, world=tp)
         config = SchedConfig(
             page_size=PAGE_SIZE,
-            context_len=256,
+            context_len=CONTEXT_LEN,
             max_running=8,
             chunk_tokens=self._rng.choice([4, 16, 64]),
             radix=radix,
@@ -295,6 +295,7 @@ class Cluster:
         self.names = {"prefill": [f"p{i}" for i in range(prefill)], "decode": [f"d{i}" for i in range(decode)]}
         self.tp = dict(zip(self.names, tp, strict=True))
         self.servers: dict[str, SimServer] = {}
+        self.info = MockRunner(1, PAGE_SIZE, context_len=CONTEXT_LEN).info
         self.num_pages = self.rng.choice([40, 64, 160])
         config = RouterConfig(
             prefill=tuple(ServerAddress(name, 80) for name in self.names["prefill"]),
@@ -334,10 +335,6 @@ class Cluster:
         server = self.servers.pop(name)
         server.kill()
         return server.mode
-
-    @property
-    def info(self) -> ModelInfo:
-        return next(iter(self.servers.values())).runner.info
 
     def fetch_route(self, caller: str) -> Any:
         """The bootstrap lookup of a decode server, over the same faulty network."""
