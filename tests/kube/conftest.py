@@ -1,23 +1,14 @@
-"""A server on a manual clock, and the official client connected to it."""
+"""Servers on a manual and on the real clock, and the official client connected to the former."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kubernetes import client, config
+from kube_clients import Clients, connect
 
 from diptych.testing.kube import Cluster, KubeServer
-
-
-@dataclass
-class Clients:
-    core: client.CoreV1Api
-    apps: client.AppsV1Api
-    custom: client.CustomObjectsApi
-    api: client.ApiClient
 
 
 @pytest.fixture
@@ -31,12 +22,6 @@ def live() -> Iterator[KubeServer]:
     """On the real clock: its controllers act by themselves."""
     with KubeServer(Cluster()) as running:
         yield running
-
-
-def connect(server: KubeServer, folder: Path) -> Clients:
-    api = config.new_client_from_config(str(server.kubeconfig(folder / "kubeconfig")))
-    api.configuration.retries = False
-    return Clients(client.CoreV1Api(api), client.AppsV1Api(api), client.CustomObjectsApi(api), api)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Clients, connect
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kube_clients import Clients, connect
 from kube_objects import Obj, config_map, crd, deployment, pod, service, stateful_set, toy
 from kubernetes import client, dynamic
 from kubernetes.client import ApiException

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from conftest import connect
+from kube_clients import connect
 from kube_objects import service, stateful_set
 from kubernetes import watch
 

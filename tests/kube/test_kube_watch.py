@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clients, connect
+from kube_clients import Clients, connect
 from kube_objects import Obj, config_map, crd, stateful_set, toy
 from kubernetes import client, watch
 from kubernetes.client import ApiException

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import kubernetes_validate
 import pytest
 from kube_objects import LABELS, Obj, config_map, deployment, pod, service, stateful_set, template
 
@@ -386,3 +387,41 @@ def test_a_settled_cluster_writes_nothing(cluster: Cluster) -> None:
     revision = cluster.store.revision
     cluster.advance(3600)
     assert cluster.store.revision == revision
+
+
+def test_what_the_controllers_write_is_valid(cluster: Cluster) -> None:
+    """By the published schemas, strictly: no field that Kubernetes does not know."""
+    cluster.create(stateful_set(), deployment("dep"), service(), config_map())
+    budget = {"metadata": {"name": "b"}, "spec": {"maxUnavailable": 1, "selector": {"matchLabels": LABELS}}}
+    cluster.create({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", **budget})
+    cluster.settle()
+    cluster.pods.crash("web-0")
+    cluster.pods.fail("web-1")
+    checked = 0
+    for kind in (
+        "StatefulSet",
+        "Deployment",
+        "ReplicaSet",
+        "Pod",
+        "Service",
+        "ControllerRevision",
+        "PodDisruptionBudget",
+    ):
+        for obj in cluster.objects(kind):
+            kubernetes_validate.validate(obj, "1.36", strict=True)
+            checked += 1
+    assert checked == 12
+
+
+def test_an_ordered_set_with_an_unready_pod_updates_nothing(cluster: Cluster) -> None:
+    """The known trap of OrderedReady, which Parallel avoids."""
+    cluster.create(stateful_set(podManagementPolicy="OrderedReady"))
+    cluster.settle()
+    cluster.pods.set_ready("web-0", False)
+    cluster.settle()
+    set_image(cluster, "web:2")
+    cluster.advance(60)
+    assert set(pods(cluster, "image").values()) == {"web:1"}
+    cluster.pods.set_ready("web-0", None)
+    cluster.advance(1)
+    assert set(pods(cluster, "image").values()) == {"web:2"}
