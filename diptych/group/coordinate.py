@@ -50,7 +50,7 @@ def upper_limits(shares: Mapping[str, Share], max_skew: int) -> dict[str, int]:
     """How many pods of each role may have arrived or be on the way. Roles that have arrived hold nobody back."""
     skew, limits = Fraction(max_skew, 100), {}
     for name, share in shares.items():
-        others = [other.fraction for key, other in shares.items() if key != name and other.arrived < other.total]
+        others = [other.fraction for key, other in shares.items() if key != name]
         slowest = min(others, default=Fraction(1))
         limit = floor(share.total * (slowest + skew))
         if share.fraction <= slowest:
@@ -63,7 +63,7 @@ def lower_limits(shares: Mapping[str, Share], max_skew: int) -> dict[str, int]:
     """The same for roles with more pods than they shall have: how few of each may be left."""
     skew, limits = Fraction(max_skew, 100), {}
     for name, share in shares.items():
-        others = [other.fraction for key, other in shares.items() if key != name and other.arrived > other.total]
+        others = [other.fraction for key, other in shares.items() if key != name]
         slowest = max(others, default=Fraction(1))
         limit = ceil(share.total * (slowest - skew))
         if share.fraction >= slowest:

@@ -140,6 +140,7 @@ def test_a_broken_pod_at_a_low_ordinal_goes_first_and_stalls_nothing() -> None:
     assert steps(desired, seen("nonn", target(0, on_delete=True))) == applied(target(0))
     # with a partition of the user's, OnDelete would not hold the others back
     assert steps(group(role(partition=1)), seen("oxoo")) == applied(target(4))
+    assert steps(group(role(partition=1)), seen("noon", target(3))) == applied(target(2))
 
 
 def test_the_users_partition_holds_ordinals_back() -> None:
@@ -161,6 +162,7 @@ def test_surge_comes_first_and_goes_last() -> None:
     going = {"rollout": record()}
     assert steps(desired, seen("nunnnn", target(0, 6), **going)) == applied(target(0, 5))
     assert steps(desired, seen("nnnnnn", target(0, 6), **going)) == applied(target(0, 4))
+    assert steps(desired, seen("nnnuun", target(0, 6), **going)) == []  # the surge pod that is ready is the last one
     # broken surge pods do not count as what they stand in for
     assert steps(desired, seen("ooonuu", target(3, 6), **going)) == []
     assert steps(group(role(max_unavailable=0, max_surge=9)), seen("oooo")) == applied(target(4, 8))
@@ -184,6 +186,14 @@ def test_a_second_update_in_mid_rollout_ends_on_the_last_revision() -> None:
     actions = plan(latest, Observed(roles=(going,)), 9.0)
     begun = Rollout(revision="newer", good="old", state="progressing", started_at=9.0, progressed_at=9.0)
     assert actions == [RecordRollout("a", begun), ApplyRole("a", Target(4, 3, "newer"))]
+
+
+def test_a_pod_that_failed_and_is_old_is_deleted_once() -> None:
+    desired = group(replace(role(), restart_policy="RecreateRoleInstanceOnPodRestart"))
+    old = seen("ooox", target(3))
+    failed = replace(old, pods=(*old.pods[:3], replace(old.pods[3], phase="exited")))
+    deleted = [each.uid for each in steps(desired, failed) if isinstance(each, DeletePod)]
+    assert deleted == ["a3"]
 
 
 def test_min_ready_seconds() -> None:
@@ -410,3 +420,41 @@ def test_a_broken_update_takes_no_more_than_it_may_and_is_undone() -> None:
     run(world)
     assert [pod.revision for _, pod in world.all_pods()] == ["old"] * 4
     assert all(pod.ready for _, pod in world.all_pods())
+
+
+# ---- what a person is told ---------------------------------------------------------------------------------------
+
+
+def told(desired: Desired, *roles: ObservedRole) -> dict[str, tuple[bool, str, str]]:
+    status = group_status(desired, Observed(roles=roles), 1, 0.0)
+    return {each.type: (each.status, each.reason, each.message) for each in status.conditions}
+
+
+def test_the_status_of_a_rollout() -> None:
+    desired = group(role(partition=1), role("b", 1, "a"))
+    conditions = told(desired, seen("ooou", target(3), rollout=record()), seen("o", name="b"))
+    assert conditions["Progressing"] == (True, "Reconciling", "still at work on a, b")
+    assert conditions["RollingUpdateInProgress"] == (
+        True,
+        "RollingUpdate",
+        "a: 0 of 3 updated and available; b: 0 of 1 updated and available; held, because the update of a, which it"
+        " depends on, comes first",
+    )
+
+
+def test_the_status_of_a_paused_rollout() -> None:
+    conditions = told(group(role(), paused=True), seen("oonn", target(2), rollout=record("held", 2)))
+    assert conditions["Ready"][0] is True
+    assert conditions["Progressing"] == (
+        False,
+        "RolloutHeld",
+        "the update of a does not go on: the group is paused",
+    )
+    assert (
+        conditions["RollingUpdateInProgress"][2] == "a: 2 of 4 updated and available; held, because the group is paused"
+    )
+
+
+def test_a_pause_in_mid_rollout_is_recorded() -> None:
+    going = seen("ooou", target(3), rollout=record())
+    assert plan(group(role(paused=True)), Observed(roles=(going,)), 5.0) == [RecordRollout("a", record("held"))]
