@@ -11,8 +11,8 @@ from diptych.group.plan import replicas_now
 
 
 def min_member(desired: Desired, observed: Observed) -> int:
-    """The PodGroup's minMember at this moment. Volcano's minTaskMember is `members`."""
-    return sum(members(desired, observed).values())
+    """The PodGroup's minMember at this moment, at least 1 as its API wants. Volcano's minTaskMember is `members`."""
+    return max(1, sum(members(desired, observed).values()))
 
 
 def members(desired: Desired, observed: Observed) -> dict[str, int]:

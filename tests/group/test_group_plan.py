@@ -330,6 +330,7 @@ def test_a_gang_of_least_members() -> None:
     desired = group(role("p", 4, gang_min=2), role("d", 2, size=2), role("e", 0), role("f", 3, gang_min=0))
     assert members(desired, Observed()) == {"p": 2, "d": 4, "f": 0}
     assert members(group(role("p", 1, gang_min=2)), Observed()) == {"p": 1}
+    assert min_member(group(role("p", 0)), Observed()) == 1
 
 
 # ---- status ------------------------------------------------------------------------------------------------------
