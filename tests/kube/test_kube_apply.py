@@ -148,6 +148,33 @@ def test_an_item_that_only_the_applier_owned_goes_with_its_defaults(cluster: Clu
     assert [one["name"] for one in obj["spec"]["template"]["spec"]["containers"]] == ["main"]
 
 
+def test_an_item_goes_even_if_an_update_changed_part_of_it(cluster: Cluster) -> None:
+    two = stateful_set()
+    two["spec"]["template"]["spec"]["containers"].append({"name": "side", "image": "side:1"})
+    apply(cluster, two)
+    patch = {"spec": {"template": {"spec": {"containers": [{"name": "side", "image": "side:2"}]}}}}
+    obj = cluster.api.patch("StatefulSet", "default", "web", patch, how="strategic", manager="person")
+    assert fields(obj, "person", "Update")
+    obj = apply(cluster, stateful_set())
+    assert [one["name"] for one in obj["spec"]["template"]["spec"]["containers"]] == ["main"]
+    assert fields(obj, "person", "Update") == {}  # nobody owns what is not there
+
+
+def test_what_held_only_dropped_fields_goes_with_them(cluster: Cluster) -> None:
+    apply(cluster, toy(size=1, parts=[{"name": "a", "free": {"x": {"y": 1}}}]))
+    assert apply(cluster, toy(size=1, parts=[{"name": "a"}]))["spec"]["parts"] == [{"name": "a", "count": 1}]
+
+
+def test_an_entry_keeps_its_time_until_its_fields_change(cluster: Cluster) -> None:
+    def times(obj: Obj) -> dict[str, str]:
+        return {entry["manager"]: entry["time"] for entry in obj["metadata"]["managedFields"]}
+
+    first = times(apply(cluster, config_map(data={"a": "1"}), "one"))
+    cluster.advance(60)
+    both = times(apply(cluster, config_map(data={"b": "1"}), "two"))
+    assert both["one"] == first["one"] < both["two"]
+
+
 def test_an_atomic_list_is_one_value(cluster: Cluster) -> None:
     first = stateful_set()
     first["spec"]["template"]["spec"]["containers"][0]["args"] = ["a", "b"]

@@ -81,7 +81,8 @@ def test_a_watch_without_a_version_starts_with_what_is_there(core: client.CoreV1
 
 
 def test_a_selector_makes_objects_come_and_go(core: client.CoreV1Api) -> None:
-    follower = Follower(core.list_namespaced_config_map, label_selector="on=yes")
+    start = core.list_namespaced_config_map("default").metadata.resource_version
+    follower = Follower(core.list_namespaced_config_map, label_selector="on=yes", resource_version=start)
     core.create_namespaced_config_map("default", config_map("a"))
     core.patch_namespaced_config_map("a", "default", {"metadata": {"labels": {"on": "yes"}}})
     core.patch_namespaced_config_map("a", "default", {"data": {"x": "1"}})
