@@ -102,7 +102,7 @@ def test_poison_ends_its_own_request_only(servers: PDCluster, unified: ServerPro
     decode = servers.decode[0]
     poison = endless(90, 40, 4)
     poison["input_ids"][20] = POISON
-    long = [endless(index, 30, 150, return_logprob=True) for index in range(6)]
+    long = [endless(index, 30, 80, return_logprob=True) for index in range(6)]
     with in_flight(decode, [{**body, "bootstrap_host": None} for body in long]) as replies:
         until(lambda: counters(decode).get("num_running_reqs", 0) == len(long), "all decode")
         assert_poisoned(ask(decode.url, "/generate", {**poison, "bootstrap_host": None}))
