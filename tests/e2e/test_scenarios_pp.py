@@ -53,7 +53,7 @@ def a_stage_that_dies_ends_its_server(decode: ServerProcess, router: ServerProce
 
 
 def test_stages_of_two_ranks_hand_over_to_one_process() -> None:
-    """Answers are right (a wrong slice of heads or layers shows at once) and, to the last bit, the same when asked again.
+    """Answers are right (a wrong slice of heads or layers would show), and asked again the same to the last bit.
 
     Two ranks add up their halves in another order than one does, so there is no one server to compare with.
     """
