@@ -16,7 +16,7 @@ from diptych.types import I32, I64, Plan
 
 LOG2E = math.log2(math.e)
 TILE_ROWS = 128  # query rows of a prefill tile, about
-STREAM_BYTES = 512 << 10  # keys that decode rows gather before they use them: they stay in the cache
+STREAM_BYTES = 2 << 20  # keys that decode rows gather before they use them: few calls, and they stay in a cache
 DECODE_SCORE_BYTES = 16 << 20  # scores of decode rows held at once
 TILE_SCORE_BYTES = 2 << 20  # scores of a prefill tile above which heads go one by one, to stay in the cache
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from diptych.kv.store import PageStore
+from diptych.model import paged_attention
+from diptych.model.block_softmax import BLOCK
 from diptych.model.paged_attention import PagedAttention
 from diptych.model.pool import KVPool, PoolStore
 from diptych.types import Plan
@@ -89,6 +91,24 @@ def test_attention_is_a_softmax_over_the_sequence(case: int) -> None:
             )
             torch.testing.assert_close(out[at : at + new].double(), expected, rtol=0, atol=2e-6)
             at += new
+
+
+def test_how_much_is_gathered_at_once_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = KVPool(40, 16, 2, 1, 16, torch.float32, "cpu")
+    pool.pages.normal_(generator=generator)
+    plan = make_plan([(299, 1, list(range(19))), (150, 1, list(range(20, 30))), (16, 1, [30, 31])], 16)
+    q, k, v = (torch.randn(3, heads, 16, generator=generator) for heads in (4, 2, 2))
+    results, num_pieces = [], []
+    for num_bytes in (1, 2 * 2 * BLOCK * 16 * 4, 1 << 20):  # a block at a time, two, all six
+        monkeypatch.setattr(paged_attention, "STREAM_BYTES", num_bytes)
+        attention = PagedAttention(pool, 4, 0.25)
+        attention.begin(plan)
+        results.append(attention.attend(0, q, k, v))
+        num_pieces.append([len(job.stream) for job in attention._jobs if isinstance(job, paged_attention._Decode)])
+    assert num_pieces == [[6], [3], [1]]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def filled_pool(dtype: torch.dtype = torch.float32) -> KVPool:
