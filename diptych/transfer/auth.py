@@ -20,6 +20,7 @@ _WRONG_SECRET = (
     "the two sides of a hand-over do not know the same secret; "
     "give both the same --disaggregation-secret-file or DIPTYCH_PD_SECRET"
 )
+_REFUSED = "the other side refuses this server: check that both have the same version and DIPTYCH_PD_SECRET"
 
 
 class AuthError(TransferError):
@@ -44,7 +45,7 @@ async def call(link: Link, purpose: str, secret: str, rng: random.Random, timeou
                 await link.send(wire.encode(wire.Proof(_proof(secret, "caller", purpose, mine, reply.nonce))))
                 reply = wire.decode_auth((await link.recv())[0])
             if isinstance(reply, wire.Refused):
-                raise AuthError(reply.message)
+                raise AuthError(_REFUSED)  # not its own words: they are a stranger's, and a client would read them
             if not isinstance(reply, wire.Accepted):
                 raise ProtocolError("the other side does not answer a handshake")
     except BaseException as error:
