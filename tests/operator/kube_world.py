@@ -107,7 +107,9 @@ class World:
                 continue
 
     def delete(self, kind: Kind, name: str) -> None:
-        assert self.api.delete(kind, NAMESPACE, name, self.api.get(kind, NAMESPACE, name)["metadata"]["uid"])
+        assert (
+            self.api.delete(kind, NAMESPACE, name, self.api.get(kind, NAMESPACE, name)["metadata"]["uid"]) is not None
+        )
 
     # ---- groups ----
 

@@ -6,18 +6,19 @@ the group's spec follows: an upgrade that applies the group's first manifest aga
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 
 from diptych.group.operator import objects
 from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.report import timestamp
 from diptych.group.operator.resources import ADAPTER, GROUP, Json
 
 
 class AdapterReconciler:
-    """See Reconciler."""
+    """See Reconciler. `clock` gives Unix time."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, clock: Callable[[], float]) -> None:
+        self._cluster, self._clock = cluster, clock
 
     def reconcile(self, namespace: str, name: str) -> float | None:
         adapter = self._cluster.get(ADAPTER, namespace, name)
@@ -32,14 +33,14 @@ class AdapterReconciler:
         field, index = found
         current = group["spec"][field][index].get("replicas", 1)
         wanted = adapter["spec"].get("replicas")
-        status = {"phase": "Bound", "replicas": current, "selector": selector(group, field, target["role"])}
+        status: Json = {"phase": "Bound", "replicas": current, "selector": selector(group, field, target["role"])}
         if wanted is None:
             patch = {"metadata": {"resourceVersion": adapter["metadata"]["resourceVersion"]}}
             self._cluster.merge(ADAPTER, namespace, name, {**patch, "spec": {"replicas": current}})
             self._cluster.events.tell(adapter, "Normal", "SuccessfulBound", f"bound to {target['role']} of the group")
         elif wanted != current:
             self._cluster.scale_group(group, field, index, wanted)
-            status["lastScaleTime"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            status["lastScaleTime"] = timestamp(self._clock())
             message = f"{target['role']}: {current} -> {wanted} replicas"
             self._cluster.events.tell(adapter, "Normal", "SuccessfulScale", message)
         self._tell(adapter, status)
@@ -49,9 +50,26 @@ class AdapterReconciler:
         old = adapter.get("status") or {}
         if "lastScaleTime" in old:
             status.setdefault("lastScaleTime", old["lastScaleTime"])
-        metadata = adapter["metadata"]
-        new = {"metadata": {"namespace": metadata["namespace"], "name": metadata["name"]}, "status": status}
-        self._cluster.apply(ADAPTER, new, "status")
+        self._cluster.apply_status(ADAPTER, adapter, status)
+
+
+def with_scale(group: Json, adapters: Sequence[Json]) -> Json:
+    """The group as its adapters scale it: at no moment do the replicas of a manifest that was applied again count."""
+    wanted: dict[str, int] = {}
+    for each in adapters:
+        target, replicas = each["spec"]["scaleTargetRef"], each["spec"].get("replicas")
+        if replicas is not None and target["name"] == group["metadata"]["name"]:
+            wanted[target["role"]] = replicas
+    scaled = set(objects.scaled(group)) & wanted.keys()
+    if not scaled:
+        return group
+    spec = dict(group["spec"])
+    for field in ("roles", "scalingGroups"):
+        if spec.get(field):
+            spec[field] = [
+                {**each, "replicas": wanted[each["name"]]} if each["name"] in scaled else each for each in spec[field]
+            ]
+    return {**group, "spec": spec}
 
 
 def find_target(group: Json, name: str) -> tuple[str, int] | None:

@@ -6,7 +6,9 @@ are what the API server says, and what we apply is exactly what we own.
 
 from __future__ import annotations
 
+import copy
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,13 @@ FIELD_MANAGER = "diptych"
 APPLY_PATCH, MERGE_PATCH = "application/apply-patch+yaml", "application/merge-patch+json"
 REQUEST_TIMEOUT_S = 30.0
 PAGE = 500  # objects a list request returns at most
+KEEP_ALIVE = (  # a server that vanished without a word is noticed within half a minute, even by an idle watch
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
 
 
 class ApiError(DiptychError):
@@ -56,11 +65,19 @@ class Api:
     def __init__(self, configuration: Configuration, metrics: Metrics, num_connections: int = 32) -> None:
         configuration.connection_pool_maxsize = num_connections
         configuration.retries = urllib3.Retry(0)  # the queue decides when to try again
+        configuration.socket_options = list(KEEP_ALIVE)
         self._client = ApiClient(configuration)
         self._metrics = metrics
+        self._timeout_s = REQUEST_TIMEOUT_S
 
     def close(self) -> None:
         self._client.close()
+
+    def within(self, timeout_s: float) -> Api:
+        """The same, but a call fails (Unavailable) when nothing came for so long."""
+        other = copy.copy(self)
+        other._timeout_s = timeout_s
+        return other
 
     def get(self, kind: Kind, namespace: str, name: str) -> Json:
         return self._call("GET", kind, namespace, name)
@@ -89,7 +106,7 @@ class Api:
         }
         if selector:
             query["labelSelector"] = selector
-        return Watch(self._open("GET", kind.path(namespace), query, timeout_s=(REQUEST_TIMEOUT_S, timeout_s + 10)))
+        return Watch(self._open("GET", kind.path(namespace), query, timeout_s=(self._timeout_s, timeout_s + 10)))
 
     def apply(self, kind: Kind, obj: Json, subresource: str = "") -> Json:
         """Server-side apply of everything we own of the object; it is created if it is not there."""
@@ -117,23 +134,13 @@ class Api:
         query = {"fieldManager": FIELD_MANAGER}
         return self._call("PUT", kind, metadata.get("namespace", ""), metadata["name"], "", query, body)
 
-    def delete(self, kind: Kind, namespace: str, name: str, uid: str, propagation: str = "Background") -> bool:
-        """False if that very object (by uid) is gone already."""
-        body = {"preconditions": {"uid": uid}, "propagationPolicy": propagation}
+    def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> Json | None:
+        """The answer: the object if it stays for a while, else a Status. None if that very object (by uid) was gone."""
+        body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         try:
-            self._call("DELETE", kind, namespace, name, body=body)
+            return self._call("DELETE", kind, namespace, name, body=body)
         except (NotFound, Conflict):
-            return False
-        return True
-
-    def serves(self, kind: Kind) -> bool:
-        """Whether this cluster has the kind (a CRD may not be installed)."""
-        parts = ["", "apis", kind.group, kind.version] if kind.group else ["", "api", kind.version]
-        try:
-            found = self._decode(self._open("GET", "/".join(parts), {}))
-        except NotFound:
-            return False
-        return any(each["name"] == kind.plural for each in found.get("resources") or [])
+            return None
 
     # ---- inside ----
 
@@ -158,7 +165,7 @@ class Api:
         query: dict[str, str],
         body: Json | None = None,
         content_type: str = "application/json",
-        timeout_s: Any = REQUEST_TIMEOUT_S,
+        timeout_s: Any = None,
     ) -> RESTResponse:
         """The response, its body still unread. Raises for every status but 2xx."""
         headers = {"Accept": "application/json"}
@@ -174,7 +181,7 @@ class Api:
             auth_settings=["BearerToken"],
         )
         try:
-            response = self._client.call_api(*request, _request_timeout=timeout_s)
+            response = self._client.call_api(*request, _request_timeout=timeout_s or self._timeout_s)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             self._metrics.api_requests.labels(verb, "none").inc()
             raise Unavailable(f"the API server does not answer: {type(error).__name__}") from None
@@ -186,7 +193,7 @@ class Api:
     @staticmethod
     def _decode(response: RESTResponse) -> Json:
         try:
-            return dict(msgspec.json.decode(_body(response)))
+            return msgspec.json.decode(_body(response), type=dict[str, Any])
         except (urllib3.exceptions.HTTPError, OSError, msgspec.DecodeError) as error:
             raise Unavailable(f"the API server's answer broke off: {type(error).__name__}") from None
 
@@ -204,11 +211,11 @@ class Watch:
             for part in self._response.stream(1 << 16, decode_content=False):
                 *lines, rest = (rest + part).split(b"\n")
                 for line in lines:
-                    event = msgspec.json.decode(line)
+                    event = msgspec.json.decode(line, type=dict[str, Any])
                     if event["type"] == "ERROR":
                         raise _stream_error(event["object"])
                     yield event["type"], event["object"]
-        except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
+        except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError, msgspec.DecodeError) as error:
             raise Unavailable(f"the watch broke off: {type(error).__name__}") from None
         finally:
             self._response.close()

@@ -1,4 +1,4 @@
-"""What reconcilers see and touch of a cluster: the informers' copies for reading, writes that happen only if needed.
+"""What reconcilers see and touch of a cluster: the caches for reading, writes that happen only if needed.
 
 Server-side apply of the same fields changes nothing, but it is a request; so what was applied last is remembered, and
 applied again only if it differs or the object was changed since. A new process has no memory and applies once.
@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 
-from diptych.errors import NotFound
+from diptych.errors import DiptychError, NotFound, Unavailable
 from diptych.group.operator.api import Api, ApiError
+from diptych.group.operator.cache import Cache
 from diptych.group.operator.events import Events
-from diptych.group.operator.informer import Informer
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import GROUP, Json, Kind, key_of
+
+MIN_FORGET = 256
+
+
+class Leaving(DiptychError):
+    """An object of an earlier group of the same name is in the way, and is being deleted."""
+
+    code = "leaving"
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -25,61 +34,83 @@ class Applied(msgspec.Struct, frozen=True):
 
     digest: bytes
     uid: str
-    mark: str  # see _mark
+    version: str  # see _version
 
 
 class Cluster:
-    """Safe for several threads, as long as one object is written by one of them at a time."""
+    """Safe for several threads, as long as one object is written by one of them at a time.
 
-    def __init__(self, api: Api, informers: Mapping[Kind, Informer], events: Events, metrics: Metrics) -> None:
-        self.api, self.events = api, events
-        self._informers, self._metrics = informers, metrics
+    `may_write` is asked before every write, which raises Unavailable if it says no.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        caches: Mapping[Kind, Cache],
+        events: Events,
+        metrics: Metrics,
+        may_write: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.events = events
+        self._api, self._caches, self._metrics, self._may_write = api, caches, metrics, may_write
         self._lock = threading.Lock()
-        self._applied: dict[tuple[Kind, str, str, str], Applied] = {}
+        self._applied: dict[tuple[Kind, str, str], Applied] = {}
+        self._forget_at = MIN_FORGET
 
     def get(self, kind: Kind, namespace: str, name: str) -> Json | None:
-        return self._informers[kind].get(namespace, name)
+        return self._caches[kind].get(namespace, name)
 
     def of_group(self, kind: Kind, namespace: str, group: str) -> list[Json]:
         """The objects that carry the group's label."""
-        return self._informers[kind].of_group(namespace, group)
+        return self._caches[kind].of_group(namespace, group)
 
     def owned(self, kind: Kind, uid: str) -> list[Json]:
-        """The objects whose owner is the object `uid`."""
-        return self._informers[kind].owned(uid)
+        """The objects whose controller is the object `uid`."""
+        return self._caches[kind].owned(uid)
 
-    def apply(self, kind: Kind, obj: Json, subresource: str = "") -> bool:
+    def look_up(self, kind: Kind, namespace: str, name: str) -> Json | None:
+        """As the API server has it at this moment, whatever its labels."""
+        try:
+            return self._api.get(kind, namespace, name)
+        except NotFound:
+            return None
+
+    def apply(self, kind: Kind, obj: Json) -> bool:
         """Write `obj`, all that is ours of it, unless it is there like that. Whether it was written.
 
-        Raises ApiError if an object of this name belongs to somebody else.
+        Raises ApiError if an object of this name belongs to somebody else, Leaving if to a group that is gone.
         """
         namespace, name = key_of(obj)
-        key = (kind, namespace, name, subresource)
+        key = (kind, namespace, name)
         digest = hashlib.sha256(msgspec.json.encode(obj, order="sorted")).digest()
         live = self.get(kind, namespace, name)
         with self._lock:
             last = self._applied.get(key)
-        if live is not None and last == Applied(digest, live["metadata"]["uid"], _mark(live, subresource)):
+        if live is not None and last == Applied(digest, live["metadata"]["uid"], _version(live)) and _says(live, obj):
             return False
-        if not subresource and obj["metadata"].get("ownerReferences"):
-            self._check_owner(kind, obj, live)
-        new = self.api.apply(kind, obj, subresource)
-        self._metrics.writes.labels("apply", kind.kind).inc()
+        self._check_owner(kind, obj, live)
+        new = self._write("apply", kind, lambda: self._api.apply(kind, obj))
         with self._lock:
-            self._applied[key] = Applied(digest, new["metadata"]["uid"], _mark(new, subresource))
-        self._informers[kind].saw(new)
+            self._applied[key] = Applied(digest, new["metadata"]["uid"], _version(new))
+            self._forget()
         return True
 
-    def merge(self, kind: Kind, namespace: str, name: str, patch: Json, subresource: str = "") -> None:
-        new = self.api.merge(kind, namespace, name, patch, subresource)
-        self._metrics.writes.labels("patch", kind.kind).inc()
-        self._informers[kind].saw(new)
+    def apply_status(self, kind: Kind, obj: Json, status: Json) -> bool:
+        """Write the status of `obj` unless it is so. Whether it was written."""
+        old = obj.get("status") or {}
+        if all(old.get(field) == value for field, value in status.items()):
+            return False
+        namespace, name = key_of(obj)
+        new = {"metadata": {"namespace": namespace, "name": name}, "status": status}
+        self._write("apply", kind, lambda: self._api.apply(kind, new, "status"))
+        return True
+
+    def merge(self, kind: Kind, namespace: str, name: str, patch: Json) -> None:
+        self._write("patch", kind, lambda: self._api.merge(kind, namespace, name, patch))
 
     def replace(self, kind: Kind, obj: Json) -> None:
         """Raises Conflict if the object has changed since it was read."""
-        new = self.api.replace(kind, obj)
-        self._metrics.writes.labels("update", kind.kind).inc()
-        self._informers[kind].saw(new)
+        self._write("update", kind, lambda: self._api.replace(kind, obj))
 
     def scale_group(self, group: Json, field: str, index: int, replicas: int) -> None:
         """Set `spec.<field>[<index>].replicas`. Raises Conflict if the group has changed."""
@@ -89,40 +120,63 @@ class Cluster:
         patch = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {field: items}}
         self.merge(GROUP, metadata["namespace"], metadata["name"], patch)
 
-    def delete(self, kind: Kind, obj: Json, propagation: str = "Background") -> bool:
+    def delete(self, kind: Kind, obj: Json) -> bool:
         """Delete this very object, unless that has been asked for already. Whether it was asked for now."""
         metadata = obj["metadata"]
         if metadata.get("deletionTimestamp"):
             return False
-        self._metrics.writes.labels("delete", kind.kind).inc()
-        return self.api.delete(kind, metadata.get("namespace", ""), metadata["name"], metadata["uid"], propagation)
+        where = metadata.get("namespace", ""), metadata["name"], metadata["uid"]
+        return bool(self._write("delete", kind, lambda: self._api.delete(kind, *where)))
 
-    def forget(self, kind: Kind, namespace: str, name: str) -> None:
-        """The object is gone for good."""
-        with self._lock:
-            for subresource in ("", "status"):
-                self._applied.pop((kind, namespace, name, subresource), None)
+    def _write(self, verb: str, kind: Kind, call: Callable[[], Any]) -> Any:
+        """The answer; the cache need not wait for the watch to show it."""
+        if not self._may_write():
+            raise Unavailable("this operator does not hold the lease at the moment")
+        self._metrics.writes.labels(verb, kind.kind).inc()
+        answer = call()
+        if answer and "resourceVersion" in answer.get("metadata", {}):
+            self._caches[kind].put(answer)
+        return answer
+
+    def _forget(self) -> None:
+        """What is gone is forgotten now and then."""
+        if len(self._applied) < self._forget_at:
+            return
+        for kind, namespace, name in list(self._applied):
+            if not self._caches[kind].has(namespace, name):
+                del self._applied[kind, namespace, name]
+        self._forget_at = max(MIN_FORGET, 2 * len(self._applied))
 
     def _check_owner(self, kind: Kind, obj: Json, live: Json | None) -> None:
         """Server-side apply would take over whatever has this name; a user's own object must not be lost so."""
         namespace, name = key_of(obj)
+        live = live or self.look_up(kind, namespace, name)
         if live is None:
-            try:
-                live = self.api.get(kind, namespace, name)
-            except NotFound:
-                return
-        owners = {each["uid"] for each in live["metadata"].get("ownerReferences") or []}
-        wanted = {each["uid"] for each in obj["metadata"]["ownerReferences"]}
-        if not wanted <= owners:
-            raise ApiError(
-                f"{kind.kind} {name} exists and does not belong to this group; rename the group or its role, or delete"
-                f" that {kind.kind}"
-            )
+            return
+        wanted = obj["metadata"]["ownerReferences"][0]
+        owners = live["metadata"].get("ownerReferences") or []
+        if any(each["uid"] == wanted["uid"] for each in owners):
+            return
+        if any((each["kind"], each["name"]) == (wanted["kind"], wanted["name"]) for each in owners):
+            raise Leaving(f"{kind.kind} {name} belongs to a {wanted['kind']} {wanted['name']} that is being deleted")
+        raise ApiError(
+            f"{kind.kind} {name} exists and does not belong to this group; rename the group or its role, or delete"
+            f" that {kind.kind}"
+        )
 
 
-def _mark(obj: Json, subresource: str) -> str:
+def _version(obj: Json) -> str:
     """What changes when somebody changes what we applied: the generation, or for objects without one their version."""
     metadata = obj["metadata"]
-    if subresource:
-        return ""  # a status is ours alone
     return str(metadata.get("generation") or metadata["resourceVersion"])
+
+
+def _says(live: Json, obj: Json) -> bool:
+    """Whether our labels, annotations and owner are on it: they make no new generation."""
+    have, want = live["metadata"], obj["metadata"]
+    for field in ("labels", "annotations"):
+        if not (want.get(field) or {}).items() <= (have.get(field) or {}).items():
+            return False
+    return {each["uid"] for each in want["ownerReferences"]} <= {
+        each["uid"] for each in have.get("ownerReferences") or []
+    }

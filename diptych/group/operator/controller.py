@@ -9,27 +9,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from diptych.errors import DiptychError, Overloaded, Unavailable
 from diptych.group.operator.api import Conflict
 from diptych.group.operator.informer import Informer
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.queue import KeyQueue
+from diptych.group.operator.routes import Key
 
 log = logging.getLogger(__name__)
 
 UNAVAILABLE_RETRY_S = 1.0  # while the API server is away: soon after it is back, everything is repaired
-CONFLICT_RETRY_S = 0.05  # the newer object is on its way to us
 POLL_S = 1.0
-
-
-class Key(NamedTuple):
-    """What to look at: `controller` names the reconciler."""
-
-    controller: str
-    namespace: str
-    name: str
 
 
 class Reconciler(Protocol):
@@ -80,9 +72,9 @@ class Workers:
             if again_s is not None:
                 result = "requeue_after"
                 self._queue.add_after(key, again_s)
-        except Conflict:
+        except Conflict:  # the newer object is on its way to us
             result = "conflict"
-            self._queue.add_after(key, CONFLICT_RETRY_S)
+            self._queue.retry(key)
         except Unavailable as error:
             result = "error"
             log.warning("%s %s/%s: %s", *key, error.message)

@@ -6,7 +6,6 @@ looking twice writes nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -17,10 +16,7 @@ from diptych.group.actions import (
     ApplyRole,
     DeletePod,
     DeleteRole,
-    Desired,
     Failures,
-    Kind,
-    Observed,
     RecordFailures,
     RecordRollout,
     Rollback,
@@ -33,57 +29,45 @@ from diptych.group.gang import min_member
 from diptych.group.operator import objects
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
-from diptych.group.operator.desired import desired_group, template_revision, workload_kind
+from diptych.group.operator.desired import workload_kind
 from diptych.group.operator.discovery import config_yaml
 from diptych.group.operator.history import History
-from diptych.group.operator.observe import DEPENDENCIES, FAILURES, REVISION, ROLLOUT, observe
+from diptych.group.operator.observe import FAILURES, ROLLOUT
 from diptych.group.operator.report import Reporter
 from diptych.group.operator.resources import (
     ADAPTER,
     CONFIG_MAP,
-    DEPLOYMENT,
     DISRUPTION_BUDGET,
     GROUP,
-    LEADER_WORKER_SET,
     POD,
     POD_GROUP,
-    PROFILE,
     SERVICE,
-    STATEFUL_SET,
     VOLCANO_POD_GROUP,
     Json,
 )
 from diptych.group.operator.resources import Kind as Resource
-from diptych.group.operator.template import pod_template
+from diptych.group.operator.view import WORKLOADS, View
 from diptych.group.plan import plan
-from diptych.group.resolve import leader_worker_templates, resolve_spec
 from diptych.group.validate import object_problems
 
-WORKLOADS: dict[Kind, Resource] = {
-    "StatefulSet": STATEFUL_SET,
-    "Deployment": DEPLOYMENT,
-    "LeaderWorkerSet": LEADER_WORKER_SET,
-}
 FINALIZER = "workloads.x-k8s.io/ordered-shutdown"
 
 
 class GroupReconciler:
     """See Reconciler. `clock` gives Unix time."""
 
-    def __init__(self, cluster: Cluster, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, cluster: Cluster, clock: Callable[[], float]) -> None:
         self._cluster, self._clock = cluster, clock
         self._reporter = Reporter(cluster)
 
     def reconcile(self, namespace: str, name: str) -> float | None:
         group = self._cluster.get(GROUP, namespace, name)
+        if group is None or group["metadata"].get("deletionTimestamp"):
+            self._reporter.forget(namespace, name)
         if group is None:
             return None
-        problems = object_problems(group)
-        if problems and not group["metadata"].get("deletionTimestamp"):
-            self._refuse(group, "\n".join(map(str, problems)))
-            return None
         try:
-            view = View(self._cluster, group)
+            view = self._look(group)
         except ConfigError as error:
             self._refuse(group, error.message)
             return None
@@ -94,90 +78,22 @@ class GroupReconciler:
         except ApiError as error:  # what only a person can change
             self._cluster.events.tell(group, "Warning", "FailedReconcile", error.message)
             raise
-        if not view.desired.deleted:
+        if not view.deleted:
             status = group_status(view.desired, view.observed, group["metadata"]["generation"], now)
             waits.append(self._reporter.write(group, status, now))
         return min((wait_s for wait_s in waits if wait_s is not None), default=None)
+
+    def _look(self, group: Json) -> View:
+        """Raises ConfigError with everything that is wrong with the spec."""
+        problems = [] if group["metadata"].get("deletionTimestamp") else object_problems(group)
+        if problems:
+            raise ConfigError("\n".join(map(str, problems)))
+        return View(self._cluster, group)
 
     def _refuse(self, group: Json, message: str) -> None:
         """The spec cannot be carried out: say so, and leave what runs as it is."""
         self._cluster.events.tell(group, "Warning", "InvalidSpec", message)
         self._reporter.refuse(group, message, self._clock())
-
-
-class View:
-    """One look at a group: what it wants and what there is. Raises ConfigError for what it cannot have."""
-
-    def __init__(self, cluster: Cluster, group: Json) -> None:
-        namespace, name = group["metadata"]["namespace"], group["metadata"]["name"]
-        self.group = group
-        self.spec = resolve_spec(group["spec"])
-        self.roles: dict[str, Json] = {role["name"]: role for role in self.spec["roles"]}
-        profiles = _profiles(cluster, self.spec["roles"])
-        gang = objects.gang_of(group)
-        self.templates = {name: _templates(group, role, profiles, gang) for name, role in self.roles.items()}
-        self.revisions = {name: template_revision({"t": templates}) for name, templates in self.templates.items()}
-        self.desired: Desired = desired_group(group, self.spec, self.revisions)
-        uid = group["metadata"]["uid"]
-        self.workloads: dict[str, tuple[Kind, Json]] = {}
-        self.doubles: list[tuple[Kind, Json]] = []  # of a role whose kind was changed
-        for kind, resource in WORKLOADS.items():
-            for workload in cluster.owned(resource, uid):
-                self._sort_in(kind, workload)
-        pods = cluster.of_group(POD, namespace, name)
-        self.observed: Observed = observe(group, self.workloads.values(), pods)
-
-    def _sort_in(self, kind: Kind, workload: Json) -> None:
-        name = workload["metadata"]["labels"][f"{objects.names.PREFIX}/role"]
-        role = self.roles.get(name)
-        if name in self.workloads or (role is not None and workload_kind(role) != kind):
-            self.doubles.append((kind, workload))
-        else:
-            self.workloads[name] = (kind, workload)
-
-    def workload(self, name: str, target: Target, annotations: dict[str, str]) -> tuple[Resource, Json]:
-        """The workload object of a desired role."""
-        role = self.roles[name]
-        templates = [self._labelled(template, name) for template in self.templates[name]]
-        kind = workload_kind(role)
-        if kind == "StatefulSet":
-            made = objects.stateful_set(self.group, role, templates[0], target)
-        elif kind == "Deployment":
-            made = objects.deployment(self.group, role, templates[0], target)
-        else:
-            made = objects.leader_worker_set(self.group, role, templates[0], templates[1], target)
-        own = {REVISION: target.revision, DEPENDENCIES: ",".join(role.get("dependencies") or [])}
-        made["metadata"]["annotations"] |= {key: value for key, value in (own | annotations).items() if value}
-        return WORKLOADS[kind], made
-
-    def _labelled(self, template: Json, name: str) -> Json:
-        """With the revision, by which the plan knows old pods from new ones."""
-        metadata = template["metadata"]
-        labels = {**metadata["labels"], REVISION: self.revisions[name]}
-        return {**template, "metadata": {**metadata, "labels": labels}}
-
-
-def _profiles(cluster: Cluster, roles: list[Json]) -> dict[str, Json]:
-    wanted = {runtime["profileName"] for role in roles for runtime in role.get("engineRuntimes") or []}
-    found = {}
-    for name in sorted(wanted):
-        profile = cluster.get(PROFILE, "", name)
-        if profile is None:
-            raise ConfigError(f"there is no ClusterEngineRuntimeProfile {name}; create it, or remove it from the role")
-        found[name] = profile["spec"]
-    return found
-
-
-def _templates(group: Json, role: Json, profiles: dict[str, Json], gang: str) -> list[Json]:
-    """The finished pod template, or for a LeaderWorkerSet the leader's and the workers'."""
-    if workload_kind(role) != "LeaderWorkerSet":
-        indexed = workload_kind(role) == "StatefulSet"
-        return [pod_template(group, role, role["template"], profiles, indexed=indexed, gang=gang)]
-    leader, worker = leader_worker_templates(role)
-    return [
-        pod_template(group, role, leader, profiles, indexed=True, gang=gang),
-        pod_template(group, {**role, "engineRuntimes": []}, worker, {}, indexed=True, gang=gang),
-    ]
 
 
 class _Pass:
@@ -202,12 +118,11 @@ class _Pass:
             elif isinstance(action, RecordRollout):
                 self._rollouts[action.role] = action.rollout
         self._record_failures(actions)
-        if self._view.desired.deleted:
+        if self._view.deleted:
             self._shut_down(actions)
             return self._again()
-        if any(isinstance(action, Rollback) for action in actions):
-            self._roll_back(next(action for action in actions if isinstance(action, Rollback)))
-            return 0.0
+        if self._rolls_back(actions):
+            return None  # the group has changed
         self._keep_finalizer()
         History(self._cluster, self._group).keep(self._view.revisions)
         self._apply_shared()
@@ -286,7 +201,7 @@ class _Pass:
     def _apply_workload(self, name: str, target: Target, live: Json) -> None:
         """All of it while it has the wanted revision; else only what does not concern the template."""
         annotations = self._rollout_annotation(name)
-        if target.revision == self._view.revisions[name]:
+        if target.revision == self._view.revisions[name] and not self._view.keeps_template(name):
             resource, made = self._view.workload(name, target, annotations)
             self._cluster.apply(resource, made)
         elif name in self._targets or name in self._rollouts:
@@ -321,8 +236,7 @@ class _Pass:
     def _remove_what_is_not_wanted(self) -> None:
         """Objects of roles that are gone, of features that were switched off, of a workload kind that was changed."""
         for kind, workload in self._view.doubles:
-            if self._view.observed.role(workload["metadata"]["labels"][f"{objects.names.PREFIX}/role"]):
-                self._cluster.delete(WORKLOADS[kind], workload)
+            self._cluster.delete(WORKLOADS[kind], workload)
         wanted = self._wanted_names()
         for resource in (SERVICE, DISRUPTION_BUDGET, ADAPTER, CONFIG_MAP):
             for each in self._cluster.owned(resource, self._group["metadata"]["uid"]):
@@ -330,11 +244,12 @@ class _Pass:
                     self._cluster.delete(resource, each)
 
     def _wanted_names(self) -> dict[Resource, set[str]]:
-        """Names of the objects that stay; a Service stays while its role still has pods."""
-        present = set(self._view.roles) | {role.name for role in self._view.observed.roles}
+        """Names of the objects that stay; a Service stays while a StatefulSet's pods may still need it."""
+        served = {name for name, role in self._view.roles.items() if workload_kind(role) == "StatefulSet"}
+        served |= {role.name for role in self._view.observed.roles if role.kind == "StatefulSet"}
         budgets = [role["name"] for role in self._view.roles.values() if role.get("podDisruptionBudget")]
         return {
-            SERVICE: self._names(present),
+            SERVICE: self._names(served),
             DISRUPTION_BUDGET: self._names(budgets),
             ADAPTER: self._names(objects.scaled(self._group)),
             CONFIG_MAP: {self._name},
@@ -370,7 +285,13 @@ class _Pass:
         if not self._view.observed.roles:
             self._set_finalizers([each for each in have if each != FINALIZER])
 
-    def _roll_back(self, action: Rollback) -> None:
+    def _rolls_back(self, actions: list[Action]) -> bool:
+        """Whether the group's spec was set back to an earlier revision."""
+        action = next((each for each in actions if isinstance(each, Rollback)), None)
+        if action is None:
+            return False
         restored = History(self._cluster, self._group).undo_to(action.role, action.to)
+        why = action.why if restored else f"{action.why}, and no earlier revision of the spec has its old template"
         reason = "RolledBack" if restored else "RollbackFailed"
-        self._cluster.events.tell(self._group, "Warning", reason, action.why)
+        self._cluster.events.tell(self._group, "Warning", reason, why)
+        return restored

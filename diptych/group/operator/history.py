@@ -34,21 +34,21 @@ class History:
         known = self.revisions()
         revision = spec_revision(self._group["spec"])
         name = f"{self._group['metadata']['name']}-{revision.hash}"
-        last = known[-1] if known else None
-        if last is None or last["metadata"]["name"] != name:
-            number = int(last["revision"]) + 1 if last else 1
-            annotations = {ROLE_REVISIONS: msgspec.json.encode(role_revisions, order="sorted").decode()}
-            metadata = objects.metadata(self._group, "", name, annotations=annotations)
-            self._cluster.apply(REVISION, {"metadata": metadata, "data": revision.data, "revision": number})
-            known = [each for each in known if each["metadata"]["name"] != name]
-            for old in known[: max(0, len(known) + 1 - KEEP)]:
-                self._cluster.delete(REVISION, old)
+        is_newest = bool(known) and known[-1]["metadata"]["name"] == name
+        number = int(known[-1]["revision"]) + (not is_newest) if known else 1
+        annotations = {ROLE_REVISIONS: msgspec.json.encode(role_revisions, order="sorted").decode()}
+        metadata = objects.metadata(self._group, "", name, annotations=annotations)
+        self._cluster.apply(REVISION, {"metadata": metadata, "data": revision.data, "revision": number})
+        older = [each for each in known if each["metadata"]["name"] != name]
+        for old in older[: max(0, len(older) + 1 - KEEP)]:
+            self._cluster.delete(REVISION, old)
 
     def undo_to(self, role: str, revision: str) -> bool:
         """Return the group's spec to the newest revision in which `role` had this template. False if there is none."""
-        for each in reversed(self.revisions()[:-1]):
+        today = f"{self._group['metadata']['name']}-{spec_revision(self._group['spec']).hash}"
+        for each in reversed(self.revisions()):
             text = (each["metadata"].get("annotations") or {}).get(ROLE_REVISIONS, "{}")
-            if msgspec.json.decode(text).get(role) == revision:
+            if msgspec.json.decode(text).get(role) == revision and each["metadata"]["name"] != today:
                 self.restore(each)
                 return True
         return False

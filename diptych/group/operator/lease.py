@@ -16,13 +16,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from diptych.errors import DiptychError, NotFound
-from diptych.group.operator.api import Api, Conflict
+from diptych.group.operator.api import Api
 from diptych.group.operator.resources import LEASE, Json
 
 log = logging.getLogger(__name__)
 
 DURATION_S = 6.0  # after so long without a renewal another operator takes over
 RENEW_DEADLINE_S = 4.0  # after so long without a renewal the leader stops
+RELEASE_S = 2.0  # what giving the lease back may take
 RETRY_S = 1.0  # between renewals, and between a candidate's looks
 
 
@@ -62,19 +63,28 @@ class Election:
             self.leading = False
             self._release()
 
+    def may_write(self) -> bool:
+        """Whether no other operator can be leading. To be asked before every write: a renewal may hang meanwhile."""
+        return self.leading and self._clock() - self._renewed_at < RENEW_DEADLINE_S
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             self.look()
-            self._stopping.wait(RETRY_S * random.uniform(0.8, 1.2))
+            self._stopping.wait(self.pause_s())
+
+    def pause_s(self) -> float:
+        """Until the next look; a candidate is there when the lease expires."""
+        usual_s = RETRY_S * random.uniform(0.8, 1.2)
+        left_s = self._seen_at + self._lasts_s() - self._clock()
+        return usual_s if self.leading or left_s <= 0 else min(usual_s, left_s + 0.01)
 
     def look(self) -> None:
         """Renew the lease, or take it if it is free; then say what changed."""
-        started = self._clock()
         try:
-            holds = self._try_to_hold(started)
+            holds = self._try_to_hold()
         except DiptychError as error:
             log.warning("leader election: %s", error.message)
-            holds = self.leading and self._clock() - self._renewed_at < RENEW_DEADLINE_S
+            holds = self.may_write()
         if holds and not self.leading:
             self.leading = True
             log.info("leading as %s", self._identity)
@@ -84,28 +94,28 @@ class Election:
             log.error("the lease %s/%s is lost", self._namespace, self._name)
             self._on_lost()
 
-    def _try_to_hold(self, now: float) -> bool:
-        """Whether the lease is ours now."""
+    def _try_to_hold(self) -> bool:
+        """Whether the lease is ours now. Raises Conflict if somebody was faster; the next look tells."""
+        started = self._clock()
+        left_s = self._renewed_at + RENEW_DEADLINE_S - started if self.leading else RENEW_DEADLINE_S
+        api = self._api.within(max(0.2, left_s / 2))
         try:
-            lease = self._api.get(LEASE, self._namespace, self._name)
+            lease = api.get(LEASE, self._namespace, self._name)
         except NotFound:
-            lease = None
-        try:
-            if lease is None:
-                self._api.create(LEASE, self._lease(None))
-            else:
-                spec = lease.get("spec") or {}
-                if spec != self._seen:
-                    self._seen, self._seen_at = spec, now
-                holder = spec.get("holderIdentity")
-                expired = now - self._seen_at > float(spec.get("leaseDurationSeconds") or DURATION_S)
-                if holder and holder != self._identity and not expired:
-                    return False
-                self._api.replace(LEASE, self._lease(lease))
-        except Conflict:
-            return False  # another candidate was faster; the next look tells
-        self._renewed_at = now
+            api.create(LEASE, self._lease(None))
+        else:
+            spec, now = lease.get("spec") or {}, self._clock()
+            if spec != self._seen:
+                self._seen, self._seen_at = spec, now
+            holder = spec.get("holderIdentity")
+            if holder and holder != self._identity and now - self._seen_at <= self._lasts_s():
+                return False
+            api.replace(LEASE, self._lease(lease))
+        self._renewed_at = started
         return True
+
+    def _lasts_s(self) -> float:
+        return float((self._seen or {}).get("leaseDurationSeconds") or DURATION_S)
 
     def _lease(self, old: Json | None) -> Json:
         """The lease, held by us and renewed now."""
@@ -125,10 +135,11 @@ class Election:
 
     def _release(self) -> None:
         try:
-            lease = self._api.get(LEASE, self._namespace, self._name)
+            api = self._api.within(RELEASE_S)
+            lease = api.get(LEASE, self._namespace, self._name)
             if lease["spec"].get("holderIdentity") == self._identity:
                 lease["spec"]["holderIdentity"] = ""
-                self._api.replace(LEASE, lease)
+                api.replace(LEASE, lease)
         except DiptychError as error:
             log.warning("the lease could not be given back (%s): it expires in %g s", error.message, DURATION_S)
 

@@ -9,8 +9,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kubernetes.client import Configuration
 from kubernetes.config import (
@@ -23,14 +23,16 @@ from kubernetes.config import (
 from diptych.errors import ConfigError
 from diptych.group.operator.adapters import AdapterReconciler
 from diptych.group.operator.api import Api
+from diptych.group.operator.cache import GROUP_LABEL, Cache
 from diptych.group.operator.cluster import Cluster
-from diptych.group.operator.controller import Key, Reconciler, Workers, wait_synced
+from diptych.group.operator.controller import Reconciler, Workers, wait_synced
 from diptych.group.operator.events import Events
 from diptych.group.operator.groups import GroupReconciler
 from diptych.group.operator.health import HealthServer
-from diptych.group.operator.informer import GROUP_LABEL, Informer
+from diptych.group.operator.informer import Informer
 from diptych.group.operator.lease import Election
 from diptych.group.operator.metrics import Metrics
+from diptych.group.operator.observe import ROLE_LABEL
 from diptych.group.operator.queue import KeyQueue
 from diptych.group.operator.resources import (
     ADAPTER,
@@ -50,6 +52,7 @@ from diptych.group.operator.resources import (
     Json,
     Kind,
 )
+from diptych.group.operator.routes import Key, keys
 from diptych.group.operator.sets import SetReconciler
 from diptych.obs import logs
 
@@ -60,6 +63,7 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 OUR_KINDS = (GROUP, GROUP_SET, ADAPTER, PROFILE)  # all of them are watched, not only those of groups
 KINDS_OF_GROUPS = (STATEFUL_SET, DEPLOYMENT, SERVICE, CONFIG_MAP, DISRUPTION_BUDGET, REVISION, POD)
 OPTIONAL_KINDS = (LEADER_WORKER_SET, POD_GROUP, VOLCANO_POD_GROUP, PROFILE)  # not installed, or not allowed to us
+KINDS = tuple(dict.fromkeys((*OUR_KINDS, *KINDS_OF_GROUPS, *OPTIONAL_KINDS)))
 STOP_TIMEOUT_S = 10.0
 
 
@@ -86,34 +90,31 @@ class Operator:
         self._queue: KeyQueue[Key] = KeyQueue()
         self._stopping = threading.Event()
         self._leading = threading.Event()
-        kinds = dict.fromkeys((*OUR_KINDS, *KINDS_OF_GROUPS, *OPTIONAL_KINDS))
-        self._informers = {kind: self._informer(kind, namespace) for kind in kinds}
-        cluster = Cluster(self._api, self._informers, Events(self._api, COMPONENT), self.metrics)
-        reconcilers: dict[str, Reconciler] = {
-            "group": GroupReconciler(cluster),
-            "set": SetReconciler(cluster),
-            "adapter": AdapterReconciler(cluster),
-        }
-        self._workers = Workers(self._queue, reconcilers, self.metrics, num_workers)
         self._election: Election | None = None
         if elect:
             name = identity or f"{socket.gethostname()}-{os.getpid()}"
             self._election = Election(
                 self._api, lease_namespace, COMPONENT, name, on_lead=self._leading.set, on_lost=self._lose
             )
+        self._caches = {kind: Cache(kind, self._on_change(kind)) for kind in KINDS}
+        self._informers = [self._informer(cache, namespace) for cache in self._caches.values()]
+        may_write = self._election.may_write if self._election else lambda: True
+        events = Events(self._api, COMPONENT)
+        cluster = Cluster(self._api, self._caches, events, self.metrics, may_write)
+        self._workers = Workers(self._queue, reconcilers(cluster), self.metrics, num_workers)
         self.health = HealthServer(*bind, self.metrics.registry, self._healthy, self._synced)
 
     def run(self) -> None:
         """Serve until `stop` or until the lease is lost, then finish what is being written and give the lease back."""
         self.health.start()
-        for informer in self._informers.values():
+        for informer in self._informers:
             informer.start()
         if self._election is None:
             self._leading.set()
         else:
             self._election.start()
         try:
-            if not wait_synced(list(self._informers.values()), self._stopping, self._say_waiting):
+            if not wait_synced(self._informers, self._stopping, self._say_waiting):
                 return
             log.info("in step with the API server")
             while not self._leading.wait(0.2):
@@ -134,10 +135,10 @@ class Operator:
             log.warning("a reconcile did not end within %g s", STOP_TIMEOUT_S)
         if self._election is not None:
             self._election.stop()
-        for informer in self._informers.values():
+        for informer in self._informers:
             informer.stop()
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for informer in self._informers.values():
+        for informer in self._informers:
             informer.join(max(0.0, deadline - time.monotonic()))
         self.health.close()
         self._api.close()
@@ -151,43 +152,40 @@ class Operator:
         return not self.lost
 
     def _synced(self) -> bool:
-        return all(informer.synced.is_set() for informer in self._informers.values())
+        return all(informer.synced.is_set() for informer in self._informers)
 
     @staticmethod
     def _say_waiting(kind: str) -> None:
         log.info("waiting for the first list of %s", kind)
 
-    # ---- what changes make whom look ----
+    def _informer(self, cache: Cache, namespace: str) -> Informer:
+        where = namespace if cache.kind.namespaced else ""
+        optional = cache.kind in OPTIONAL_KINDS
+        return Informer(self._api, cache, where, selector(cache.kind), self.metrics, optional=optional)
 
-    def _informer(self, kind: Kind, namespace: str) -> Informer:
-        selector = "" if kind in OUR_KINDS else GROUP_LABEL
-        where, optional = namespace if kind.namespaced else "", kind in OPTIONAL_KINDS
-        return Informer(self._api, kind, where, selector, self._on_change(kind), self.metrics, optional=optional)
-
-    def _on_change(self, kind: Kind) -> Any:
+    def _on_change(self, kind: Kind) -> Callable[[Json], None]:
         def on_change(obj: Json) -> None:
-            for key in self._keys(kind, obj):
+            for key in keys(kind, obj, self._caches):
                 self._queue.add(key)
 
         return on_change
 
-    def _keys(self, kind: Kind, obj: Json) -> list[Key]:
-        metadata = obj["metadata"]
-        namespace, name = metadata.get("namespace", ""), metadata["name"]
-        if kind == PROFILE:
-            return [Key("group", *key) for key in self._informers[GROUP].all_keys()]
-        if kind == GROUP_SET:
-            return [Key("set", namespace, name)]
-        if kind == ADAPTER:
-            group = obj["spec"]["scaleTargetRef"]["name"]
-            return [Key("adapter", namespace, name), Key("group", namespace, group)]
-        if kind == GROUP:
-            adapters = self._informers[ADAPTER].of_group(namespace, name)
-            keys = [Key("adapter", namespace, adapter["metadata"]["name"]) for adapter in adapters]
-            owners = [each for each in metadata.get("ownerReferences") or [] if each["kind"] == GROUP_SET.kind]
-            return [Key("group", namespace, name), *keys, *(Key("set", namespace, each["name"]) for each in owners)]
-        group = (metadata.get("labels") or {}).get(GROUP_LABEL)
-        return [Key("group", namespace, group)] if group else []
+
+def reconcilers(cluster: Cluster, clock: Callable[[], float] = time.time) -> dict[str, Reconciler]:
+    """By the controller of their keys. `clock` gives Unix time."""
+    return {
+        "group": GroupReconciler(cluster, clock),
+        "set": SetReconciler(cluster, clock),
+        "adapter": AdapterReconciler(cluster, clock),
+    }
+
+
+def selector(kind: Kind) -> str:
+    """Which objects of the kind are followed. The revisions of groups are; those of their StatefulSets, with the same
+    labels and that of a role, are not."""
+    if kind in OUR_KINDS:
+        return ""
+    return f"{GROUP_LABEL},!{ROLE_LABEL}" if kind == REVISION else GROUP_LABEL
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ operator knows what the old one knew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import msgspec
 
 from diptych.group import names
 from diptych.group.actions import Failures, Kind, Observed, ObservedRole, Phase, PodState, Rollout, Target
+from diptych.group.operator.cache import controller_of
 from diptych.group.operator.resources import Json
 
 ROLE_LABEL = f"{names.PREFIX}/role"
@@ -25,26 +26,39 @@ LWS_PREFIX = "leaderworkerset.sigs.k8s.io"
 SIDECARS = frozenset({"patio-runtime"})  # whose restarts concern nobody else, as in v0.4
 
 
-def observe(group: Json, workloads: Iterable[tuple[Kind, Json]], pods: Sequence[Json]) -> Observed:
-    """`workloads`: those the group controls. `pods`: all that carry its labels."""
+def observe(group: Json, workloads: Mapping[str, tuple[Kind, Json]], pods: Sequence[Json]) -> Observed:
+    """`workloads`: those the group controls, by role. `pods`: all that carry its labels; those that none of its
+    workloads made are somebody else's, whatever their labels say."""
     by_role: dict[str, list[Json]] = {}
     for pod in pods:
-        by_role.setdefault(pod["metadata"]["labels"].get(ROLE_LABEL, ""), []).append(pod)
-    roles = [_role(kind, workload, by_role) for kind, workload in workloads]
-    there = {role.name for role in roles}
-    for name, left in by_role.items():
-        if name and name not in there:  # the workload is gone, its pods are ending
-            states = tuple(_pod(pod) for pod in left)
-            roles.append(ObservedRole(name=name, target=Target(0, 0, ""), pods=states, deleting=True))
-    return Observed(roles=tuple(roles), failures=_failures(group))
+        role = pod["metadata"]["labels"].get(ROLE_LABEL, "")
+        if role and _is_made_for(pod, names.workload_name(group["metadata"]["name"], role)):
+            by_role.setdefault(role, []).append(pod)
+    roles = [_role(name, kind, workload, by_role.get(name, [])) for name, (kind, workload) in workloads.items()]
+    for name in by_role.keys() - workloads.keys():  # the workload is gone, its pods are ending
+        states = tuple(_pod(pod) for pod in by_role[name])
+        roles.append(ObservedRole(name=name, target=Target(0, 0, ""), pods=states, deleting=True))
+    return Observed(roles=tuple(sorted(roles, key=lambda role: role.name)), failures=_failures(group))
 
 
-def _role(kind: Kind, workload: Json, pods: Mapping[str, list[Json]]) -> ObservedRole:
+def _is_made_for(pod: Json, workload: str) -> bool:
+    """Whether a workload of this name, today's or an earlier one, made the pod: itself, or through a ReplicaSet
+    <workload>-<hash> or a StatefulSet of workers <workload>-<index>."""
+    owner = controller_of(pod)
+    name = owner.get("name", "")
+    if owner.get("kind") == "StatefulSet" and name == workload:
+        return True
+    made, _, suffix = name.rpartition("-")
+    return made == workload and (owner["kind"] == "ReplicaSet" or (owner["kind"] == "StatefulSet" and suffix.isdigit()))
+
+
+def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json]) -> ObservedRole:
     metadata, spec = workload["metadata"], workload["spec"]
-    name = metadata["labels"][ROLE_LABEL]
     annotations = metadata.get("annotations") or {}
-    own = pods.get(name, [])
-    states = _replicas_of_leaders(own) if kind == "LeaderWorkerSet" else [_pod(pod) for pod in own]
+    states = _replicas_of_leaders(pods) if kind == "LeaderWorkerSet" else [_pod(pod) for pod in pods]
+    if kind == "StatefulSet":  # pods of an earlier one of the same name end before there can be new ones
+        old = {pod["metadata"]["uid"] for pod in pods if controller_of(pod)["uid"] != metadata["uid"]}
+        states = [msgspec.structs.replace(each, phase="stopping") if each.uid in old else each for each in states]
     return ObservedRole(
         name=name,
         target=_target(kind, spec, annotations.get(REVISION, "")),

@@ -11,6 +11,7 @@ from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.resources import GROUP, Json, key_of
 
 DELAY_S = 1.0
+MAX_MESSAGE = 4096  # characters of a refusal; the API takes 32768
 
 
 class Reporter:
@@ -27,28 +28,31 @@ class Reporter:
         new = as_json(status, old, now)
         key = key_of(group)
         if all(old.get(field) == value for field, value in new.items()):
-            with self._lock:
-                self._since.pop(key, None)
+            self.forget(*key)
             return None
         with self._lock:
             waited_s = now - self._since.setdefault(key, now)
         if waited_s < DELAY_S and not _turns(old, new):
             return DELAY_S - waited_s
-        self._cluster.apply(GROUP, _with_status(group, new), "status")
-        with self._lock:
-            self._since.pop(key, None)
+        self._cluster.apply_status(GROUP, group, new)
+        self.forget(*key)
         return None
+
+    def forget(self, namespace: str, name: str) -> None:
+        """Nothing is to be written about this group."""
+        with self._lock:
+            self._since.pop((namespace, name), None)
 
     def refuse(self, group: Json, message: str, now: float) -> None:
         """Report a spec that cannot be carried out."""
         conditions = (
-            actions.Condition("Ready", False, "InvalidSpec", message),
+            actions.Condition("Ready", False, "InvalidSpec", message[:MAX_MESSAGE]),
             actions.Condition("Progressing", False, "InvalidSpec", "waiting for a spec that can be carried out"),
         )
         old = group.get("status") or {}
         status = actions.GroupStatus(group["metadata"]["generation"], conditions, ())
         new = as_json(status, old, now) | {"roleStatuses": old.get("roleStatuses") or []}
-        self._cluster.apply(GROUP, _with_status(group, new), "status")
+        self._cluster.apply_status(GROUP, group, new)
 
 
 def as_json(status: actions.GroupStatus, old: Json, now: float) -> Json:
@@ -58,7 +62,7 @@ def as_json(status: actions.GroupStatus, old: Json, now: float) -> Json:
     for each in status.conditions:
         state = "True" if each.status else "False"
         last = before.get(each.type, {})
-        since = last["lastTransitionTime"] if last.get("status") == state else _timestamp(now)
+        since = last["lastTransitionTime"] if last.get("status") == state else timestamp(now)
         conditions.append(
             {
                 "type": each.type,
@@ -85,10 +89,5 @@ def _turns(old: Json, new: Json) -> bool:
     return was != now and not (was == "" and now == "False")
 
 
-def _with_status(group: Json, status: Json) -> Json:
-    namespace, name = key_of(group)
-    return {"metadata": {"namespace": namespace, "name": name}, "status": status}
-
-
-def _timestamp(now: float) -> str:
+def timestamp(now: float) -> str:
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

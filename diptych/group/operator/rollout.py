@@ -15,6 +15,7 @@ from rich.table import Table
 from diptych.errors import ConfigError, DeadlineExceeded, NotFound
 from diptych.group import names
 from diptych.group.operator.api import Api
+from diptych.group.operator.cache import controller_of
 from diptych.group.operator.main import connect
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import GROUP, REVISION, Json
@@ -39,7 +40,8 @@ class Target:
     def revisions(self) -> dict[int, Json]:
         """By number, oldest first."""
         found, _ = self.api.list(REVISION, self.namespace, f"{names.PREFIX}/name={self.name}")
-        return dict(sorted((int(each["revision"]), each) for each in found))
+        own = [each for each in found if controller_of(each).get("uid") == self.group["metadata"]["uid"]]
+        return {int(each["revision"]): each for each in sorted(own, key=lambda each: int(each["revision"]))}
 
     def choose(self, number: int | None) -> Json:
         known = self.revisions()

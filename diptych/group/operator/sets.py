@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import copy
-from datetime import UTC, datetime
+from collections.abc import Callable
 
+from diptych.group.names import child_name
+from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.report import timestamp
 from diptych.group.operator.resources import GROUP, GROUP_SET, Json
 from diptych.group.operator.template import EXCLUSIVE_TOPOLOGY
 
 PREFIX = "rolebasedgroupset.workloads.x-k8s.io"
+MAX_GROUPS = 1000
 SET_LABEL, INDEX_LABEL = f"{PREFIX}/name", f"{PREFIX}/rbg-index"
 
 
 class SetReconciler:
-    """See Reconciler."""
+    """See Reconciler. `clock` gives Unix time."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, clock: Callable[[], float]) -> None:
+        self._cluster, self._clock = cluster, clock
 
     def reconcile(self, namespace: str, name: str) -> float | None:
         owner = self._cluster.get(GROUP_SET, namespace, name)
         if owner is None or owner["metadata"].get("deletionTimestamp"):
             return None
-        groups = {group["metadata"]["name"]: group for group in self._cluster.owned(GROUP, owner["metadata"]["uid"])}
-        wanted = {f"{name}-{index}": index for index in range(owner["spec"].get("replicas", 1))}
-        for child, index in wanted.items():
-            self._cluster.apply(GROUP, child_group(owner, child, index, groups.get(child)))
-        for child in sorted(set(groups) - set(wanted), key=_index, reverse=True):
-            self._cluster.delete(GROUP, groups[child], "Foreground")
-        self._cluster.apply(GROUP_SET, set_status(owner, list(groups.values())), "status")
+        found = self._cluster.owned(GROUP, owner["metadata"]["uid"])
+        groups = {group["metadata"]["name"]: group for group in found}
+        try:
+            self._carry_out(owner, groups)
+        except ApiError as error:  # what only a person can change
+            self._cluster.events.tell(owner, "Warning", "FailedReconcile", error.message)
+            raise
+        self._cluster.apply_status(GROUP_SET, owner, set_status(owner, list(groups.values()), self._clock()))
         return None
+
+    def _carry_out(self, owner: Json, groups: dict[str, Json]) -> None:
+        wanted = owner["spec"].get("replicas", 1)
+        if wanted > MAX_GROUPS:
+            raise ApiError(f"spec.replicas: {wanted} groups are too many, a set may have {MAX_GROUPS}")
+        names = [child_name(owner["metadata"]["name"], index) for index in range(wanted)]
+        for index, name in enumerate(names):
+            live = groups.get(name)
+            if live is None or not live["metadata"].get("deletionTimestamp"):
+                self._cluster.apply(GROUP, child_group(owner, name, index, live))
+        for name in sorted(set(groups) - set(names), key=_index, reverse=True):
+            self._cluster.delete(GROUP, groups[name])
 
 
 def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
@@ -63,30 +80,25 @@ def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
     }
 
 
-def set_status(owner: Json, groups: list[Json]) -> Json:
-    """The set with its status; the condition's time is kept while it does not change."""
+def set_status(owner: Json, groups: list[Json], now: float) -> Json:
+    """The set's status; the condition's time is kept while it does not change."""
     wanted = owner["spec"].get("replicas", 1)
     ready = sum(is_ready(group) for group in groups)
     good = ready >= wanted and len(groups) == wanted
     old = {each["type"]: each for each in (owner.get("status") or {}).get("conditions") or []}.get("Ready", {})
     state = "True" if good else "False"
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     condition = {
         "type": "Ready",
         "status": state,
         "reason": "AllReplicasReady" if good else "ReplicasNotReady",
         "message": f"{ready} of {wanted} groups are ready",
-        "lastTransitionTime": old.get("lastTransitionTime", now) if old.get("status") == state else now,
+        "lastTransitionTime": old["lastTransitionTime"] if old.get("status") == state else timestamp(now),
     }
-    metadata = owner["metadata"]
     return {
-        "metadata": {"namespace": metadata["namespace"], "name": metadata["name"]},
-        "status": {
-            "observedGeneration": metadata["generation"],
-            "replicas": len(groups),
-            "readyReplicas": ready,
-            "conditions": [condition],
-        },
+        "observedGeneration": owner["metadata"]["generation"],
+        "replicas": len(groups),
+        "readyReplicas": ready,
+        "conditions": [condition],
     }
 
 

@@ -1,0 +1,162 @@
+"""One look at a group: what its spec asks for and what there is, in the words of the plan, and the objects that carry
+out the plan's words."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from diptych.errors import ConfigError
+from diptych.group.actions import Desired, Kind, Observed, Target
+from diptych.group.operator import objects
+from diptych.group.operator.adapters import with_scale
+from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.desired import desired_group, template_revision, workload_kind
+from diptych.group.operator.observe import DEPENDENCIES, REVISION, observe
+from diptych.group.operator.resources import (
+    ADAPTER,
+    DEPLOYMENT,
+    LEADER_WORKER_SET,
+    POD,
+    PROFILE,
+    STATEFUL_SET,
+    Json,
+)
+from diptych.group.operator.resources import Kind as Resource
+from diptych.group.operator.template import pod_template
+from diptych.group.resolve import leader_worker_templates, resolve_spec
+
+WORKLOADS: dict[Kind, Resource] = {
+    "StatefulSet": STATEFUL_SET,
+    "Deployment": DEPLOYMENT,
+    "LeaderWorkerSet": LEADER_WORKER_SET,
+}
+PROFILES = f"{objects.names.PREFIX}/profiles"  # annotation of workloads: hash of the profiles in its template
+MAX_PODS = 10_000  # of a group: its discovery file must fit into a ConfigMap
+
+
+class View:
+    """Raises ConfigError for what the group cannot have. `group` is as scaled by its adapters; of one that is being
+    deleted only what there is counts."""
+
+    def __init__(self, cluster: Cluster, group: Json) -> None:
+        metadata = group["metadata"]
+        self._cluster = cluster
+        self.deleted = bool(metadata.get("deletionTimestamp"))
+        self.group = with_scale(group, cluster.owned(ADAPTER, metadata["uid"]))
+        self.spec: Json = {"roles": []} if self.deleted else resolve_spec(self.group["spec"])
+        self.roles: dict[str, Json] = {role["name"]: role for role in self.spec["roles"]}
+        self._check_size()
+        self._profiles = _profiles(cluster, self.spec["roles"])
+        gang = objects.gang_of(group)
+        self.templates = {name: _templates(group, role, self._profiles, gang) for name, role in self.roles.items()}
+        self.revisions = {name: self._revision(role, gang) for name, role in self.roles.items()}
+        self.desired: Desired = desired_group(group, self.spec, self.revisions)
+        self.workloads: dict[str, tuple[Kind, Json]] = {}  # by role
+        self.doubles: list[tuple[Kind, Json]] = []  # of a role whose kind was changed
+        for kind, resource in WORKLOADS.items():
+            for workload in cluster.owned(resource, metadata["uid"]):
+                self._sort_in(kind, workload)
+        pods = cluster.of_group(POD, metadata["namespace"], metadata["name"])
+        self.observed: Observed = observe(group, self.workloads, pods)
+        if self._find_unlabelled():
+            self.observed = observe(group, self.workloads, pods)
+
+    def _check_size(self) -> None:
+        sizes = {name: (role.get("leaderWorkerSet") or {}).get("size", 1) for name, role in self.roles.items()}
+        pods = sum(role["replicas"] * sizes[name] for name, role in self.roles.items())
+        if pods > MAX_PODS:
+            raise ConfigError(f"spec.roles: {pods} pods are too many, a group may have {MAX_PODS}")
+
+    def _revision(self, role: Json, gang: str) -> str:
+        """Of the role's pods. A profile that says NoUpdate counts by its name: a change of it reaches new pods only
+        together with another change."""
+        counted = {
+            name: profile if profile.get("updateStrategy") == "RollingUpdate" else {}
+            for name, profile in self._profiles.items()
+        }
+        return template_revision({"t": _templates(self.group, role, counted, gang), "p": sorted(_named(role))})
+
+    def _sort_in(self, kind: Kind, workload: Json) -> None:
+        name = workload["metadata"]["name"].removeprefix(f"{self.group['metadata']['name']}-")
+        role = self.roles.get(name)
+        if name in self.workloads or (role is not None and workload_kind(role) != kind):
+            self.doubles.append((kind, workload))
+        else:
+            self.workloads[name] = (kind, workload)
+
+    def _find_unlabelled(self) -> bool:
+        """A workload that has lost the group's labels is not among those we follow, but its pods are."""
+        gone = {seen.name for seen in self.observed.roles if seen.deleting and seen.name not in self.workloads}
+        found = False
+        for name in sorted(gone & self.roles.keys()):
+            kind = workload_kind(self.roles[name])
+            metadata = self.group["metadata"]
+            live = self._cluster.look_up(WORKLOADS[kind], metadata["namespace"], objects.object_name(self.group, name))
+            owners = (live or {}).get("metadata", {}).get("ownerReferences") or []
+            if live is not None and metadata["uid"] in [each["uid"] for each in owners]:
+                self.workloads[name] = (kind, live)
+                found = True
+        return found
+
+    def keeps_template(self, name: str) -> bool:
+        """Whether the role's workload has profiles that have changed since, which its pods are not to get now."""
+        annotations = self.workloads[name][1]["metadata"].get("annotations") or {}
+        return annotations.get(REVISION) == self.revisions[name] and annotations.get(PROFILES, "") != self._used(name)
+
+    def _used(self, name: str) -> str:
+        """Hash of the profiles in the role's template; empty without any."""
+        used = {each: self._profiles[each] for each in sorted(_named(self.roles[name]))}
+        return hashlib.sha256(msgspec.json.encode(used, order="sorted")).hexdigest()[:10] if used else ""
+
+    def workload(self, name: str, target: Target, annotations: dict[str, str]) -> tuple[Resource, Json]:
+        """The workload object of a desired role."""
+        role = self.roles[name]
+        templates = [self._labelled(template, name) for template in self.templates[name]]
+        kind = workload_kind(role)
+        if kind == "StatefulSet":
+            made = objects.stateful_set(self.group, role, templates[0], target)
+        elif kind == "Deployment":
+            made = objects.deployment(self.group, role, templates[0], target)
+        else:
+            made = objects.leader_worker_set(self.group, role, templates[0], templates[1], target)
+        own = {
+            REVISION: target.revision,
+            DEPENDENCIES: ",".join(role.get("dependencies") or []),
+            PROFILES: self._used(name),
+        }
+        made["metadata"]["annotations"] |= {key: value for key, value in (own | annotations).items() if value}
+        return WORKLOADS[kind], made
+
+    def _labelled(self, template: Json, name: str) -> Json:
+        """With the revision, by which the plan knows old pods from new ones."""
+        metadata = template["metadata"]
+        labels = {**metadata["labels"], REVISION: self.revisions[name]}
+        return {**template, "metadata": {**metadata, "labels": labels}}
+
+
+def _named(role: Json) -> set[str]:
+    return {runtime["profileName"] for runtime in role.get("engineRuntimes") or []}
+
+
+def _profiles(cluster: Cluster, roles: list[Json]) -> dict[str, Json]:
+    found = {}
+    for name in sorted({name for role in roles for name in _named(role)}):
+        profile = cluster.get(PROFILE, "", name)
+        if profile is None:
+            raise ConfigError(f"there is no ClusterEngineRuntimeProfile {name}; create it, or remove it from the role")
+        found[name] = profile["spec"]
+    return found
+
+
+def _templates(group: Json, role: Json, profiles: dict[str, Json], gang: str) -> list[Json]:
+    """The finished pod template, or for a LeaderWorkerSet the leader's and the workers'."""
+    if workload_kind(role) != "LeaderWorkerSet":
+        indexed = workload_kind(role) == "StatefulSet"
+        return [pod_template(group, role, role["template"], profiles, indexed=indexed, gang=gang)]
+    leader, worker = leader_worker_templates(role)
+    return [
+        pod_template(group, role, leader, profiles, indexed=True, gang=gang),
+        pod_template(group, {**role, "engineRuntimes": []}, worker, {}, indexed=True, gang=gang),
+    ]
