@@ -85,7 +85,12 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return web.Response(body=encode(value), status=status, content_type="application/json", headers=headers)
 
 
-_TYPES = {400: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    409: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
 
 
 class EngineRefusal(DiptychError):

@@ -32,7 +32,7 @@ POOL_TOKENS = 4096
 MB = 1 << 20
 SERVER_MB = 700  # API and engine process, besides weights and KV pool
 ROUTER_MB = 150
-GROWTH_MB = 24  # of a process, over the second half: oneDNN has met every row count by then (about 1.9 MB each)
+GROWTH_MB = 24  # of a process, over the second half: most row counts have been met by then (each keeps about 1.9 MB)
 
 
 @dataclass(frozen=True)
