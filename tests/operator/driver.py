@@ -93,6 +93,8 @@ class DirectApi:
             return call()
         except ServerError as error:
             raise _error(error) from None
+        except KeyError as error:
+            raise NotFound(str(error)) from None
 
 
 def _id(kind: Kind) -> str:
@@ -121,7 +123,7 @@ class Driver:
     def _kind(self, kind: Kind) -> Any:
         try:
             return self.cluster.kinds.find(_id(kind))
-        except ServerError:
+        except KeyError:
             return None
 
     # ---- the operator ----

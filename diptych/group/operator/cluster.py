@@ -78,7 +78,8 @@ class Cluster:
     def apply(self, kind: Kind, obj: Json) -> bool:
         """Write `obj`, all that is ours of it, unless it is there like that. Whether it was written.
 
-        Raises ApiError if an object of this name belongs to somebody else, Leaving if to a group that is gone.
+        Raises ApiError if an object of this name belongs to somebody else, or if there is no such kind; Leaving if it
+        belongs to a group that is gone.
         """
         namespace, name = key_of(obj)
         key = (kind, namespace, name)
@@ -89,7 +90,13 @@ class Cluster:
         if live is not None and last == Applied(digest, live["metadata"]["uid"], _version(live)) and _says(live, obj):
             return False
         self._check_owner(kind, obj, live)
-        new = self._write("apply", kind, lambda: self._api.apply(kind, obj))
+        try:
+            new = self._write("apply", kind, lambda: self._api.apply(kind, obj))
+        except NotFound as error:
+            raise ApiError(
+                f"the cluster knows no {kind.kind} of {kind.api_version}; install what brings it, or do without ("
+                f"{error.message})"
+            ) from None
         with self._lock:
             self._applied[key] = Applied(digest, new["metadata"]["uid"], _version(new))
             self._forget()

@@ -25,7 +25,6 @@ from diptych.group.actions import (
     Wait,
 )
 from diptych.group.conditions import group_status
-from diptych.group.gang import min_member
 from diptych.group.operator import objects
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
@@ -161,7 +160,7 @@ class _Pass:
         self._cluster.apply(CONFIG_MAP, objects.config_map(self._group, text))
         for name in objects.scaled(self._group):
             self._cluster.apply(ADAPTER, objects.adapter(self._group, name))
-        gang = objects.pod_group(self._group, min_member(self._view.desired, self._view.observed))
+        gang = self._view.pod_group()
         for kind in (POD_GROUP, VOLCANO_POD_GROUP):
             if gang is not None and gang[0] == kind:
                 self._cluster.apply(kind, gang[1])

@@ -22,7 +22,6 @@ ROLLOUT = f"{names.PREFIX}/rollout"  # annotation of workloads
 DEPENDENCIES = f"{names.PREFIX}/dependencies"  # annotation of workloads
 FAILURES = f"{names.PREFIX}/restarts"  # annotation of groups
 POD_INDEX = "apps.kubernetes.io/pod-index"
-LWS_PREFIX = "leaderworkerset.sigs.k8s.io"
 SIDECARS = frozenset({"patio-runtime"})  # whose restarts concern nobody else, as in v0.4
 
 
@@ -55,7 +54,10 @@ def _is_made_for(pod: Json, workload: str) -> bool:
 def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json]) -> ObservedRole:
     metadata, spec = workload["metadata"], workload["spec"]
     annotations = metadata.get("annotations") or {}
-    states = _replicas_of_leaders(pods) if kind == "LeaderWorkerSet" else [_pod(pod) for pod in pods]
+    if kind == "LeaderWorkerSet":
+        states = _replicas_of_leaders(metadata["name"], pods)
+    else:
+        states = [_pod(pod) for pod in pods]
     if kind == "StatefulSet":  # pods of an earlier one of the same name end before there can be new ones
         old = {pod["metadata"]["uid"] for pod in pods if controller_of(pod)["uid"] != metadata["uid"]}
         states = [msgspec.structs.replace(each, phase="stopping") if each.uid in old else each for each in states]
@@ -101,7 +103,7 @@ def _pod(pod: Json) -> PodState:
 
 
 def _index(name: str, labels: Mapping[str, str]) -> int:
-    text = labels.get(POD_INDEX) or labels.get(f"{LWS_PREFIX}/group-index") or ""
+    text = labels.get(POD_INDEX, "")
     if text.isdigit():
         return int(text)
     last = name.rpartition("-")[2]
@@ -119,22 +121,26 @@ def _restarts(status: Json) -> int:
     return sum(each.get("restartCount", 0) for each in all_statuses if each["name"] not in SIDECARS)
 
 
-def _replicas_of_leaders(pods: Sequence[Json]) -> list[PodState]:
-    """One state a replica: its leader's, ready when all its pods are."""
-    groups: dict[str, list[Json]] = {}
+def _replicas_of_leaders(workload: str, pods: Sequence[Json]) -> list[PodState]:
+    """One state a replica: its leader's, ready when all its pods are. Each leader has a StatefulSet of its name, which
+    makes the workers."""
+    members: dict[str, list[PodState]] = {}
+    leaders = []
     for pod in pods:
-        groups.setdefault(pod["metadata"]["labels"].get(f"{LWS_PREFIX}/group-index", ""), []).append(pod)
-    states = []
-    for members in groups.values():
-        leaders = [m for m in members if m["metadata"]["labels"].get(f"{LWS_PREFIX}/worker-index", "0") == "0"]
-        if leaders:
-            each = [_pod(member) for member in members]
-            leader = _pod(leaders[0])
-            ready = all(state.ready for state in each)
-            since = max(state.ready_since for state in each)
-            restarts = sum(state.restarts for state in each)
-            states.append(msgspec.structs.replace(leader, ready=ready, ready_since=since, restarts=restarts))
-    return states
+        is_leader = controller_of(pod)["name"] == workload
+        leader = pod["metadata"]["name"] if is_leader else controller_of(pod)["name"]
+        members.setdefault(leader, []).append(_pod(pod))
+        leaders += [_pod(pod)] if is_leader else []
+    return [_whole(leader, members[leader.name]) for leader in leaders]
+
+
+def _whole(leader: PodState, members: Sequence[PodState]) -> PodState:
+    return msgspec.structs.replace(
+        leader,
+        ready=all(each.ready for each in members),
+        ready_since=max(each.ready_since for each in members),
+        restarts=sum(each.restarts for each in members),
+    )
 
 
 def _failures(group: Json) -> dict[str, Failures]:

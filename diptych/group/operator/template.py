@@ -22,6 +22,7 @@ CONFIG_VOLUME, CONFIG_PATH = "rbg-cluster-config", "/etc/rbg"
 POD_INDEX_LABEL = "apps.kubernetes.io/pod-index"
 EXCLUSIVE_TOPOLOGY = f"{names.PREFIX}/exclusive-topology"
 DISABLE_EXCLUSIVE = f"{names.PREFIX}/disable-exclusive-topology"
+KUBE_GANG, VOLCANO_GANG = "pod-group.scheduling.sigs.k8s.io/name", "scheduling.k8s.io/group-name"
 DRAIN_S, DEFAULT_PORT = 60, 8000
 UNIQUE_KEY = f"{names.PREFIX}/group-unique-key"
 
@@ -51,10 +52,17 @@ def pod_template(
     _add_drain(spec, role)
     _add_exclusive_topology(metadata, spec, group)
     if gang == "scheduler-plugins":
-        metadata["labels"]["pod-group.scheduling.sigs.k8s.io/name"] = name
+        metadata["labels"][KUBE_GANG] = name
     elif gang == "volcano":
-        metadata.setdefault("annotations", {})["scheduling.k8s.io/group-name"] = name
+        metadata.setdefault("annotations", {})[VOLCANO_GANG] = name
     return out
+
+
+def in_gang(pod: Json, gang: str) -> bool:
+    """Whether the pod has the mark of this scheduler."""
+    if gang == "scheduler-plugins":
+        return KUBE_GANG in (pod["metadata"].get("labels") or {})
+    return VOLCANO_GANG in (pod["metadata"].get("annotations") or {})
 
 
 def _mount_config(spec: Json, config_map: str) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from diptych.errors import ConfigError
 from diptych.group.actions import Desired, Kind, Observed, Target
+from diptych.group.gang import min_member
 from diptych.group.operator import objects
 from diptych.group.operator.adapters import with_scale
 from diptych.group.operator.cluster import Cluster
@@ -24,7 +25,7 @@ from diptych.group.operator.resources import (
     Json,
 )
 from diptych.group.operator.resources import Kind as Resource
-from diptych.group.operator.template import pod_template
+from diptych.group.operator.template import in_gang, pod_template
 from diptych.group.resolve import leader_worker_templates, resolve_spec
 
 WORKLOADS: dict[Kind, Resource] = {
@@ -58,10 +59,10 @@ class View:
         for kind, resource in WORKLOADS.items():
             for workload in cluster.owned(resource, metadata["uid"]):
                 self._sort_in(kind, workload)
-        pods = cluster.of_group(POD, metadata["namespace"], metadata["name"])
-        self.observed: Observed = observe(group, self.workloads, pods)
+        self._pods = cluster.of_group(POD, metadata["namespace"], metadata["name"])
+        self.observed: Observed = observe(group, self.workloads, self._pods)
         if self._find_unlabelled():
-            self.observed = observe(group, self.workloads, pods)
+            self.observed = observe(group, self.workloads, self._pods)
 
     def _check_size(self) -> None:
         sizes = {name: (role.get("leaderWorkerSet") or {}).get("size", 1) for name, role in self.roles.items()}
@@ -99,6 +100,13 @@ class View:
                 self.workloads[name] = (kind, live)
                 found = True
         return found
+
+    def pod_group(self) -> tuple[Resource, Json] | None:
+        """Pods that were placed without the gang, before it was wanted, are none of those it waits for."""
+        gang = objects.gang_of(self.group)
+        placed = [pod for pod in self._pods if (pod.get("spec") or {}).get("nodeName")]
+        outside = sum("deletionTimestamp" not in pod["metadata"] and not in_gang(pod, gang) for pod in placed)
+        return objects.pod_group(self.group, max(1, min_member(self.desired, self.observed) - outside))
 
     def keeps_template(self, name: str) -> bool:
         """Whether the role's workload has profiles that have changed since, which its pods are not to get now."""
