@@ -15,7 +15,7 @@ import msgspec
 
 from diptych.errors import DiptychError, NotFound, Unavailable
 from diptych.group.operator.api import Api, ApiError
-from diptych.group.operator.cache import Cache
+from diptych.group.operator.cache import Cache, controller_of
 from diptych.group.operator.events import Events
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import GROUP, Json, Kind, key_of
@@ -162,7 +162,7 @@ class Cluster:
             return
         wanted = obj["metadata"]["ownerReferences"][0]
         owners = live["metadata"].get("ownerReferences") or []
-        if any(each["uid"] == wanted["uid"] for each in owners):
+        if any(each["uid"] == wanted["uid"] for each in owners) or is_orphan(live, obj["metadata"]["labels"]):
             return
         if any((each["kind"], each["name"]) == (wanted["kind"], wanted["name"]) for each in owners):
             raise Leaving(f"{kind.kind} {name} belongs to a {wanted['kind']} {wanted['name']} that is being deleted")
@@ -170,6 +170,14 @@ class Cluster:
             f"{kind.kind} {name} exists and does not belong to this group; rename the group or its role, or delete"
             f" that {kind.kind}"
         )
+
+
+def is_orphan(obj: Json, labels: Mapping[str, str]) -> bool:
+    """Whether the object says by these labels that it belonged to the group, and belongs to nobody now: its owner
+    reference was removed, or the group was deleted without its dependents and has been made again."""
+    metadata = obj["metadata"]
+    ending = "deletionTimestamp" in metadata
+    return not ending and not controller_of(obj) and labels.items() <= (metadata.get("labels") or {}).items()
 
 
 def _version(obj: Json) -> str:

@@ -279,9 +279,10 @@ class _Pass:
         have = self._group["metadata"].get("finalizers") or []
         if FINALIZER not in have:
             return  # the cluster's garbage collection does all
-        for action in actions:
+        orphans = "orphan" in have  # those who delete the group want to keep the rest
+        for action in [] if orphans else actions:
             self._act(action)
-        if not self._view.observed.roles:
+        if orphans or not self._view.observed.roles:
             self._set_finalizers([each for each in have if each != FINALIZER])
 
     def _rolls_back(self, actions: list[Action]) -> bool:

@@ -12,12 +12,14 @@ from diptych.group.actions import Desired, Kind, Observed, Target
 from diptych.group.gang import min_member
 from diptych.group.operator import objects
 from diptych.group.operator.adapters import with_scale
-from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.cache import controller_of
+from diptych.group.operator.cluster import Cluster, is_orphan
 from diptych.group.operator.desired import desired_group, template_revision, workload_kind
-from diptych.group.operator.observe import DEPENDENCIES, REVISION, observe
+from diptych.group.operator.observe import DEPENDENCIES, REVISION, ROLE_LABEL, observe
 from diptych.group.operator.resources import (
     ADAPTER,
     DEPLOYMENT,
+    GROUP,
     LEADER_WORKER_SET,
     POD,
     PROFILE,
@@ -61,8 +63,9 @@ class View:
                 self._sort_in(kind, workload)
         self._pods = cluster.of_group(POD, metadata["namespace"], metadata["name"])
         self.observed: Observed = observe(group, self.workloads, self._pods)
-        if self._find_unlabelled():
-            self.observed = observe(group, self.workloads, self._pods)
+        strangers = self._find_strays()
+        self._pods = [pod for pod in self._pods if pod["metadata"]["labels"].get(ROLE_LABEL) not in strangers]
+        self.observed = observe(group, self.workloads, self._pods)
 
     def _check_size(self) -> None:
         sizes = {name: (role.get("leaderWorkerSet") or {}).get("size", 1) for name, role in self.roles.items()}
@@ -87,19 +90,25 @@ class View:
         else:
             self.workloads[name] = (kind, workload)
 
-    def _find_unlabelled(self) -> bool:
-        """A workload that has lost the group's labels is not among those we follow, but its pods are."""
+    def _find_strays(self) -> set[str]:
+        """For pods without a workload that we know of: it may have lost our labels or our owner reference. Then it is
+        ours again; but with a group that was deleted without its dependents, they are nobody's. Returns those roles."""
+        strangers = set()
+        uid, namespace = self.group["metadata"]["uid"], self.group["metadata"]["namespace"]
         gone = {seen.name for seen in self.observed.roles if seen.deleting and seen.name not in self.workloads}
-        found = False
-        for name in sorted(gone & self.roles.keys()):
-            kind = workload_kind(self.roles[name])
-            metadata = self.group["metadata"]
-            live = self._cluster.look_up(WORKLOADS[kind], metadata["namespace"], objects.object_name(self.group, name))
-            owners = (live or {}).get("metadata", {}).get("ownerReferences") or []
-            if live is not None and metadata["uid"] in [each["uid"] for each in owners]:
-                self.workloads[name] = (kind, live)
-                found = True
-        return found
+        for name in sorted(gone):
+            role = self.roles.get(name)
+            for kind in [workload_kind(role)] if role else WORKLOADS:
+                live = self._cluster.look_up(WORKLOADS[kind], namespace, objects.object_name(self.group, name))
+                owner = controller_of(live) if live else {}
+                if live and (
+                    owner.get("uid") == uid
+                    or (not self.deleted and is_orphan(live, objects.labels_of(self.group, name)))
+                ):
+                    self.workloads[name] = (kind, live)
+                elif live and (not owner or owner["kind"] == GROUP.kind):
+                    strangers.add(name)
+        return strangers
 
     def pod_group(self) -> tuple[Resource, Json] | None:
         """Pods that were placed without the gang, before it was wanted, are none of those it waits for."""
