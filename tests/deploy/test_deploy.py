@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ sys.path.insert(0, str(Path("tests/operator")))
 from kube_world import World, group, role, until
 
 OPERATOR = Path("deploy/operator")
-FILES = sorted([*OPERATOR.glob("*.yaml"), OPERATOR / "all-namespaces/binding.yaml"])
+EVERYWHERE = Path("deploy/operator-all-namespaces")
+FILES = sorted([*OPERATOR.glob("*.yaml"), EVERYWHERE / "binding.yaml"])
 OURS = ("workloads.x-k8s.io/", "monitoring.coreos.com/", "kustomize.config.k8s.io/")
 
 
@@ -41,10 +44,37 @@ def test_the_definitions_are_todays() -> None:
     assert (OPERATOR / "crds.yaml").read_text() == crds_yaml(), "run: diptych crds > deploy/operator/crds.yaml"
 
 
-def test_kustomizations_name_files_that_are_there() -> None:
-    for path in OPERATOR.rglob("kustomization.yaml"):
+def test_kustomizations_name_files_that_are_there_and_contain_no_base_of_theirs() -> None:
+    """kustomize refuses a base that is a parent folder of what names it."""
+    found = list(Path("deploy").rglob("kustomization.yaml"))
+    assert len(found) == 3
+    for path in found:
         for name in documents(path)[0]["resources"]:
-            assert (path.parent / name).exists(), f"{path}: {name}"
+            base = (path.parent / name).resolve()
+            assert base.exists() and base not in path.resolve().parents, f"{path}: {name}"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kustomize comes with kubectl")
+@pytest.mark.parametrize("namespace", ["diptych", "elsewhere"])
+def test_the_operator_for_all_namespaces_is_built_and_its_rights_are_its_accounts(
+    tmp_path: Path, namespace: str
+) -> None:
+    """Also when the base's namespace is changed, as its comment says one may."""
+    shutil.copytree("deploy", tmp_path / "deploy")
+    base = tmp_path / OPERATOR / "kustomization.yaml"
+    base.write_text(base.read_text().replace("\nnamespace: diptych\n", f"\nnamespace: {namespace}\n"))
+    command = ["kubectl", "kustomize", str(tmp_path / EVERYWHERE)]
+    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = {each["kind"]: each for each in yaml.safe_load_all(built)}
+    assert "Role" not in found and "RoleBinding" not in found
+    assert found["Namespace"]["metadata"]["name"] == found["ServiceAccount"]["metadata"]["namespace"] == namespace
+    account = {"kind": "ServiceAccount", "name": "diptych-operator", "namespace": namespace}
+    assert found["ClusterRoleBinding"]["subjects"] == [account]
+    assert found["ClusterRoleBinding"]["roleRef"]["kind"] == "ClusterRole"
+    assert "namespace" not in found["ClusterRole"]["metadata"]
+    resources = {name for rule in found["ClusterRole"]["rules"] for name in rule["resources"]}
+    assert {"clusterengineruntimeprofiles", "statefulsets"} <= resources
+    assert "--all-namespaces" in found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
 def test_the_operator_image_installs_what_is_tested() -> None:
