@@ -136,6 +136,43 @@ def test_going_back_to_an_old_template_reuses_its_revision(cluster: Cluster) -> 
     assert sorted(revisions.values()) == [2, 3] and revisions[first] == 3
 
 
+def test_on_delete_makes_new_pods_at_the_new_revision_and_completes_nothing(cluster: Cluster) -> None:
+    """The current revision stays behind: with a partition again, lost pods below it come back as they once were."""
+    cluster.create(stateful_set())
+    cluster.settle()
+    strategy = {"updateStrategy": {"type": "OnDelete", "rollingUpdate": None}}
+    cluster.api.patch("StatefulSet", "default", "web", {"spec": strategy})
+    set_image(cluster, "web:2")
+    cluster.settle()
+    assert set(pods(cluster, "image").values()) == {"web:1"}
+    for name in pods(cluster):
+        cluster.api.delete("Pod", "default", name)
+    cluster.settle()
+    assert set(pods(cluster, "image").values()) == {"web:2"}
+    found = status(cluster)
+    assert found["updatedReplicas"] == 3 and found["currentRevision"] != found["updateRevision"]
+    strategy = {"updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"partition": 0}}}
+    cluster.api.patch("StatefulSet", "default", "web", {"spec": strategy})
+    cluster.settle()
+    assert status(cluster)["currentRevision"] == found["updateRevision"]
+
+
+def test_on_delete_goes_with_no_rolling_update(cluster: Cluster) -> None:
+    cluster.create(stateful_set())
+    with pytest.raises(ApiError) as caught:
+        cluster.api.patch("StatefulSet", "default", "web", {"spec": {"updateStrategy": {"type": "OnDelete"}}})
+    assert caught.value.code == 422 and "only allowed for updateStrategy 'RollingUpdate'" in caught.value.message
+
+
+def test_max_unavailable_has_a_default_only_behind_its_gate() -> None:
+    for gates, rolling in (
+        ([], {"partition": 0}),
+        (["MaxUnavailableStatefulSet"], {"partition": 0, "maxUnavailable": 1}),
+    ):
+        (made,) = Cluster(clock="manual", gates=gates).create(stateful_set())
+        assert made["spec"]["updateStrategy"]["rollingUpdate"] == rolling
+
+
 def test_a_broken_update_stops_a_set(cluster: Cluster) -> None:
     cluster.create(stateful_set())
     cluster.settle()

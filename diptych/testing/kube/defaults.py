@@ -174,8 +174,12 @@ def set_defaults(kind: Kind, obj: Obj, gates: frozenset[str]) -> None:
     if kind.name != "Namespace":
         obj.setdefault("spec", {})
     defaults(obj)
-    if kind.name == "StatefulSet" and "MaxUnavailableStatefulSet" not in gates:
-        (obj["spec"]["updateStrategy"].get("rollingUpdate") or {}).pop("maxUnavailable", None)
+    if kind.name == "StatefulSet":
+        rolling = obj["spec"]["updateStrategy"].get("rollingUpdate") or {}
+        if "MaxUnavailableStatefulSet" not in gates:
+            rolling.pop("maxUnavailable", None)
+        elif rolling:
+            _set(rolling, maxUnavailable=1)
 
 
 def first_status(kind: Kind) -> Obj | None:

@@ -123,6 +123,14 @@ def _workload_causes(obj: Obj) -> Iterator[Cause]:
     yield from _container_causes(spec["template"]["spec"], "spec.template.spec")
 
 
+def _stateful_set_causes(obj: Obj) -> Iterator[Cause]:
+    yield from _workload_causes(obj)
+    strategy = obj["spec"]["updateStrategy"]
+    if strategy["type"] == "OnDelete" and strategy.get("rollingUpdate") is not None:
+        text = f"Invalid value: {strategy['rollingUpdate']}: only allowed for updateStrategy 'RollingUpdate'"
+        yield "spec.updateStrategy.rollingUpdate", text
+
+
 def _service_causes(obj: Obj) -> Iterator[Cause]:
     spec = obj["spec"]
     if not spec.get("ports") and spec.get("clusterIP") != "None" and spec["type"] != "ExternalName":
@@ -140,7 +148,7 @@ def _pdb_causes(obj: Obj) -> Iterator[Cause]:
 _CREATE: dict[tuple[str, str], Callable[[Obj], Iterator[Cause]]] = {
     ("", "Pod"): _pod_causes,
     ("", "Service"): _service_causes,
-    ("apps", "StatefulSet"): _workload_causes,
+    ("apps", "StatefulSet"): _stateful_set_causes,
     ("apps", "Deployment"): _workload_causes,
     ("apps", "ReplicaSet"): _workload_causes,
     ("policy", "PodDisruptionBudget"): _pdb_causes,

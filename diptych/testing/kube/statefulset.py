@@ -215,7 +215,8 @@ class StatefulSets:
         ready = [pod for pod in pods if pod["status"].get("phase") == "Running" and is_ready(pod)]
         revisions = [pod["metadata"]["labels"].get(REVISION) for pod in alive]
         updated, replicas = revisions.count(update), live["spec"]["replicas"]
-        if len(pods) == len(ready) == updated == replicas:
+        rolls = live["spec"]["updateStrategy"]["type"] == "RollingUpdate"  # OnDelete never completes an update
+        if rolls and len(pods) == len(ready) == updated == replicas:
             current = update
         status = {
             "observedGeneration": live["metadata"]["generation"],
