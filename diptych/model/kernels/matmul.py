@@ -1,0 +1,130 @@
+"""Products of few rows, x[M, K] @ w[N, K]^T, by a fixed number of splits over K, added in order (no atomics).
+
+Such a product is bound by reading the weights: what counts is that all processors read at once and enough loads are
+under way. A weight's tile is the tall operand of the tensor cores, the few rows the narrow one. The parts may be left
+unreduced for the kernels that follow (diptych/model/kernels/fused.py), which saves a launch and a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diptych.model.kernels.fused import load_product
+
+MAX_ROWS = 64
+
+
+@triton.jit(do_not_specialize=["rows", "x_stride"])
+def product_kernel(  # type: ignore[no-untyped-def]
+    x,
+    w,
+    out,
+    rows,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program (columns, split): `out[split, :, columns]` over the split's SPLIT inputs (a multiple of BLOCK_K)."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    w_places = w + columns.to(tl.int64)[:, None] * K + k[None, :]
+    x_places = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
+    for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, K), BLOCK_K):
+        w_mask, x_mask = (columns < N)[:, None], (m < rows)[None, :]
+        if K % BLOCK_K != 0:
+            w_mask, x_mask = w_mask & (at + k < K)[None, :], x_mask & (at + k < K)[:, None]
+        if N % BLOCK_N == 0 and K % BLOCK_K == 0:
+            weights = tl.load(w_places + at, eviction_policy="evict_first")
+        else:
+            weights = tl.load(w_places + at, mask=w_mask, other=0.0, eviction_policy="evict_first")
+        inputs = tl.load(x_places + at, mask=x_mask, other=0.0, eviction_policy="evict_last")
+        acc = tl.dot(weights, inputs, acc, input_precision="ieee")
+    places = out + (split * rows + m).to(tl.int64)[None, :] * N + columns[:, None]
+    tl.store(places, acc.to(out.dtype.element_ty), mask=(columns < N)[:, None] & (m < rows)[None, :])
+
+
+@triton.jit(do_not_specialize=["split_stride", "size"])
+def reduce_kernel(parts, out, split_stride, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The splits' sum, in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = load_product(parts + at, at < size, split_stride, SPLITS, out.dtype.element_ty)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTiles:
+    """How one product is cut. What `splits` is decides results' bits; the others only their speed."""
+
+    block_n: int = 64
+    block_k: int = 128
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+# By (N, K), for up to MAX_ROWS rows: what benchmarks/gpu/kernels.py found fastest. Not measured yet: none.
+TILES: dict[tuple[int, int], ProductTiles] = {}
+PROCESSORS = 132  # of an H200: tiles are cut so that each has one or two
+
+
+def tiles_for(n: int, k: int) -> ProductTiles:
+    """The table's, or: as many splits (1, 2, 4, 8) as give each processor two tiles, but four blocks to each split."""
+    if (n, k) in TILES:
+        return TILES[n, k]
+    tiles, splits = ProductTiles(), 1
+    while splits < 8 and splits * triton.cdiv(n, tiles.block_n) < 2 * PROCESSORS and k >= 8 * splits * tiles.block_k:
+        splits *= 2
+    return ProductTiles(splits=splits)
+
+
+def product_parts(x: Tensor, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
+    """`[splits, rows, N]` float32 parts of `x @ weight.T`, to be added in order; one part only: the product `[rows, N]`
+    in x's type. `x` `[rows, K]`, up to MAX_ROWS rows, each contiguous; `weight` `[N, K]` contiguous."""
+    (rows, k), n = x.shape, weight.shape[0]
+    if rows > MAX_ROWS:
+        raise ValueError(f"{rows} rows: these tiles are for {MAX_ROWS} rows at most")
+    tiles = tiles or tiles_for(n, k)
+    split = triton.cdiv(triton.cdiv(k, tiles.block_k), tiles.splits) * tiles.block_k
+    splits = triton.cdiv(k, split)
+    if splits == 1:
+        out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty(splits, rows, n, dtype=torch.float32, device=x.device)
+    product_kernel[(triton.cdiv(n, tiles.block_n), splits)](
+        x,
+        weight,
+        out,
+        rows,
+        x.stride(0),
+        N=n,
+        K=k,
+        SPLIT=split,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=tiles.block_k,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return out
+
+
+def product(x: Tensor, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
+    """`x @ weight.T` `[rows, N]`; see product_parts."""
+    parts = product_parts(x, weight, tiles)
+    if parts.ndim == 2:
+        return parts
+    splits, rows, n = parts.shape
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    reduce_kernel[(triton.cdiv(rows * n, 1024),)](parts, out, rows * n, rows * n, SPLITS=splits, BLOCK=1024)
+    return out

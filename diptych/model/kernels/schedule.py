@@ -1,0 +1,55 @@
+"""What the attention kernels do in a step, as arrays made on the CPU from the plan alone: no device, no torch.
+
+A tile is some consecutive new tokens of one sequence: (row of the page table, first token of the step, number of
+tokens, position of the first). Sequences with one new token are decode tiles, whose keys are cut into splits of a fixed
+size by position, one item (tile, split) each. The others are cut into prefill tiles, those with the most keys first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diptych.types import I32, Plan
+
+TILE_FIELDS = 4
+ITEM_FIELDS = 2
+
+
+@dataclass(slots=True)
+class Schedule:
+    """See above; `first_items[i]` is the first item of decode tile i, and the last entry the number of items."""
+
+    decode_tiles: I32  # [decode tiles, 4]
+    items: I32  # [items, 2]
+    first_items: I32  # [decode tiles + 1]
+    prefill_tiles: I32  # [prefill tiles, 4]
+
+
+def make_schedule(plan: Plan, split_tokens: int, tile_tokens: int) -> Schedule:
+    """`split_tokens`: keys of a split. `tile_tokens`: the most tokens of a prefill tile."""
+    new = np.diff(plan.q_starts)
+    decode = np.flatnonzero(new == 1)
+    ones = np.ones(len(decode), np.int32)
+    tiles = np.stack((decode, plan.q_starts[decode], ones, plan.kv_lens[decode] - 1), 1).astype(np.int32)
+    splits = -(-plan.kv_lens[decode] // split_tokens)
+    first = np.zeros(len(decode) + 1, np.int32)
+    np.cumsum(splits, out=first[1:])
+    tile = np.repeat(np.arange(len(decode), dtype=np.int32), splits)
+    items = np.stack((tile, np.arange(len(tile), dtype=np.int32) - first[tile]), 1)
+    return Schedule(tiles, items, first, _prefill_tiles(plan, np.flatnonzero(new > 1), tile_tokens))
+
+
+def _prefill_tiles(plan: Plan, rows: np.ndarray, tile_tokens: int) -> I32:
+    parts = [np.zeros((0, TILE_FIELDS), np.int32)]
+    for row in rows.tolist():
+        first, stop = int(plan.q_starts[row]), int(plan.q_starts[row + 1])
+        start = np.arange(first, stop, tile_tokens, dtype=np.int32)
+        part = np.empty((len(start), TILE_FIELDS), np.int32)
+        part[:, 0], part[:, 1] = row, start
+        part[:, 2] = np.minimum(tile_tokens, stop - start)
+        part[:, 3] = plan.kv_lens[row] - stop + start
+        parts.append(part)
+    tiles = np.concatenate(parts)
+    return tiles[np.argsort(-(tiles[:, 3] + tiles[:, 2]), kind="stable")]

@@ -1,0 +1,272 @@
+"""The attention backend of GPUs: Triton kernels over the page table. The reference is PagedAttention.
+
+For CUDA graphs the step's metadata stays in one place (`reserve`): a graph captured after `begin_graph` reads, whenever
+it is replayed, what the latest `begin_graph` has put there. The numbers of tiles and items are read on the device, so
+one graph serves any lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from diptych.errors import ConfigError
+from diptych.model.kernels import fused
+from diptych.model.kernels.attention import combine_kernel, decode_kernel, prefill_kernel
+from diptych.model.kernels.metadata import DeviceArrays, Uploader
+from diptych.model.kernels.schedule import ITEM_FIELDS, TILE_FIELDS, make_schedule
+from diptych.model.pool import KVPool
+from diptych.types import I32, Plan
+
+LOG2E = math.log2(math.e)
+MIN_ROWS = 16  # of a tile: what tensor cores take
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """How attention is cut. Splits and blocks decide the bits of results, the rest only their speed. Not tuned yet."""
+
+    split: int = 256  # keys of a split, a multiple of the blocks
+    decode_m: int = 16  # least rows of a decode tile
+    decode_n: int = 64  # keys of a block
+    decode_warps: int = 4
+    decode_stages: int = 3
+    programs: int = 4  # of the decode kernel, for each multiprocessor
+    prefill_m: int = 128
+    prefill_n: int = 64
+    prefill_warps: int = 8
+    prefill_stages: int = 3
+
+
+FIXED_TILES = AttentionTiles(decode_m=64, prefill_m=64, prefill_warps=4)  # decode and prefill alike
+
+
+@dataclass(slots=True)
+class _Step:
+    """What the kernels read, and how many programs to start."""
+
+    arrays: DeviceArrays
+    num_tokens: int  # that have slots; padding among them has slot -1
+    decode_rows: int
+    prefill_tiles: int
+    table_stride: int
+    parts: Tensor  # see decode_kernel
+    stats: Tensor
+
+
+class TritonAttention:
+    """See AttentionBackend; rows of padding come out undefined. `num_heads` query heads of this rank share the pool's
+    key-value heads evenly; scores are q·k * scale. `fixed`: one new token is computed by the same operations alone, as
+    a decode step and in a chunk (for --deterministic).
+
+    Raises ConfigError for shapes that the kernels do not take. One object is for one thread and one stream.
+    """
+
+    def __init__(
+        self, pool: KVPool, num_heads: int, scale: float, *, fixed: bool = False, tiles: AttentionTiles | None = None
+    ) -> None:
+        self.pool, self.num_heads, self.scale, self.fixed = pool, num_heads, scale * LOG2E, fixed
+        self.tiles = tiles or (FIXED_TILES if fixed else AttentionTiles())
+        self.group = num_heads // pool.num_heads
+        self.padded_group = triton.next_power_of_2(self.group)
+        self._check()
+        self._device = pool.pages.device
+        self._uploader = Uploader(self._device)
+        processors = 1
+        if self._device.type == "cuda":
+            processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        self._programs = processors * self.tiles.programs
+        self._scratch = self._new_scratch(0)
+        self._reserved: _Step | None = None
+        self._step: _Step | None = None
+
+    def _check(self) -> None:
+        dim = self.pool.head_dim
+        if dim & (dim - 1) or dim < MIN_ROWS:
+            raise ConfigError(f"attention on a GPU takes a head_dim that is a power of two from 16 on, not {dim}")
+        if self.padded_group > min(self.tiles.prefill_m, 64):
+            raise ConfigError(f"attention on a GPU takes up to 64 query heads for a key-value head, not {self.group}")
+
+    # ---- once a step ---------------------------------------------------------------------------------------------
+
+    def begin(self, plan: Plan) -> None:
+        arrays = self._arrays(plan)
+        target = DeviceArrays({name: len(array) for name, array in arrays.items()}, self._device)
+        self._uploader.upload(arrays, target)
+        items = len(arrays["items"]) // ITEM_FIELDS
+        if self._scratch[1].shape[0] < items:
+            self._scratch = self._new_scratch(2 * items)
+        decode, prefill = (len(arrays[name]) // TILE_FIELDS for name in ("decode_tiles", "prefill_tiles"))
+        self._step = _Step(target, len(plan.slots), decode, prefill, plan.pages.shape[1], *self._scratch)
+
+    def reserve(self, rows: int, pages: int, items: int) -> None:
+        """Memory for decode steps in CUDA graphs: up to `rows` sequences of up to `pages` pages each, and `items`
+        splits in all. Graphs captured before are void."""
+        sizes = {"sizes": 1, "slots": rows, "positions": rows, "first_items": rows + 1}
+        sizes |= {"decode_tiles": rows * TILE_FIELDS, "prefill_tiles": 0}
+        sizes |= {"items": items * ITEM_FIELDS, "table": rows * pages}
+        target = DeviceArrays(sizes, self._device)
+        self._reserved = _Step(target, rows, rows, 0, pages, *self._new_scratch(items))
+
+    def begin_graph(self, plan: Plan, num_rows: int) -> bool:
+        """As `begin`, but into the reserved memory and for `num_rows` rows, those past the plan's being padding. False,
+        with nothing changed, if the plan does not fit, or has rows of several tokens."""
+        if self._reserved is None:
+            raise RuntimeError("begin_graph comes after reserve")
+        reserved = self._reserved
+        if len(plan.slots) > num_rows or plan.pages.shape[1] > reserved.table_stride:
+            return False
+        arrays = self._arrays(plan)
+        for name, padding in (("slots", -1), ("positions", 0)):
+            arrays[name] = np.pad(arrays[name], (0, num_rows - len(plan.slots)), constant_values=padding)
+        table = np.zeros((len(plan.pages), reserved.table_stride), np.int32)
+        table[:, : plan.pages.shape[1]] = plan.pages
+        arrays["table"] = table.reshape(-1)
+        if not reserved.arrays.holds(arrays):
+            return False
+        self._uploader.upload(arrays, reserved.arrays)
+        stride, parts, stats = reserved.table_stride, reserved.parts, reserved.stats
+        self._step = _Step(reserved.arrays, num_rows, num_rows, 0, stride, parts, stats)
+        return True
+
+    def _arrays(self, plan: Plan) -> dict[str, I32]:
+        schedule = make_schedule(plan, self.tiles.split, self.tiles.prefill_m // self.padded_group)
+        return {
+            "sizes": np.array([len(schedule.decode_tiles)], np.int32),
+            "slots": plan.slots.astype(np.int32),
+            "positions": plan.positions,
+            "first_items": schedule.first_items,
+            "decode_tiles": schedule.decode_tiles.reshape(-1),
+            "prefill_tiles": schedule.prefill_tiles.reshape(-1),
+            "items": schedule.items.reshape(-1),
+            "table": plan.pages.reshape(-1),
+        }
+
+    def _new_scratch(self, items: int) -> tuple[Tensor, Tensor]:
+        heads, rows = self.pool.num_heads, self.padded_group
+        parts = torch.empty(items, heads, rows, self.pool.head_dim, dtype=torch.float32, device=self._device)
+        return parts, torch.empty(items, heads, 2, rows, dtype=torch.float32, device=self._device)
+
+    # ---- once a layer --------------------------------------------------------------------------------------------
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int = 0, softcap: float = 0.0) -> Tensor:
+        step = self._begun()
+        slots = step.arrays["slots"][: step.num_tokens]
+        fused.store_kv(k, v, slots, self.pool.pages[:, :, layer])
+        return self._attend(step, layer, q, window, softcap)
+
+    def attend_qkv(
+        self,
+        layer: int,
+        qkv: Tensor,
+        norm: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """`attend` from the product of the packed q, k and v: norms and rotary in the kernel that writes the KV. See
+        fused.norm_rotate_store."""
+        step = self._begun()
+        slots, positions = (step.arrays[name][: step.num_tokens] for name in ("slots", "positions"))
+        pages = self.pool.pages[:, :, layer]
+        q = fused.norm_rotate_store(qkv, norm, eps, cos, sin, positions, slots, pages, self.num_heads)
+        return self._attend(step, layer, q, window, softcap)
+
+    def _begun(self) -> _Step:
+        if self._step is None:
+            raise RuntimeError("attend comes after begin")
+        return self._step
+
+    def _attend(self, step: _Step, layer: int, q: Tensor, window: int, softcap: float) -> Tensor:
+        out = torch.empty(q.shape[0], self.num_heads * self.pool.head_dim, dtype=q.dtype, device=q.device)
+        pages = self.pool.pages[:, :, layer]
+        if step.decode_rows:
+            self._decode(step, pages, q, out, window, softcap)
+        if step.prefill_tiles:
+            self._prefill(step, pages, q, out, window, softcap)
+        return out
+
+    def _decode(self, step: _Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
+        arrays, tiles = step.arrays, self.tiles
+        decode_tiles, first_items, sizes = arrays["decode_tiles"], arrays["first_items"], arrays["sizes"]
+        decode_kernel[(self._programs,)](
+            q,
+            pages,
+            arrays["table"],
+            decode_tiles,
+            arrays["items"],
+            first_items,
+            sizes,
+            step.parts,
+            step.stats,
+            step.table_stride,
+            q.stride(0),
+            pages.stride(0),
+            pages.stride(1),
+            window,
+            self.scale,
+            softcap * LOG2E,
+            WINDOW=window > 0,
+            SOFTCAP=softcap > 0,
+            KV_HEADS=self.pool.num_heads,
+            GROUP=self.group,
+            PAD=self.padded_group,
+            SPLIT=tiles.split,
+            BLOCK_M=max(tiles.decode_m, self.padded_group),
+            BLOCK_N=tiles.decode_n,
+            PAGE=self.pool.page_size,
+            DIM=self.pool.head_dim,
+            num_warps=tiles.decode_warps,
+            num_stages=tiles.decode_stages,
+        )
+        combine_kernel[(step.decode_rows, self.pool.num_heads)](
+            out,
+            decode_tiles,
+            first_items,
+            sizes,
+            step.parts,
+            step.stats,
+            out.stride(0),
+            KV_HEADS=self.pool.num_heads,
+            GROUP=self.group,
+            PAD=self.padded_group,
+            DIM=self.pool.head_dim,
+            num_warps=4,
+        )
+
+    def _prefill(self, step: _Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
+        tiles = self.tiles
+        prefill_kernel[(self.pool.num_heads, step.prefill_tiles)](
+            q,
+            out,
+            pages,
+            step.arrays["table"],
+            step.arrays["prefill_tiles"],
+            step.table_stride,
+            q.stride(0),
+            out.stride(0),
+            pages.stride(0),
+            pages.stride(1),
+            window,
+            self.scale,
+            softcap * LOG2E,
+            WINDOW=window > 0,
+            SOFTCAP=softcap > 0,
+            FIXED=self.fixed,
+            GROUP=self.group,
+            PAD=self.padded_group,
+            SPLIT=tiles.split,
+            BLOCK_M=tiles.prefill_m,
+            BLOCK_N=tiles.prefill_n,
+            PAGE=self.pool.page_size,
+            DIM=self.pool.head_dim,
+            num_warps=tiles.prefill_warps,
+            num_stages=tiles.prefill_stages,
+        )

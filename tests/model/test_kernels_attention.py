@@ -1,0 +1,209 @@
+"""Attention kernels against a plain softmax in float64, and against themselves in other company.
+
+On a GPU they run compiled, else in Triton's interpreter, which has no products of bfloat16.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_model_attention import make_plan, naive
+from torch import Tensor
+
+from diptych.errors import ConfigError
+from diptych.model.kernels.schedule import make_schedule
+from diptych.model.pool import KVPool
+from diptych.model.triton_attention import AttentionTiles, TritonAttention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+SMALL = AttentionTiles(split=64, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
+ALIKE = AttentionTiles(split=64, decode_m=32, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
+
+
+class Sequences:
+    """Random queries, keys and values of some sequences, and pages for them in random order."""
+
+    def __init__(self, seed: int, lengths: list[int], heads: int, kv_heads: int, dim: int, page_size: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.heads, self.kv_heads, self.dim, self.page_size = heads, kv_heads, dim, page_size
+        counts = [-(-length // page_size) for length in lengths]
+        self.num_pages = sum(counts) + 2
+        free = list(range(self.num_pages))
+        random.Random(seed).shuffle(free)
+        self.pages = [[free.pop() for _ in range(count)] for count in counts]
+        self.q = [self.randn(length, heads) for length in lengths]
+        self.k = [self.randn(length, kv_heads) for length in lengths]
+        self.v = [self.randn(length, kv_heads) for length in lengths]
+
+    def randn(self, length: int, heads: int) -> Tensor:
+        return torch.randn(length, heads, self.dim, generator=self.generator)
+
+    def backend(self, dtype: torch.dtype, tiles: AttentionTiles, fixed: bool = False) -> TritonAttention:
+        """Over a new pool, full of what others have left."""
+        pool = KVPool(self.num_pages, self.page_size, self.kv_heads, 2, self.dim, dtype, DEVICE)
+        pool.pages.copy_(torch.randn(pool.pages.shape, generator=self.generator))
+        return TritonAttention(pool, self.heads, self.dim**-0.5, fixed=fixed, tiles=tiles)
+
+    def spans(self, spans: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, list[int]]], list[Tensor]]:
+        """(sequence, first token, number of tokens): rows for make_plan, and the tokens' q, k, v, padded."""
+        rows = [(start, new, self.pages[i]) for i, start, new in spans]
+        parts = []
+        for t in (self.q, self.k, self.v):
+            part = torch.cat([t[i][start : start + new] for i, start, new in spans])
+            parts.append(torch.cat((part, part.new_zeros(-len(part) % 4, *part.shape[1:]))))
+        return rows, parts
+
+    def attend(
+        self, attention: TritonAttention, spans: list[tuple[int, int, int]], window: int = 0, softcap: float = 0.0
+    ) -> list[Tensor]:
+        """One step: what each span's tokens get."""
+        rows, parts = self.spans(spans)
+        attention.begin(make_plan(rows, self.page_size))
+        q, k, v = (part.to(DEVICE, attention.pool.pages.dtype) for part in parts)
+        out = attention.attend(1, q, k, v, window, softcap).view(q.shape)
+        return list(out[: sum(new for _, _, new in spans)].split([new for _, _, new in spans]))
+
+
+CASES = [  # page size, kv heads, group, dim, window, softcap, dtype
+    (16, 2, 2, 16, 0, 0.0, torch.float32),
+    (64, 1, 8, 64, 0, 0.0, HALF),
+    (16, 2, 3, 16, 0, 3.0, torch.float32),
+    (32, 1, 1, 128, 40, 0.0, torch.float32),
+    (128, 2, 5, 16, 30, 2.0, HALF),
+    (64, 3, 2, 16, 150, 0.0, torch.float32),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_attention_is_a_softmax_over_the_sequence(case: int) -> None:
+    page_size, kv_heads, group, dim, window, softcap, dtype = CASES[case]
+    rnd = random.Random(case)
+    lengths = [1, rnd.choice([64, 65, 129]), rnd.choice([33, 70, 130]), 17]
+    s = Sequences(case, lengths, kv_heads * group, kv_heads, dim, page_size)
+    attention = s.backend(dtype, SMALL, fixed=case % 2 == 1)
+    cached = [0, lengths[1] - 1, rnd.randrange(1, lengths[2] - 1), 0]
+    steps = [[(i, 0, c) for i, c in enumerate(cached) if c], [(i, c, lengths[i] - c) for i, c in enumerate(cached)]]
+    for spans in steps:  # the second has decode rows and chunks, with and without cached tokens
+        for (i, start, new), out in zip(spans, s.attend(attention, spans, window, softcap), strict=True):
+            q, k, v = (t[i].to(dtype) for t in (s.q, s.k, s.v))
+            stop = start + new
+            expected = naive(q[start:stop], k[:stop], v[:stop], start, dim**-0.5, window, softcap)
+            torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=ERROR[dtype])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_row_gets_the_same_bits_in_any_company(fixed: bool) -> None:
+    lengths = [80, 33, 66, 20]
+    s = Sequences(7, lengths, 4, 1, 16, 16)
+    crowd = s.backend(torch.float32, SMALL, fixed)
+    s.attend(crowd, [(3, 0, 19), (0, 0, 60), (1, 0, 32), (2, 0, 65)])
+    together = s.attend(crowd, [(0, 60, 20), (2, 65, 1), (3, 19, 1), (1, 32, 1)])
+    alone = s.backend(torch.float32, SMALL, fixed)
+    for i, whole in ((0, together[0]), (2, together[1]), (1, together[3])):
+        start = lengths[i] - len(whole)
+        s.attend(alone, [(i, 0, start)])
+        assert torch.equal(s.attend(alone, [(i, start, len(whole))])[0], whole)
+
+
+@pytest.mark.parametrize("window", [0, 50])
+def test_a_chunk_gets_the_same_bits_however_it_is_cut(window: int) -> None:
+    s = Sequences(8, [90], 3, 1, 16, 16)
+    attention = s.backend(torch.float32, SMALL)
+    [whole] = s.attend(attention, [(0, 0, 90)], window)
+    start = 0
+    for new in (2, 31, 7, 50):
+        [part] = s.attend(attention, [(0, start, new)], window)
+        assert torch.equal(part, whole[start : start + new])
+        start += new
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_fixed_a_token_gets_the_same_bits_as_a_decode_step(dtype: torch.dtype) -> None:
+    s = Sequences(9, [140], 4, 1, 16, 64)
+    attention = s.backend(dtype, ALIKE, fixed=True)
+    [whole] = s.attend(attention, [(0, 0, 140)])
+    for position in (0, 31, 63, 64, 100, 139):
+        assert torch.equal(s.attend(attention, [(0, position, 1)])[0][0], whole[position])
+
+
+def test_a_graphs_step_is_an_eager_step_with_padding() -> None:
+    s = Sequences(10, [100, 30, 65], 4, 2, 16, 16)
+    attention = s.backend(torch.float32, SMALL)
+    s.attend(attention, [(0, 0, 99), (1, 0, 29), (2, 0, 64)])
+    attention.reserve(rows=4, pages=8, items=8)
+    for spans in ([(2, 64, 1), (0, 99, 1), (1, 29, 1)], [(1, 28, 1), (2, 63, 1)]):
+        expected = s.attend(attention, spans)
+        rows, (q, k, v) = s.spans(spans)
+        before = attention.pool.pages.clone()
+        assert attention.begin_graph(make_plan(rows, 16), 4)
+        out = attention.attend(1, q.to(DEVICE), k.to(DEVICE) + 1, v.to(DEVICE)).view(q.shape)
+        changed = (attention.pool.pages != before).sum((1, 2, 3, 5)).nonzero().tolist()
+        assert sorted(changed) == sorted([pages[start // 16], start % 16] for start, _, pages in rows)
+        attention.pool.pages.copy_(before)
+        out = attention.attend(1, q.to(DEVICE), k.to(DEVICE), v.to(DEVICE)).view(q.shape)
+        assert torch.equal(out[: len(spans)], torch.cat(expected))
+
+
+def test_what_does_not_fit_a_graph_is_refused() -> None:
+    s = Sequences(11, [200, 30, 65], 4, 2, 16, 16)
+    attention = s.backend(torch.float32, SMALL)
+    plans = {n: make_plan(s.spans(spans)[0], 16) for n, spans in enumerate(([(1, 29, 1)], [(1, 0, 2)], [(0, 199, 1)]))}
+    with pytest.raises(RuntimeError, match="reserve"):
+        attention.begin_graph(plans[0], 2)
+    attention.reserve(rows=2, pages=8, items=4)
+    assert attention.begin_graph(plans[0], 2)
+    assert not attention.begin_graph(plans[1], 2)  # a chunk
+    assert not attention.begin_graph(plans[2], 2)  # 13 pages
+    assert not attention.begin_graph(make_plan(s.spans([(1, 29, 1), (2, 64, 1)])[0], 16), 1)  # two rows
+    attention.reserve(rows=2, pages=16, items=3)
+    assert not attention.begin_graph(plans[2], 2)  # 4 splits
+
+
+def test_shapes_that_the_kernels_do_not_take() -> None:
+    for heads, dim, message in ((2, 24, "head_dim"), (2, 8, "head_dim"), (128, 16, "query heads")):
+        with pytest.raises(ConfigError, match=message):
+            TritonAttention(KVPool(1, 16, 1, 1, dim, torch.float32, DEVICE), heads, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_schedule_has_every_token_and_every_key_once(seed: int) -> None:
+    rnd = random.Random(seed)
+    rows = []
+    for _ in range(rnd.randrange(1, 20)):
+        cached, new = rnd.randrange(0, 900), rnd.choice([1, 1, 2, 100])
+        rows.append((cached, new, list(range(-(-(cached + new) // 16)))))
+    plan = make_plan(rows, 16)
+    schedule = make_schedule(plan, 256, 16)
+    tokens = [
+        (row, token + i, position + i)
+        for row, token, count, position in np.concatenate((schedule.decode_tiles, schedule.prefill_tiles)).tolist()
+        for i in range(count)
+    ]
+    owners = np.repeat(np.arange(len(rows)), np.diff(plan.q_starts))
+    assert sorted(tokens) == list(zip(owners, range(len(owners)), plan.positions, strict=True))
+    assert (schedule.prefill_tiles[:, 2] <= 16).all()
+    assert (np.diff(schedule.prefill_tiles[:, 2:].sum(1)) <= 0).all()
+    positions = schedule.decode_tiles[:, 3].tolist()
+    items = [[tile, split] for tile, position in enumerate(positions) for split in range(position // 256 + 1)]
+    assert schedule.items.tolist() == items
+    assert np.diff(schedule.first_items).tolist() == [position // 256 + 1 for position in positions]
+
+
+def test_a_packed_product_attends_as_its_parts() -> None:
+    s = Sequences(12, [40], 4, 2, 16, 16)
+    attention = s.backend(torch.float32, SMALL)
+    cos, sin = torch.ones(40, 16, device=DEVICE), torch.zeros(40, 16, device=DEVICE)
+    for start, new in ((0, 37), (37, 1)):
+        rows, (q, k, v) = s.spans([(0, start, new)])
+        attention.begin(make_plan(rows, 16))
+        qkv = torch.cat((q, k, v), 1).flatten(1).to(DEVICE)
+        found = attention.attend_qkv(1, qkv, None, 0.0, cos, sin)
+        pages = attention.pool.pages.clone()
+        expected = attention.attend(1, q.to(DEVICE), k.to(DEVICE), v.to(DEVICE))
+        assert torch.equal(found[:new], expected[:new])
+        assert torch.equal(attention.pool.pages, pages)

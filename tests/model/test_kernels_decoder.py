@@ -1,0 +1,41 @@
+"""A whole forward pass with TritonAttention, against the same with PagedAttention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_checkpoints import llama, qwen3, write
+from model_driver import Driver, Sequence, prompt_of
+
+from diptych.config import ServerConfig
+from diptych.model.runner import Runner
+from diptych.model.triton_attention import AttentionTiles, TritonAttention
+from diptych.types import LogprobSpec
+
+TILES = AttentionTiles(split=64, decode_n=32, prefill_m=64, prefill_n=64, prefill_warps=4)
+
+
+def logprobs(folder: Path, *, kernels: bool) -> tuple[list[list[int]], torch.Tensor]:
+    """Three sequences in company: chunks and decode steps in the same pass. Tokens, and their logprobs."""
+    runner = Runner(ServerConfig(model_path=str(folder), page_size=16, max_total_tokens=640))
+    if kernels:
+        runner.attention = TritonAttention(runner.pool, runner.model.num_heads, runner.model.scale, tiles=TILES)
+    driver = Driver(runner, 16)
+    a, b, c = (Sequence(prompt_of(n, n), logprobs=LogprobSpec(prompt_start=0)) for n in (70, 21, 34))
+    driver.run([(a, 70), (b, 20)])
+    driver.run([(a, 1), (b, 1), (c, 20)])
+    driver.run([(b, 1), (c, 14), (a, 1)])
+    found = [p.logprob for s in (a, b, c) for p in s.output_logprobs + s.prompt_logprobs]
+    return [s.outputs for s in (a, b, c)], torch.tensor(found)
+
+
+@pytest.mark.parametrize("config", [qwen3(), llama(num_attention_heads=6, num_key_value_heads=2)])
+def test_the_model_says_the_same(config: object, tmp_path: Path) -> None:
+    write(tmp_path, config)  # type: ignore[arg-type]
+    expected_tokens, expected = logprobs(tmp_path, kernels=False)
+    tokens, found = logprobs(tmp_path, kernels=True)
+    assert tokens == expected_tokens
+    assert len(found) > 100
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)

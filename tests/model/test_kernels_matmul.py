@@ -1,0 +1,54 @@
+"""Products of few rows against float64, and each row against itself in other company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diptych.model.kernels.matmul import MAX_ROWS, ProductTiles, product, product_parts, tiles_for
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no products of bfloat16
+ERROR = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+SHAPES = [(64, 256), (100, 200), (192, 384)]  # N, K; the second fits no tile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_products(n: int, k: int, splits: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n + splits)
+    tiles = ProductTiles(block_n=64, block_k=64, splits=splits)
+    weight = (torch.randn(n, k, generator=generator) / k**0.5).to(DEVICE, dtype)
+    wide = torch.randn(32, k + 16, generator=generator).to(DEVICE, dtype)
+    x = wide[:, :k]  # rows with gaps between them
+    whole = product(x, weight, tiles)
+    torch.testing.assert_close(whole.double(), x.double() @ weight.double().T, rtol=0, atol=ERROR[dtype])
+    assert torch.equal(product(x[5:6], weight, tiles)[0], whole[5])
+    assert torch.equal(product(x[7:10], weight, tiles), whole[7:10])
+    assert torch.equal(product(x[3:20], weight, tiles), whole[3:20])
+
+
+def test_parts_are_sums_over_their_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4, 200, generator=generator), torch.randn(64, 200, generator=generator)
+    parts = product_parts(x.to(DEVICE), weight.to(DEVICE), ProductTiles(block_n=64, block_k=32, splits=3)).cpu()
+    assert parts.shape == (3, 4, 64)  # 7 blocks of 32: 3 + 3 + 1
+    for part, span in zip(parts, (slice(0, 96), slice(96, 192), slice(192, 200)), strict=True):
+        torch.testing.assert_close(part.double(), x[:, span].double() @ weight[:, span].double().T, rtol=0, atol=1e-4)
+
+
+def test_splits_without_inputs_are_not_made() -> None:
+    x, weight = torch.ones(1, 128, device=DEVICE), torch.ones(16, 128, device=DEVICE)
+    assert product_parts(x, weight, ProductTiles(block_n=16, block_k=64, splits=8)).shape == (2, 1, 16)
+
+
+def test_too_many_rows_are_refused() -> None:
+    x, weight = torch.ones(MAX_ROWS + 1, 128, device=DEVICE), torch.ones(16, 128, device=DEVICE)
+    with pytest.raises(ValueError, match="rows"):
+        product_parts(x, weight)
+
+
+@pytest.mark.parametrize(("n", "k", "splits"), [(51200, 5120, 1), (5120, 25600, 4), (10240, 5120, 2), (16, 1024, 2)])
+def test_each_processor_has_work(n: int, k: int, splits: int) -> None:
+    assert tiles_for(n, k).splits == splits
