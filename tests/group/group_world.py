@@ -15,6 +15,7 @@ from diptych.group.actions import (
     DeletePod,
     DeleteRole,
     Desired,
+    DesiredRole,
     Failures,
     Observed,
     ObservedRole,
@@ -57,6 +58,7 @@ class World:
     failures: dict[str, Failures] = field(default_factory=dict)
     in_place: dict[str, Failures] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)  # revisions whose pods never become ready
+    taken_out: dict[str, DesiredRole] = field(default_factory=dict)  # roles that the spec no longer has
     rolled_back: list[Rollback] = field(default_factory=list)
     uids: count[int] = field(default_factory=count)
 

@@ -238,7 +238,8 @@ EVENTS = (
     *("sync",) * 8,
     *("ready",) * 6,
     *("gone",) * 3,
-    *("unready", "crash", "lost", "scheduled", "half a plan", "time", "replicas", "revision", "partition", "pause"),
+    *("unready", "crash", "lost", "scheduled", "half a plan", "time"),
+    *("replicas", "revision", "partition", "pause", "limits", "roles"),
 )
 
 
@@ -254,12 +255,15 @@ def disturb(world: World, data: st.DataObject) -> None:
         world.sync(data.draw(st.sampled_from(sorted(world.workloads))))
     elif event == "time":
         world.now += data.draw(st.sampled_from((1.0, 10.0, 200.0)))
-    elif event in ("replicas", "revision", "partition", "pause"):
+    elif event == "roles":
+        change_roles(world, data)
+    elif event in ("replicas", "revision", "partition", "pause", "limits"):
         role = roles[data.draw(st.sampled_from(sorted(roles)))]
         edited: Any = {
             "replicas": lambda: replace(role, replicas=data.draw(st.integers(0, 5))),
             "revision": lambda: replace(role, revision=data.draw(st.sampled_from(("r0", "r1", "r2")))),
             "partition": lambda: replace(role, update=replace(role.update, partition=data.draw(st.integers(0, 3)))),
+            "limits": lambda: replace(role, update=replace(data.draw(updates()), paused=role.update.paused)),
             "pause": lambda: replace(role, update=replace(role.update, paused=not role.update.paused)),
         }[event]()
         roles[role.name] = edited
@@ -267,6 +271,23 @@ def disturb(world: World, data: st.DataObject) -> None:
     elif world.all_pods():
         role_name, pod = data.draw(st.sampled_from(world.all_pods()))
         world.change(role_name, pod, event)
+
+
+def change_roles(world: World, data: st.DataObject) -> None:
+    """A role is taken out of the spec, or one that was comes back; one may forget a dependency."""
+    roles = {role.name: role for role in world.desired.roles}
+    name = data.draw(st.sampled_from(sorted({*roles, *world.taken_out})))
+    if name in world.taken_out:
+        roles[name] = world.taken_out.pop(name)
+    elif len(roles) > 1:
+        world.taken_out[name] = roles.pop(name)
+    world.desired = replace(
+        world.desired,
+        roles=tuple(
+            replace(each, dependencies=tuple(sorted({*each.dependencies} & {*roles}))) for each in roles.values()
+        ),
+        coordinations=tuple(replace(each, roles=tuple(sorted(roles))) for each in world.desired.coordinations),
+    )
 
 
 def calm(world: World) -> None:
@@ -317,7 +338,8 @@ def test_a_deleted_group_ends_from_anywhere_dependents_first(desired: Desired, d
     for _ in range(data.draw(st.integers(0, 40))):
         disturb(world, data)
     world.desired = replace(world.desired, deleted=True)
-    needs = {role.name: role.dependencies for role in world.desired.roles}
+    needs = {name: each.dependencies for name, each in world.workloads.items()}  # of roles that are gone from the spec
+    needs |= {role.name: role.dependencies for role in world.desired.roles}
     for _ in range(60):
         before = {role for role, each in world.workloads.items() if not each.deleting}
         world.carry_out(plan(world.desired, world.observe(), world.now))
