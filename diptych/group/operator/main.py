@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kubernetes.client import Configuration
@@ -53,7 +54,7 @@ from diptych.group.operator.resources import (
     Kind,
 )
 from diptych.group.operator.routes import Key, keys
-from diptych.group.operator.sets import SetReconciler
+from diptych.group.operator.sets import SetReconciler, is_ready
 from diptych.obs import logs
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ class Operator:
             )
         self._caches = {kind: Cache(kind, self._on_change(kind)) for kind in KINDS}
         self._informers = [self._informer(cache, namespace) for cache in self._caches.values()]
+        for ready in (True, False):
+            self.metrics.groups.labels(str(ready).lower()).set_function(partial(self._num_groups, ready))
         may_write = self._election.may_write if self._election else lambda: True
         events = Events(self._api, COMPONENT)
         cluster = Cluster(self._api, self._caches, events, self.metrics, may_write)
@@ -153,6 +156,11 @@ class Operator:
 
     def _synced(self) -> bool:
         return all(informer.synced.is_set() for informer in self._informers)
+
+    def _num_groups(self, ready: bool) -> int:
+        cache = self._caches[GROUP]
+        groups = [cache.get(*key) for key in cache.all_keys()]
+        return sum(group is not None and is_ready(group) == ready for group in groups)
 
     @staticmethod
     def _say_waiting(kind: str) -> None:
