@@ -102,6 +102,17 @@ async def test_roles_that_come_and_go(run_group: Any) -> None:
             running.supervisor.update(prepare(launch(text(group(role("a", toy(), replicas=254))))))
 
 
+async def test_roles_that_go_end_before_what_they_needed(run_group: Any) -> None:
+    chain = [role("a", toy()), role("b", toy(), dependencies=["a"]), role("c", toy(), dependencies=["b"])]
+    async with run_group(text(group(*chain))) as running:
+        await running.until_ready()
+        begun = len(running.history)
+        running.supervisor.update(prepare(launch(text(group(role("d", toy()))))))
+        await running.until(lambda now: [pod.name for pod in now.pods] == ["toy-d-0"])
+        ended = [{pod.role for pod in each.pods if pod.status == "stopping"} for each in running.history[begun:]]
+        assert [each for i, each in enumerate(ended) if each and each not in ended[:i]] == [{"c"}, {"b"}, {"a"}]
+
+
 # ---- which pods are behind a Service -----------------------------------------------------------------------------
 
 

@@ -212,11 +212,17 @@ class Supervisor:
                 target=self._targets.get(role, NOTHING),
                 pods=tuple(states),
                 deleting=role not in self._targets,
+                dependencies=self._dependencies(role),
                 rollout=self._rollouts.get(role),
             )
             for role, states in pods.items()
         )
         return Observed(roles=roles, failures=self._failures)
+
+    def _dependencies(self, role: str) -> tuple[str, ...]:
+        """By the newest manifest that has the role: one that is gone still ends before what it needs."""
+        roles = (each for prepared in reversed(self._history) for each in prepared.desired.roles)
+        return next((each.dependencies for each in roles if each.name == role), ())
 
     def _carry_out(self, action: Action) -> None:
         match action:
