@@ -9,7 +9,7 @@ back-off is over, nothing is touched: the failed pods stay, with their logs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -92,6 +92,18 @@ def pod_restarts(desired: Desired, observed: Observed, now: float) -> Iterator[A
                 yield Wait(due, f"{pod.name} failed {record.count} times in a row; it is made anew after a pause")
             else:
                 yield DeletePod(role.name, pod.name, pod.uid, "it failed, and its role is restarted by instance")
+
+
+def ended_pods(observed: Observed, roles: Iterable[DesiredRole]) -> Iterator[DeletePod]:
+    """Deletions of Deployments' pods that ended for good: their ReplicaSets have made others, and forget them.
+
+    Left alone they would count as old pods, or as pods of a group that is to be empty, for ever.
+    """
+    for role in roles:
+        seen = observed.role(role.name)
+        for pod in seen.pods if seen is not None and seen.kind == "Deployment" else ():
+            if pod.phase == "exited":
+                yield DeletePod(role.name, pod.name, pod.uid, "it ended, and its ReplicaSet has made another")
 
 
 def forgotten(desired: Desired, observed: Observed) -> Iterator[Action]:

@@ -39,9 +39,10 @@ class View:
 
     @cached_property
     def pods(self) -> dict[int, PodState]:
-        """Pods by ordinal, those that end left out; a Deployment's are numbered as they come, old ones last."""
+        """Pods by ordinal, those that end left out; a Deployment's that run are numbered as they come, old last."""
         alive = [pod for pod in self.seen.pods if pod.phase != "stopping"]
-        if self.role.kind == "Deployment":
+        if self.role.kind == "Deployment":  # whose ended pods stay beside those made in their stead
+            alive = [pod for pod in alive if pod.phase == "running"]
             alive.sort(key=lambda pod: (not self.is_updated(pod), not self.is_available(pod), pod.name))
             return dict(enumerate(alive))
         return {pod.index: pod for pod in alive}

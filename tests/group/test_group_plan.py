@@ -237,6 +237,19 @@ def test_deleting_a_pod_restarts_no_group() -> None:
     assert at(WHOLE, seen(targets={"b": 2}, a="+", b="+-")) == []
 
 
+def test_a_restart_of_the_group_is_not_held_up_by_an_evicted_pod_of_a_deployment() -> None:
+    """Nobody else deletes it, and counted again it would restart the group for ever."""
+    roles = group(role("a", kind="Deployment", restart_policy="RecreateRBGOnPodRestart"))
+    evicted = PodState(name="g-a-z", index=-1, uid="z", phase="exited")
+    there = ObservedRole(name="a", kind="Deployment", target=Target(1, 0, "r"), pods=(evicted,))
+    failed = Failures(1, 0.0, "z", pending=True)
+    deleted = DeletePod("a", "g-a-z", "z", "it ended, and its ReplicaSet has made another")
+    actions = at(roles, Observed(roles=(there,)))
+    assert actions == [RecordFailures("g", failed), deleted, apply("a", 0)]
+    empty = Observed(roles=(replace(there, target=Target(0, 0, "r"), pods=()),), failures={"g": failed})
+    assert at(roles, empty) == [RecordFailures("g", replace(failed, pending=False)), apply("a", 1)]
+
+
 def test_a_restart_is_given_up_with_its_policy() -> None:
     pending = {"g": Failures(3, 100.0, "b0", pending=True)}
     desired = group(role("a", 1, "b"), role("b", 2))

@@ -292,6 +292,18 @@ def test_a_deployment_rolls_by_itself_and_is_paused_to_hold_it() -> None:
     assert steps(group(role(kind="Deployment", paused=True)), deployment("ooon", target(0))) == applied(target(4))
 
 
+def test_an_evicted_pod_of_a_deployment_neither_opens_a_rollout_again_nor_fails_one() -> None:
+    """Its ReplicaSet has made another and leaves it lying: a healthy group was rolled back because of one."""
+    roles = group(role(replicas=2, kind="Deployment", progress_deadline_s=60, rollback=True))
+    running = replace(seen("nn", Target(2, 0, "new")), kind="Deployment")
+    evicted = PodState(name="g-a-z", index=-1, uid="z", revision="old", phase="exited")
+    for state in ("complete", "progressing"):
+        left = replace(running, pods=(*running.pods, evicted), rollout=record(state, updated=2))
+        why = "it ended, and its ReplicaSet has made another"
+        assert steps(roles, left, now=100.0) == [DeletePod("a", "g-a-z", "z", why)]
+        assert updating(roles, Observed(roles=(left,))) == ([] if state == "complete" else ["a"])  # as recorded
+
+
 def test_a_leader_worker_set_gets_the_partition_and_minds_the_rest() -> None:
     """Upstream #150: the partition did not reach it."""
     desired = group(role(kind="LeaderWorkerSet", partition=1))
