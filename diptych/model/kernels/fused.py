@@ -33,7 +33,7 @@ def _finite(x, most):  # type: ignore[no-untyped-def]
     return tl.minimum(tl.maximum(x, -most), most)
 
 
-@triton.jit(do_not_specialize=["split_stride"])
+@triton.jit
 def qkv_kernel(  # type: ignore[no-untyped-def]
     qkv,
     norm,
@@ -128,7 +128,7 @@ def store_kv_kernel(  # type: ignore[no-untyped-def]
     tl.store(places + PAGE * DIM, _finite(values, most).to(stored), mask=kept)
 
 
-@triton.jit(do_not_specialize=["split_stride"])
+@triton.jit
 def add_norm_kernel(  # type: ignore[no-untyped-def]
     x,
     delta,
@@ -154,7 +154,7 @@ def add_norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row + columns, scaled.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["split_stride"])
+@triton.jit
 def silu_mul_kernel(  # type: ignore[no-untyped-def]
     gate_up, out, split_stride, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):

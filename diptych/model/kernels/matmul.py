@@ -19,7 +19,7 @@ from diptych.model.kernels.fused import load_product
 MAX_ROWS = 64
 
 
-@triton.jit(do_not_specialize=["rows", "x_stride"])
+@triton.jit(do_not_specialize=["rows"])
 def product_kernel(  # type: ignore[no-untyped-def]
     x,
     w,
@@ -54,7 +54,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     tl.store(places, acc.to(out.dtype.element_ty), mask=(columns < N)[:, None] & (m < rows)[None, :])
 
 
-@triton.jit(do_not_specialize=["split_stride", "size"])
+@triton.jit(do_not_specialize=["size"])
 def reduce_kernel(parts, out, split_stride, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The splits' sum, in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
