@@ -20,8 +20,8 @@ from diptych.group.operator.events import Events
 from diptych.group.operator.main import KINDS, reconcilers, selector
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.queue import KeyQueue
-from diptych.group.operator.resources import ADAPTER, EVENT, GROUP, GROUP_SET, Json, Kind, key_of
-from diptych.group.operator.routes import Key, keys
+from diptych.group.operator.resources import EVENT, GROUP, Json, Kind, key_of
+from diptych.group.operator.routes import CONTROLLERS, Key, keys
 from diptych.testing.kube import ApiError as ServerError
 from diptych.testing.kube import Cluster as KubeCluster
 from diptych.testing.kube import Deleting
@@ -255,9 +255,9 @@ class Driver:
     def rests(self, seconds: float = 60.0) -> bool:
         """Whether the operator writes nothing while time passes, nor when it looks at everything again."""
         before = len(self.api.writes)
-        for kind in (GROUP, GROUP_SET, ADAPTER):
+        for kind, controller in CONTROLLERS.items():
             for key in self.caches[kind].all_keys():
-                self.queue.add(Key({GROUP: "group", GROUP_SET: "set", ADAPTER: "adapter"}[kind], *key))
+                self.queue.add(Key(controller, *key))
         self.run(seconds, tick_s=5.0)
         return len(self.api.writes) == before
 

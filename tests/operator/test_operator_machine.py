@@ -11,7 +11,7 @@ from typing import Any
 from driver import Crash, Driver, image_of, is_pod_ready
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kube_world import group, role
 
 from diptych.group.operator.resources import Json
@@ -41,7 +41,7 @@ class Machine(RuleBasedStateMachine):
         self.driver.cluster.store.listeners.append(self._check)
         self.deleted_by_hand: set[str] = set()
         self.wrong: list[str] = []
-        self.number = 1
+        self.number, self.steps, self.away_until = 1, 0, 0
 
     # ---- what must hold at every write ----
 
@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
         self.driver.create(made)
 
     @precondition(lambda self: self._spec())
-    @rule(what=st.sampled_from(["scale", "image", "image", "image", "limit", "pause", "adapter"]), data=st.data())
+    @rule(what=st.sampled_from(["scale", *["image"] * 5, "limit", "pause", "adapter"]), data=st.data())
     def edit(self, what: str, data: st.DataObject) -> None:
         def change(obj: Json) -> Any:
             each = data.draw(st.sampled_from(obj["spec"]["roles"]))
@@ -193,9 +193,18 @@ class Machine(RuleBasedStateMachine):
     def crash(self, after: int) -> None:
         self.driver.api.crash_after = after
 
-    @rule()
-    def lose_the_server(self) -> None:
-        self.driver.api.down = not self.driver.api.down
+    @rule(steps=st.integers(1, 3))
+    def lose_the_server(self, steps: int) -> None:
+        self.driver.api.down, self.away_until = True, self.steps + steps
+
+    @invariant()
+    def life_goes_on(self) -> None:
+        """Now and then two things happen at once."""
+        self.steps += 1
+        if self.steps > self.away_until:
+            self.driver.api.down = False
+        if self.steps % 4:
+            self._run(0.5)
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 3.0, 15.0]))
     def time_passes(self, seconds: float) -> None:
@@ -243,7 +252,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=30,
+    max_examples=80,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,

@@ -76,12 +76,6 @@ def test_an_operators_life(world: World, operator: Process) -> None:
     assert lease["spec"]["holderIdentity"] == "" and "Traceback" not in operator.log.read_text()
 
 
-def test_a_lost_lease_ends_the_process_with_1(world: World, operator: Process) -> None:
-    until(lambda: world.names("Lease") == ["diptych-operator"], "it leads")
-    world.server.faults.steal_lease("diptych-operator")
-    assert operator.process.wait(30) == 1
-
-
 class Command:
     """Runs commands in this process: exit status, output, errors."""
 

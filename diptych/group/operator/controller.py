@@ -33,10 +33,17 @@ class Reconciler(Protocol):
 
 
 class Workers:
-    """`num` threads that take keys from `queue`."""
+    """`num` threads that take keys from `queue` while `leading` is set."""
 
-    def __init__(self, queue: KeyQueue[Key], reconcilers: dict[str, Reconciler], metrics: Metrics, num: int) -> None:
-        self._queue, self._reconcilers, self._metrics = queue, reconcilers, metrics
+    def __init__(
+        self,
+        queue: KeyQueue[Key],
+        reconcilers: dict[str, Reconciler],
+        metrics: Metrics,
+        num: int,
+        leading: threading.Event,
+    ) -> None:
+        self._queue, self._reconcilers, self._metrics, self._leading = queue, reconcilers, metrics, leading
         self._stopping = threading.Event()
         self.started = False
         self._threads = [threading.Thread(target=self._work, name=f"reconcile-{i}", daemon=True) for i in range(num)]
@@ -57,6 +64,8 @@ class Workers:
 
     def _work(self) -> None:
         while not self._stopping.is_set():
+            if not self._leading.wait(POLL_S):
+                continue
             key = self._queue.get(POLL_S)
             self._metrics.queue_depth.labels("groups").set(len(self._queue))
             if key is not None:

@@ -20,7 +20,7 @@ from diptych.group.operator.resources import key_of
 log = logging.getLogger(__name__)
 
 WATCH_S = 300  # the server is asked to end a watch after so long; clients then spread over its instances again
-FIRST_RETRY_S, LAST_RETRY_S = 0.1, 1.0  # short: a watch is one request, and what happens meanwhile is not seen
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 0.5  # short: a watch is one request, and what happens meanwhile is not seen
 NOT_SERVED_S = 30.0  # how often a kind is tried that the cluster does not know
 MAX_REFUSED = 5  # watches refused in a row until a list is tried: a restored server may not know our version yet
 
@@ -52,6 +52,10 @@ class Informer:
         self._stopping.set()
         if self._watch is not None:
             self._watch.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)

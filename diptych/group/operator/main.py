@@ -53,7 +53,7 @@ from diptych.group.operator.resources import (
     Json,
     Kind,
 )
-from diptych.group.operator.routes import Key, keys
+from diptych.group.operator.routes import CONTROLLERS, Key, keys
 from diptych.group.operator.sets import SetReconciler, is_ready
 from diptych.obs import logs
 
@@ -71,7 +71,8 @@ STOP_TIMEOUT_S = 10.0
 class Operator:
     """Watches `namespace` ("": all), with its lease in `lease_namespace`. `run` blocks until `stop`.
 
-    A leader that loses its lease ends the process's work at once (`lost`): another one may be working already.
+    A leader that loses its lease writes nothing any more, another one may be working already, and takes part in the
+    next election: an API server that was away for a while finds the same operator again.
     """
 
     def __init__(
@@ -86,7 +87,6 @@ class Operator:
         identity: str = "",
     ) -> None:
         self.metrics = Metrics()
-        self.lost = False
         self._api = Api(configuration, self.metrics)
         self._queue: KeyQueue[Key] = KeyQueue()
         self._stopping = threading.Event()
@@ -95,7 +95,7 @@ class Operator:
         if elect:
             name = identity or f"{socket.gethostname()}-{os.getpid()}"
             self._election = Election(
-                self._api, lease_namespace, COMPONENT, name, on_lead=self._leading.set, on_lost=self._lose
+                self._api, lease_namespace, COMPONENT, name, on_lead=self._lead, on_lost=self._step_down
             )
         self._caches = {kind: Cache(kind, self._on_change(kind)) for kind in KINDS}
         self._informers = [self._informer(cache, namespace) for cache in self._caches.values()]
@@ -104,26 +104,22 @@ class Operator:
         may_write = self._election.may_write if self._election else lambda: True
         events = Events(self._api, COMPONENT)
         cluster = Cluster(self._api, self._caches, events, self.metrics, may_write)
-        self._workers = Workers(self._queue, reconcilers(cluster), self.metrics, num_workers)
+        self._workers = Workers(self._queue, reconcilers(cluster), self.metrics, num_workers, self._leading)
         self.health = HealthServer(*bind, self.metrics.registry, self._healthy, self._synced)
 
     def run(self) -> None:
-        """Serve until `stop` or until the lease is lost, then finish what is being written and give the lease back."""
-        self.health.start()
+        """Serve until `stop`, then finish what is being written and give the lease back."""
         for informer in self._informers:
             informer.start()
+        self.health.start()
         if self._election is None:
-            self._leading.set()
+            self._lead()
         else:
             self._election.start()
         try:
             if not wait_synced(self._informers, self._stopping, self._say_waiting):
                 return
             log.info("in step with the API server")
-            while not self._leading.wait(0.2):
-                if self._stopping.is_set():
-                    return
-            self.metrics.leader.labels(COMPONENT).set(1)
             self._workers.start()
             self._stopping.wait()
         finally:
@@ -146,13 +142,21 @@ class Operator:
         self.health.close()
         self._api.close()
 
-    def _lose(self) -> None:
-        self.lost = True
-        self.stop()
+    def _lead(self) -> None:
+        """Look at everything: nobody knows how far the leader before came."""
+        self._leading.set()
+        self.metrics.leader.labels(COMPONENT).set(1)
+        for kind in (GROUP, GROUP_SET, ADAPTER):
+            for namespace, name in self._caches[kind].all_keys():
+                self._queue.add(Key(CONTROLLERS[kind], namespace, name))
+
+    def _step_down(self) -> None:
+        self._leading.clear()
+        self.metrics.leader.labels(COMPONENT).set(0)
 
     def _healthy(self) -> bool:
-        """While the API server is away the operator waits; only its own death would be cured by a restart."""
-        return not self.lost
+        """While the API server is away the operator waits; only what has died here would be cured by a restart."""
+        return all(informer.alive for informer in self._informers)
 
     def _synced(self) -> bool:
         return all(informer.synced.is_set() for informer in self._informers)
@@ -200,7 +204,7 @@ def selector(kind: Kind) -> str:
 
 
 def run_operator(args: argparse.Namespace) -> int:
-    """Returns 0 after SIGTERM or SIGINT, 1 when the lease was lost (to be restarted)."""
+    """Returns 0 after SIGTERM or SIGINT."""
     logs.set_up(args.log_level, "operator")
     if args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: must be at least 1")
@@ -218,7 +222,7 @@ def run_operator(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: operator.stop())
     log.info("watching %s, health and metrics on port %d", namespace or "all namespaces", operator.health.port)
     operator.run()
-    return 1 if operator.lost else 0
+    return 0
 
 
 def connect(kubeconfig: str | None) -> tuple[Configuration, str]:

@@ -1,4 +1,4 @@
-"""A group's status, as the API has it, and when it is written: at once when Ready turns, else after a second, so that
+"""A group's status, as the API has it, and when it is written: at once when Ready turns, else after two seconds, so that
 pods that become ready one after the other are one write."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from diptych.group import actions
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.resources import GROUP, Json, key_of
 
-DELAY_S = 1.0
+DELAY_S = 2.0
 MAX_MESSAGE = 4096  # characters of a refusal; the API takes 32768
 
 

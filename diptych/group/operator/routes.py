@@ -8,9 +8,11 @@ from typing import NamedTuple
 from diptych.group.operator.cache import GROUP_LABEL, Cache
 from diptych.group.operator.resources import ADAPTER, GROUP, GROUP_SET, PROFILE, Json, Kind
 
+CONTROLLERS = {GROUP: "group", GROUP_SET: "set", ADAPTER: "adapter"}  # of the kinds that have a reconciler
+
 
 class Key(NamedTuple):
-    """What to look at: `controller` names the reconciler: group, set or adapter."""
+    """What to look at: `controller` names the reconciler."""
 
     controller: str
     namespace: str
