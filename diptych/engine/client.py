@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
+import msgspec
+
 from diptych.errors import BadRequest, ClientGone, DeadlineExceeded, DiptychError, Overloaded, Unavailable
 from diptych.types import (
     Abort,
@@ -53,11 +55,15 @@ class EngineClient(Protocol):
 
 
 class _Stream:
-    """Outputs of one request on their way to its handler: a queue with one reader."""
+    """Outputs of one request on their way to its handler: a queue with one reader.
 
-    __slots__ = ("_items", "_waiter", "complete", "dead")
+    `rid` is the request's id in the engine.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_items", "_waiter", "complete", "dead", "rid")
+
+    def __init__(self, rid: str) -> None:
+        self.rid = rid
         self._items: deque[Output] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self.complete = False
@@ -81,7 +87,11 @@ class _Stream:
 
 
 class EngineLink:
-    """EngineClient over any `send` (a channel to the engine process, or an engine in this process)."""
+    """EngineClient over any `send` (a channel to the engine process, or an engine in this process).
+
+    In the engine every request has an id that none had before: what is on its way from a request that was closed early
+    must not reach the next one with the same id.
+    """
 
     def __init__(self, send: Callable[[ToEngine], None], model: ModelInfo, max_total_num_tokens: int) -> None:
         self.model = model
@@ -91,7 +101,8 @@ class EngineLink:
         self.stalled = False
         self.on_stats: Callable[[Stats], None] = lambda stats: None
         self._send = send
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _Stream] = {}  # by the callers' ids
+        self._listening: dict[str, _Stream] = {}  # the same, by the engine's
         self._replies: dict[int, asyncio.Future[ControlReply]] = {}
         self._ids = itertools.count(1)
 
@@ -100,8 +111,9 @@ class EngineLink:
             raise Unavailable("the engine of this server has stopped; send the request to another")
         if request.rid in self._streams:
             raise BadRequest(f"a request with rid {request.rid!r} is already running; choose another", param="rid")
-        stream = self._streams[request.rid] = _Stream()
-        self._send(Submit(request))
+        stream = _Stream(f"{request.rid}#{next(self._ids)}")
+        self._streams[request.rid] = self._listening[stream.rid] = stream
+        self._send(Submit(msgspec.structs.replace(request, rid=stream.rid)))
         finished = False
         try:
             while not finished:
@@ -109,9 +121,9 @@ class EngineLink:
                 finished = output.finish is not None
                 yield output
         finally:
-            del self._streams[request.rid]
+            del self._streams[request.rid], self._listening[stream.rid]
             if not finished and self.alive:
-                self._send(Complete(request.rid) if stream.complete else _hung_up(request.rid))
+                self._send(Complete(stream.rid) if stream.complete else _hung_up(stream.rid))
 
     def complete(self, rid: str) -> None:
         stream = self._streams.get(rid)
@@ -119,7 +131,9 @@ class EngineLink:
             stream.complete = True
 
     async def abort(self, rid: str, message: str) -> None:
-        self._send(Abort(rid, message))
+        stream = self._streams.get(rid)
+        if stream is not None or not rid:
+            self._send(Abort(stream.rid if stream is not None else "", message))
 
     async def control(self, op: str, **args: Any) -> dict[str, Any]:
         if not self.alive:
@@ -148,7 +162,7 @@ class EngineLink:
                 self.stats = message.stats
                 self.on_stats(message.stats)
             for output in message.outputs:
-                stream = self._streams.get(output.rid)
+                stream = self._listening.get(output.rid)
                 if stream is not None:
                     stream.put(output)
         elif isinstance(message, ControlReply):

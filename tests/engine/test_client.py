@@ -47,14 +47,20 @@ def request(rid: str) -> Request:
     return Request(rid=rid, prompt=[1], sampling=Sampling())
 
 
+def submitted(message: ToEngine) -> str:
+    """The id that the engine knows the request by."""
+    assert isinstance(message, Submit) and message.request == request(message.request.rid)
+    return message.request.rid
+
+
 async def test_a_stream_ends_with_its_finish() -> None:
     link, sent = make()
     outputs = link.generate(request("a"))
     first = asyncio.create_task(anext(outputs))
     await asyncio.sleep(0)
-    assert sent == [Submit(request("a"))]
-    link.receive(Outputs([Output(rid="a", tokens=[1]), Output(rid="other", tokens=[9])]))
-    link.receive(Outputs([Output(rid="a", tokens=[2], finish=Finish("length"))]))
+    rid = submitted(sent[0])
+    link.receive(Outputs([Output(rid=rid, tokens=[1]), Output(rid="other", tokens=[9])]))
+    link.receive(Outputs([Output(rid=rid, tokens=[2], finish=Finish("length"))]))
     assert (await first).tokens == [1]
     assert [output.tokens async for output in outputs] == [[2]]
     assert len(sent) == 1  # nothing to abort
@@ -65,10 +71,40 @@ async def test_closing_early_aborts() -> None:
     outputs = link.generate(request("a"))
     first = asyncio.create_task(anext(outputs))
     await asyncio.sleep(0)
-    link.receive(Outputs([Output(rid="a", tokens=[1])]))
+    link.receive(Outputs([Output(rid=submitted(sent[0]), tokens=[1])]))
     await first
     await outputs.aclose()  # type: ignore[attr-defined]
-    assert isinstance(sent[-1], Abort) and sent[-1].rid == "a"
+    assert isinstance(sent[-1], Abort) and sent[-1].rid == submitted(sent[0])
+
+
+@pytest.mark.parametrize("complete", [False, True])
+async def test_what_is_left_of_a_request_does_not_reach_the_next_of_its_id(complete: bool) -> None:
+    """The engine hears of the end a step later, and of the next request in the same breath."""
+    link, sent = make()
+    for _ in range(2):
+        outputs = link.generate(request("a"))
+        first = asyncio.create_task(anext(outputs))
+        await asyncio.sleep(0)
+        if len(sent) == 1:
+            link.receive(Outputs([Output(rid=submitted(sent[0]), tokens=[1])]))
+            await first
+            if complete:
+                link.complete("a")
+            await outputs.aclose()  # type: ignore[attr-defined]
+    old, _, new = sent
+    left = Output(rid=submitted(old), tokens=[2]), Output(rid=submitted(old), finish=Finish("abort"))
+    link.receive(Outputs([*left, Output(rid=submitted(new), tokens=[3], finish=Finish("length"))]))
+    assert (await first).tokens == [3]
+
+
+async def test_an_abort_names_the_request_as_the_engine_does() -> None:
+    link, sent = make()
+    first = asyncio.create_task(anext(link.generate(request("a"))))
+    await asyncio.sleep(0)
+    for rid in ("unknown", "a", ""):
+        await link.abort(rid, "enough")
+    assert sent[1:] == [Abort(submitted(sent[0]), "enough"), Abort("", "enough")]
+    first.cancel()
 
 
 async def test_the_same_rid_twice_is_refused() -> None:
@@ -111,8 +147,8 @@ async def test_a_complete_text_is_no_abort() -> None:
     outputs = link.generate(request("a"))
     first = asyncio.create_task(anext(outputs))
     await asyncio.sleep(0)
-    link.receive(Outputs([Output(rid="a", tokens=[1])]))
+    link.receive(Outputs([Output(rid=submitted(sent[0]), tokens=[1])]))
     await first
     link.complete("a")
     await outputs.aclose()  # type: ignore[attr-defined]
-    assert sent[-1] == Complete("a")
+    assert sent[-1] == Complete(submitted(sent[0]))
