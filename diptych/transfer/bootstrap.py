@@ -297,6 +297,16 @@ async def register(host: str, port: int, rank: Registration, secret: str, timeou
         raise Unavailable(f"the bootstrap service did not answer within {timeout_s:g} s") from None
 
 
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body, in however many pieces it comes; what is longer than any answer is cut off."""
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > MAX_BODY_BYTES:
+            break
+    return bytes(body)
+
+
 async def fetch_route(host: str, port: int, timeout_s: float) -> Route:
     """Ask a prefill server's bootstrap service. Raises Unavailable (try again) or ProtocolError (do not)."""
     url = _url(host, port, "/route")
@@ -306,7 +316,7 @@ async def fetch_route(host: str, port: int, timeout_s: float) -> Route:
             _session(timeout_s) as session,
             session.get(url, params=ranks, allow_redirects=False) as response,
         ):
-            body = await response.content.read(MAX_BODY_BYTES)
+            body = await _read(response)
             status = response.status
     except (aiohttp.ClientError, TimeoutError, OSError, UnicodeError):
         raise Unavailable("its bootstrap service does not answer") from None

@@ -256,6 +256,26 @@ async def test_what_is_no_bootstrap_service():
     await runner.cleanup()
 
 
+async def test_an_answer_in_pieces():
+    """A network may cut it anywhere."""
+    table = RouteTable(lambda: 0.0)
+    table.register(ranks(1)[0])
+    body = msgspec.json.encode(table.route())
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:20])
+        for _ in range(100):  # the asker, on this loop too, reads what there is
+            await asyncio.sleep(0)
+        writer.write(body[20:])
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    route = await fetch_route("127.0.0.1", server.sockets[0].getsockname()[1], 5.0)
+    assert route == table.route()
+    server.close()
+
+
 def test_unknown_fields_are_ignored():
     """Another system's rank sends more than we know."""
     body = msgspec.to_builtins(ranks(1)[0]) | {"attn_sharding": {"x": 1}, "rank_zone": "a"}
