@@ -377,6 +377,14 @@ def test_a_change_of_a_profile_reaches_pods_that_run_if_it_says_so(driver: Drive
     assert sidecars(driver) == ["s:2"] * 3 and driver.ready("g")
 
 
+def test_a_profile_goes_into_leaders_only(driver: Driver) -> None:
+    runtime = {"engineRuntimes": [{"profileName": "p"}], "workload": LWS, "leaderWorkerSet": {"size": 2}}
+    driver.create(profile("s:1", "NoUpdate"), group("g", role("a", **runtime)))
+    driver.run(5)
+    names = {name: [each["name"] for each in pod["spec"]["containers"]] for name, pod in driver.pods().items()}
+    assert names == {"g-a-0": ["engine", "patio-runtime"], "g-a-0-1": ["engine"]}
+
+
 def test_a_profile_that_comes_later_lets_the_group_begin(driver: Driver) -> None:
     driver.create(group("g", role("a", engineRuntimes=[{"profileName": "p"}])))
     driver.run(5)

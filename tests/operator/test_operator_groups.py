@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import yaml
+from driver import image_of, set_image
 from kube_world import World, group, role, until
 
-from diptych.group.operator.resources import CONFIG_MAP, GROUP, POD, SERVICE, STATEFUL_SET, Json
+from diptych.group.operator.resources import CONFIG_MAP, GROUP, POD, SERVICE, STATEFUL_SET
 from diptych.testing.kube import ApiError
 
 SEED = Path("examples/seed/sglang_pd.yaml")
-
-
-def image_of(pod: Json) -> str:
-    return str(pod["spec"]["containers"][0]["image"])
-
-
-def set_image(image: str, *roles: str):  # type: ignore[no-untyped-def]
-    def change(obj: Json) -> None:
-        for each in obj["spec"]["roles"]:
-            if not roles or each["name"] in roles:
-                each["template"]["spec"]["containers"][0]["image"] = image
-
-    return change
 
 
 def test_the_seed_unchanged(world: World) -> None:
@@ -129,49 +116,6 @@ def test_updates_that_follow_one_another_end_with_the_last(world: World) -> None
     until(lambda: {image_of(pod) for pod in world.pods().values()} == {"engine:4"}, "the last one everywhere")
     world.wait_ready("g")
     assert world.quiet() == []
-
-
-@pytest.mark.parametrize("gates", [(), ("MaxUnavailableStatefulSet",)])
-def test_several_pods_at_a_time_whatever_the_cluster_can(tmp_path: Path, gates: tuple[str, ...]) -> None:
-    """A StatefulSet rolls one by one; maxUnavailable is the operator's work, and a limit that always holds."""
-    world = World(tmp_path, gates=gates)
-    try:
-        world.start()
-        strategy = {"rollingUpdate": {"maxUnavailable": 3}}
-        world.create(group("g", role("a", 6, rolloutStrategy=strategy)))
-        world.wait_ready("g")
-        missing: list[int] = []
-
-        def on_change(change: object) -> None:
-            ready = [pod for pod in world.pods().values() if is_pod_ready(pod)]
-            missing.append(6 - len(ready))
-
-        world.cluster.store.listeners.append(on_change)
-        world.edit("g", set_image("engine:2"))
-        until(lambda: {image_of(pod) for pod in world.pods().values()} == {"engine:2"}, "all are new")
-        world.wait_ready("g")
-        assert max(missing) == 3
-    finally:
-        world.close()
-
-
-def is_pod_ready(pod: Json) -> bool:
-    conditions = (pod.get("status") or {}).get("conditions") or []
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
-
-
-def test_a_partition_keeps_the_low_indexes_old(world: World) -> None:
-    world.start()
-    strategy = {"rollingUpdate": {"partition": 2}}
-    world.create(group("g", role("a", 4, rolloutStrategy=strategy)))
-    world.wait_ready("g")
-    world.edit("g", set_image("engine:2"))
-    wanted = {"g-a-0": "engine:1", "g-a-1": "engine:1", "g-a-2": "engine:2", "g-a-3": "engine:2"}
-    until(lambda: {name: image_of(pod) for name, pod in world.pods().items()} == wanted, "the upper half is new")
-    assert world.quiet(seconds=1.2) is not None
-    assert {name: image_of(pod) for name, pod in world.pods().items()} == wanted
-    world.edit("g", lambda each: each["spec"]["roles"][0]["rolloutStrategy"]["rollingUpdate"].update(partition=0))
-    until(lambda: {image_of(pod) for pod in world.pods().values()} == {"engine:2"}, "all are new")
 
 
 def test_a_removed_role_goes_with_all_that_belonged_to_it(world: World) -> None:

@@ -135,6 +135,20 @@ def test_coordinated_roles_stay_within_the_skew(driver: Driver) -> None:
     assert max(skews) <= 4  # 25 %, or one pod of the smaller role, on either side of what is on its way
 
 
+def test_a_coordinated_partition_keeps_its_share_of_every_role(driver: Driver) -> None:
+    strategy = {"rollingUpdate": {"partition": "50%", "maxUnavailable": "50%"}}
+    policy = {"name": "pd", "roles": ["p", "d"], "strategy": strategy}
+    driver.create(group("g", role("p", 2), role("d", 4), role("x", 2), coordination=[policy]))
+    driver.run(5)
+    driver.edit("g", set_image("engine:2"))
+    driver.run(30)
+    new = sorted(name for name, image in images(driver).items() if image == "engine:2")
+    assert new == ["g-d-2", "g-d-3", "g-p-1", "g-x-0", "g-x-1"] and driver.ready("g")
+    driver.edit("g", lambda each: each["spec"].pop("coordination"))
+    driver.run(30)
+    assert set(images(driver).values()) == {"engine:2"}
+
+
 def test_single_replicas_that_are_coordinated_are_updated(driver: Driver) -> None:
     policy = {"name": "pd", "roles": ["p", "d"], "strategy": {"rollingUpdate": {"maxSkew": "1%"}}}
     driver.create(group("g", role("p"), role("d"), coordination=[policy]))
@@ -284,6 +298,21 @@ def test_failures_in_a_row_wait_longer_and_longer(driver: Driver) -> None:
     pauses = [round(two - one) for one, two in pairwise(births)]
     assert pauses[0] <= 3 and pauses[1] in range(10, 14) and pauses[2] in range(20, 24)
     driver.cluster.pods.rule(name="g-a-0", crash_s=None)
+
+
+def test_an_update_goes_on_while_a_restart_waits(driver: Driver) -> None:
+    driver.create(group("g", role("a", 2, restartPolicy="RecreateRBGOnPodRestart"), role("b")))
+    driver.run(5)
+    driver.cluster.pods.crash("g-a-0")
+    driver.run(5)
+    driver.cluster.pods.crash("g-a-0")  # the second in a row: a pause of 10 s
+    driver.run(1)
+    waiting = uids(driver, "a")
+    driver.edit("g", set_image("engine:2", "b"))
+    driver.run(5)
+    assert images(driver, "b") == {"g-b-0": "engine:2"} and uids(driver, "a") == waiting
+    driver.run(20)
+    assert not set(uids(driver, "a").values()) & set(waiting.values()) and driver.ready("g")
 
 
 def test_scaling_and_deleting_restart_nothing(driver: Driver) -> None:

@@ -63,6 +63,10 @@ class Election:
             self.leading = False
             self._release()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def may_write(self) -> bool:
         """Whether no other operator can be leading. To be asked before every write: a renewal may hang meanwhile."""
         return self.leading and self._clock() - self._renewed_at < RENEW_DEADLINE_S

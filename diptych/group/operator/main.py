@@ -111,11 +111,11 @@ class Operator:
         """Serve until `stop`, then finish what is being written and give the lease back."""
         for informer in self._informers:
             informer.start()
-        self.health.start()
         if self._election is None:
             self._lead()
         else:
             self._election.start()
+        self.health.start()
         try:
             if not wait_synced(self._informers, self._stopping, self._say_waiting):
                 return
@@ -156,7 +156,8 @@ class Operator:
 
     def _healthy(self) -> bool:
         """While the API server is away the operator waits; only what has died here would be cured by a restart."""
-        return all(informer.alive for informer in self._informers)
+        elects = self._election is None or self._election.alive
+        return elects and all(informer.alive for informer in self._informers)
 
     def _synced(self) -> bool:
         return all(informer.synced.is_set() for informer in self._informers)

@@ -66,11 +66,20 @@ def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json]) -> Observ
         target=_target(kind, spec, annotations.get(REVISION, "")),
         pods=tuple(sorted(states, key=lambda pod: (pod.index, pod.name))),
         kind=kind,
-        settled=(workload.get("status") or {}).get("observedGeneration", 0) >= metadata["generation"],
+        settled=_is_settled(kind, workload),
         deleting="deletionTimestamp" in metadata,
         dependencies=tuple(filter(None, annotations.get(DEPENDENCIES, "").split(","))),
         rollout=_decode(annotations.get(ROLLOUT), Rollout),
     )
+
+
+def _is_settled(kind: Kind, workload: Json) -> bool:
+    """Whether its controller has seen the spec. A LeaderWorkerSet does not tell before v0.8: its word is taken then."""
+    status = workload.get("status") or {}
+    if kind == "LeaderWorkerSet" and "observedGeneration" not in status:
+        return bool(status)
+    seen: int = status.get("observedGeneration", 0)
+    return seen >= int(workload["metadata"]["generation"])
 
 
 def _target(kind: Kind, spec: Json, revision: str) -> Target:

@@ -1,5 +1,5 @@
-"""A group's status, as the API has it, and when it is written: at once when Ready turns, else after two seconds, so that
-pods that become ready one after the other are one write."""
+"""A group's status, as the API has it, and when it is written: at once when Ready turns, else after two seconds, so
+that pods that become ready one after the other are one write."""
 
 from __future__ import annotations
 

@@ -1,0 +1,102 @@
+"""From objects to what the plan sees: whose pods count, and as what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from diptych.group.actions import ObservedRole
+from diptych.group.operator.observe import REVISION, ROLE_LABEL, observe
+from diptych.group.operator.resources import Json
+
+GROUP: Json = {"metadata": {"name": "g", "namespace": "n", "uid": "u-g"}}
+
+
+def workload(kind: str, **status: Any) -> Json:
+    spec = {"replicas": 2}
+    return {
+        "kind": kind,
+        "metadata": {"name": "g-a", "uid": "u-w", "generation": 3},
+        "spec": spec,
+        "status": status,
+    }
+
+
+def pod(name: str, owner: str = "StatefulSet", owner_name: str = "g-a", uid: str = "u-w", ready: bool = True) -> Json:
+    reference = {"kind": owner, "name": owner_name, "uid": uid, "controller": True}
+    status = "True" if ready else "False"
+    condition = {"type": "Ready", "status": status, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    return {
+        "metadata": {
+            "name": name,
+            "uid": f"u-{name}",
+            "labels": {ROLE_LABEL: "a", REVISION: "r"},
+            "ownerReferences": [reference] if owner else [],
+        },
+        "spec": {"nodeName": "node"},
+        "status": {"phase": "Running", "conditions": [condition], "containerStatuses": []},
+    }
+
+
+def seen(kind: str, *pods: Json, **status: Any) -> ObservedRole:
+    found = observe(GROUP, {"a": (kind, workload(kind, **status))}, list(pods)).role("a")  # type: ignore[dict-item]
+    assert found is not None
+    return found
+
+
+def test_pods_of_others_do_not_count() -> None:
+    others = (
+        pod("g-a-7", owner=""),
+        pod("g-a-8", owner="Job", owner_name="g-a"),
+        pod("g-a-x-1", owner="ReplicaSet", owner_name="g-a-copy-5f6d"),
+        pod("g-a-y-1", owner="StatefulSet", owner_name="g-a-y"),
+    )
+    assert [each.name for each in seen("StatefulSet", pod("g-a-0"), *others).pods] == ["g-a-0"]
+    observed = observe(GROUP, {}, others)
+    assert observed.roles == ()
+
+
+def test_pods_of_an_earlier_workload_are_ending() -> None:
+    old = pod("g-a-1", uid="u-old")
+    assert [(each.name, each.phase) for each in seen("StatefulSet", pod("g-a-0"), old).pods] == [
+        ("g-a-0", "running"),
+        ("g-a-1", "stopping"),
+    ]
+    (left,) = observe(GROUP, {}, [old]).roles
+    assert left.deleting and left.name == "a"
+
+
+def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> None:
+    pods = [
+        pod("g-a-0"),
+        pod("g-a-0-1", owner_name="g-a-0", uid="u-g-a-0"),
+        pod("g-a-1"),
+        pod("g-a-1-1", owner_name="g-a-1", uid="u-g-a-1", ready=False),
+        pod("g-a-2-1", owner_name="g-a-2", uid="u-g-a-2"),  # its leader is gone
+    ]
+    pods[1]["status"]["containerStatuses"] = [
+        {"name": "engine", "restartCount": 2},
+        {"name": "patio-runtime", "restartCount": 9},
+    ]
+    found = seen("LeaderWorkerSet", *pods)
+    assert [(each.name, each.index, each.ready, each.restarts) for each in found.pods] == [
+        ("g-a-0", 0, True, 2),
+        ("g-a-1", 1, False, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "settled"),
+    [
+        ("StatefulSet", {}, False),
+        ("StatefulSet", {"observedGeneration": 2}, False),
+        ("StatefulSet", {"observedGeneration": 3}, True),
+        ("Deployment", {"replicas": 2}, False),
+        ("LeaderWorkerSet", {}, False),
+        ("LeaderWorkerSet", {"replicas": 2}, True),
+        ("LeaderWorkerSet", {"observedGeneration": 2}, False),
+    ],
+)
+def test_whether_a_controller_has_seen_its_spec(kind: str, status: Json, settled: bool) -> None:
+    assert seen(kind, **status).settled is settled
