@@ -21,8 +21,9 @@ Addresses = tuple[str, ...]  # of one rank, in order of preference
 class DataLink:
     """One open link and the rooms that have frames on it. `turn` is taken before a frame is gathered."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, opening: asyncio.Future[DataLink]) -> None:
         self.link = link
+        self.opening = opening  # what the pool knows it by
         self.turn = asyncio.Semaphore(_FRAMES_IN_HAND)
         self.rooms: set[int] = set()
         self.idle: asyncio.TimerHandle | None = None
@@ -99,7 +100,7 @@ class LinkPool:
         """Open the link, hand it to whoever waits, notice when it breaks. The other side says nothing on it."""
         found: DataLink | None = None
         try:
-            found = DataLink(await self._dial(addresses))
+            found = DataLink(await self._dial(addresses), opening)
             opening.set_result(found)
             self._rest(found)
             await found.link.recv()
@@ -121,9 +122,14 @@ class LinkPool:
                     found.idle.cancel()
 
     def _rest(self, link: DataLink) -> None:
-        """Close the link later, unless a room uses it again. Its task notices and does the rest."""
+        """Retire the link later, unless a room uses it again."""
         if not link.rooms and link.idle is None:
-            link.idle = asyncio.get_running_loop().call_later(self._idle_timeout_s, link.link.close)
+            link.idle = asyncio.get_running_loop().call_later(self._idle_timeout_s, self._retire, link)
+
+    def _retire(self, link: DataLink) -> None:
+        """No room may find it any more. Its task notices that it is closed and does the rest."""
+        self._links = {to: opening for to, opening in self._links.items() if opening is not link.opening}
+        link.link.close()
 
     async def _dial(self, addresses: Addresses) -> Link:
         """The first address that answers. Raises what the last one raised."""

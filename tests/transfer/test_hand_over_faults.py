@@ -15,7 +15,7 @@ from diptych.errors import ProtocolError, RoomInUse, TransferError
 from diptych.testing.network import Faults, MemoryNetwork
 from diptych.testing.virtual import run_virtual
 from diptych.transfer import auth, wire
-from diptych.transfer.pool import DATA_PURPOSE
+from diptych.transfer.pool import DATA_PURPOSE, LinkPool
 from diptych.transfer.room import HubOptions, KVPoll
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, FirstToken
 
@@ -707,6 +707,42 @@ def test_idle_data_links_are_closed_and_opened_again():
             await asyncio.sleep(2)
             assert network.num_links == 1  # control stays
         await finish(pair)
+
+    run_virtual(main())
+
+
+def test_a_link_that_is_wanted_at_the_moment_of_its_retirement():
+    """The room gets another one; it does not fail with the old."""
+
+    async def main():
+        network = MemoryNetwork(1)
+        broken = []
+        took = []
+
+        def on_link(link):
+            took.append(asyncio.ensure_future(auth.answer(link, DATA_PURPOSE, "", network.rng, 5.0)))
+
+        address = (await network.transport("decode").listen("decode", on_link)).address
+        times = {"connect_timeout_s": 5.0, "idle_timeout_s": 60.0}
+        pool = LinkPool(
+            [network.transport("prefill")], "", network.rng, lambda rooms, why: broken.append(rooms), **times
+        )
+        first = await pool.use((address,), 1)
+        wanted = asyncio.Event()
+
+        async def later():
+            await wanted.wait()
+            return await pool.use((address,), 2)
+
+        second = asyncio.ensure_future(later())
+        await asyncio.sleep(0)
+        pool.leave(1)
+        asyncio.get_running_loop().call_at(first.idle.when() - 1e-12, wanted.set)  # in the same turn of the loop
+        await asyncio.sleep(70)
+        assert (await second) is not first
+        assert (broken, len(pool), len(took)) == ([], 1, 2)
+        await pool.close()
+        await asyncio.gather(*took)
 
     run_virtual(main())
 
