@@ -187,6 +187,8 @@ def pod_problems(spec: PodSpec) -> list[tuple[str, str]]:
         for j, mount in enumerate(container.volume_mounts):
             if ".." in mount.sub_path.split("/") or mount.sub_path.startswith("/"):
                 problems.append((f"{path}.volumeMounts[{j}].subPath", "must be relative and must not contain .."))
+            if mount.mount_path in [each.mount_path for each in container.volume_mounts[:j]]:
+                problems.append((f"{path}.volumeMounts[{j}].mountPath", f"{mount.mount_path} is already mounted"))
         for j, variable in enumerate(container.env):
             if variable.value is not None and variable.value_from is not None:
                 problems.append((f"{path}.env[{j}]", "value and valueFrom exclude each other"))

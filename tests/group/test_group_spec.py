@@ -85,6 +85,11 @@ def _changed(path: str, value: Any) -> str:
             "volumeMounts[1].subPath: must be relative",
         ),
         (
+            "spec.roles[1].template.spec.containers[0].volumeMounts[1].mountPath",
+            "/models/Qwen3-32B/",
+            "volumeMounts[1].mountPath: /models/Qwen3-32B/ is already mounted",
+        ),
+        (
             "spec.roles[1].template.spec.containers[0].readinessProbe.tcpSocket.port",
             "grpc",
             "spec.roles[1].template.spec.containers[0].readinessProbe: no port of the container is called grpc",
