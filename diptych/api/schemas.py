@@ -1,6 +1,7 @@
 """Bodies of requests, as clients write them. Types are checked here, ranges where the values are used.
 
-Unknown fields are ignored, as OpenAI-compatible servers do. Fields that SGLang knows, that would change the answer and
+Unknown fields are ignored, as OpenAI-compatible servers do, unless one is nearly the name of a field; in /generate's
+sampling_params they are refused, as SGLang does. Fields that SGLang or vLLM knows, that would change the answer and
 that we do not have are refused when they are set: an answer that ignores them would be wrong.
 """
 
@@ -51,6 +52,13 @@ class SamplingFields(Struct, kw_only=True):
     beam_width: Any = None
     custom_params: Any = None
     custom_logit_processor: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: Any = None
+    guided_decoding_backend: Any = None
+    structured_outputs: Any = None
 
 
 class StreamOptions(Struct):
@@ -139,10 +147,13 @@ class CompletionBody(OpenAIFields, kw_only=True):
     suffix: str | None = None
 
 
-class NativeSampling(SamplingFields, kw_only=True):
+class NativeSampling(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     sampling_seed: int | None = None
+    # SGLang's, and without effect here: fast tokenizers know no such spaces, and each step is a frame
+    spaces_between_special_tokens: bool | None = None
+    stream_interval: int | None = None
 
 
 class GenerateBody(Struct, kw_only=True):
@@ -173,31 +184,43 @@ class GenerateBody(Struct, kw_only=True):
     return_hidden_states: Any = None
 
 
-_UNSUPPORTED = (
-    "stop_regex",
-    "structural_tag",
-    "beam_width",
-    "custom_params",
-    "custom_logit_processor",
-    "priority",
-    "lora_path",
-    "session_params",
-    "return_hidden_states",
-    "functions",
-    "function_call",
-    "audio",
-    "input_embeds",
-    "image_data",
-    "video_data",
-    "audio_data",
-)
+_UNSUPPORTED = {
+    **dict.fromkeys(
+        (
+            "stop_regex",
+            "structural_tag",
+            "beam_width",
+            "custom_params",
+            "custom_logit_processor",
+            "priority",
+            "lora_path",
+            "session_params",
+            "return_hidden_states",
+            "functions",
+            "function_call",
+            "audio",
+            "input_embeds",
+            "image_data",
+            "video_data",
+            "audio_data",
+            "guided_whitespace_pattern",
+            "guided_decoding_backend",
+        ),
+        "leave it out",
+    ),
+    "guided_json": "use json_schema or, in OpenAI's bodies, response_format",
+    "guided_regex": "use regex",
+    "guided_choice": "use regex, with | between the choices",
+    "guided_grammar": "use ebnf",
+    "structured_outputs": "use json_schema, regex or ebnf or, in OpenAI's bodies, response_format",
+}
 
 
 def refuse_unsupported(body: Struct, prefix: str = "") -> None:
     """Raise BadRequest for a field that is set and that this server does not have."""
-    for name in _UNSUPPORTED:
+    for name, advice in _UNSUPPORTED.items():
         if getattr(body, name, None) not in (None, False, [], {}, ""):
-            raise BadRequest(f"{prefix}{name} is not supported by this server; leave it out", param=f"{prefix}{name}")
+            raise BadRequest(f"{prefix}{name} is not supported by this server; {advice}", param=f"{prefix}{name}")
 
 
 class Usage(msgspec.Struct):

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from diptych.api.limits import BODY_TIMEOUT_S, MAX_BODY_BYTES, MAX_CONTAINERS
+from diptych.api.mistakes import refuse_near_misses, wrong_field
 from diptych.errors import BadRequest, DiptychError, Overloaded, PayloadTooLarge
 from diptych.types import Finish
 
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
-_AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:
@@ -36,13 +35,14 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
 
 
 def decode(body: bytes, kind: type[T]) -> T:
-    """JSON as `kind`. Raises BadRequest that names the field."""
+    """JSON as `kind`. Raises BadRequest that names the field, also for one whose name is nearly right."""
     if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
         raise BadRequest(f"the body must not have more than {MAX_CONTAINERS} brackets and braces")
     try:
+        refuse_near_misses(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), kind)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _wrong_type(str(error)) from None
+        raise wrong_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise BadRequest(f"the body is not valid JSON: {reason}") from None
@@ -53,17 +53,7 @@ def convert(value: Any, kind: type[T], param: str) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _wrong_type(str(error), param) from None
-
-
-def _wrong_type(text: str, inside: str = "") -> BadRequest:
-    found = _AT.search(text)
-    path = found.group(1) if found else ""
-    missing = re.search(r"missing required field `([^`]*)`", text)
-    if missing:
-        path = f"{path}.{missing.group(1)}" if path else missing.group(1)
-    param = f"{inside}.{path}" if inside and path and not path.startswith("[") else inside + path
-    return BadRequest(_AT.sub("", text) + (f" at {param}" if param else ""), param=param[:200] or None)
+        raise wrong_field(str(error), param) from None
 
 
 def error_body(error: DiptychError) -> dict[str, Any]:

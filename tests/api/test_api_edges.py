@@ -15,6 +15,7 @@ from mock_engine_client import outputs_for
 
 from diptych.api import limits
 from diptych.api.app import begin_drain
+from diptych.api.mistakes import MAX_UNKNOWN
 from diptych.errors import BadRequest, Overloaded, Unavailable
 from diptych.text.tokenizer import Tokenizer
 from diptych.types import Finish, Output, Request
@@ -152,6 +153,15 @@ MESSAGES = [{"role": "user", "content": "x"}]
         ({"functions": [{}]}, "functions"),
         ({"lora_path": "x"}, "lora_path"),
         ({"stop_regex": "x"}, "stop_regex"),
+        ({"guided_choice": ["a", "b"]}, "guided_choice"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"guided_grammar": "root ::= 'a'"}, "guided_grammar"),
+        ({"guided_decoding_backend": "outlines"}, "guided_decoding_backend"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"temprature": 0}, "temprature"),
+        ({"max_token": 5}, "max_token"),
+        ({"respnose_format": {"type": "json_object"}}, "respnose_format"),
     ],
 )
 async def test_bad_parameters_are_named(serve: Serve, change: dict[str, Any], param: str) -> None:
@@ -165,6 +175,48 @@ async def test_unknown_fields_and_nulls_are_ignored(serve: Serve) -> None:
     server = await serve()
     nulls = dict.fromkeys(("temperature", "stop", "tools", "n", "seed", "logprobs", "stream", "max_tokens"))
     assert (await server.post(CHAT, {**HI, **nulls, "store": True, "user": "u", "made_up": [1]}))[0] == 200
+
+
+async def test_a_refused_field_has_another_name_here(serve: Serve) -> None:
+    server = await serve()
+    for path, field, ours in (
+        (CHAT, {"guided_json": {"type": "object"}}, "response_format"),
+        (CHAT, {"guided_choice": ["a"]}, "regex"),
+        (CHAT, {"structured_outputs": {"grammar": "x"}}, "ebnf"),
+        (CHAT, {"temprature": 0}, "did you mean temperature?"),
+        ("/v1/completions", {"guided_grammar": "x"}, "ebnf"),
+        ("/generate", {"sampling_params": {"guided_regex": "x"}}, "use regex"),
+        ("/generate", {"sampling_params": {"max_tokens": 5}}, "did you mean max_new_tokens?"),
+        ("/generate", {"sampling_params": [{"temprature": 5}]}, "sampling_params[0].temprature: there is no such"),
+    ):
+        status, reply = await server.post(path, {**INFERENCE[path], **field})
+        assert status == 400 and ours in reply["error"]["message"], reply
+
+
+async def test_fields_that_other_clients_send_are_no_near_misses(serve: Serve) -> None:
+    server = await serve()
+    openai = (
+        "metadata modalities moderation prediction prompt_cache_key prompt_cache_retention safety_identifier "
+        "service_tier store user verbosity web_search_options"
+    )
+    vllm = (
+        "use_beam_search length_penalty include_stop_str_in_output spaces_between_special_tokens bad_words request_id "
+        "truncate_prompt_tokens prompt_logprobs allowed_token_ids add_generation_prompt add_special_tokens documents "
+        "chat_template mm_processor_kwargs return_tokens_as_token_ids kv_transfer_params include_reasoning thinking "
+        "stream_interval data_parallel_rank return_routed_experts bootstrap_pair_key logprob_start_len max_new_tokens"
+    )
+    for name in (openai + " " + vllm).split():
+        for path in ("/v1/completions", CHAT):
+            assert (await server.post(path, {**INFERENCE[path], name: "x"}))[0] == 200, name
+    sglang = {"spaces_between_special_tokens": True, "stream_interval": 1, "skip_special_tokens": True}
+    assert (await server.post("/generate", {"text": "a", "sampling_params": sglang}))[0] == 200
+
+
+async def test_a_body_full_of_unknown_names_costs_little(serve: Serve) -> None:
+    server = await serve()
+    names = {f"made_up_{i}": 1 for i in range(MAX_UNKNOWN)}
+    assert (await server.post(CHAT, {**HI, **names, "temprature": 1}))[0] == 200  # only so many are compared
+    assert (await server.post(CHAT, {"temprature": 1, **HI, **names}))[0] == 400
 
 
 def chat_of(size: int) -> bytes:

@@ -1,0 +1,40 @@
+"""What is wrong with a body's fields: names that do not exist and values of a wrong type."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from itertools import islice
+
+import msgspec
+
+from diptych.api.schemas import NativeSampling
+from diptych.errors import BadRequest
+
+NEAR = 0.9  # of difflib's ratio: one letter off in a name of five or more
+MAX_UNKNOWN = 16  # names looked at, so that a body full of them costs nothing
+_AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
+
+
+def refuse_near_misses(names: Iterable[str], kind: type) -> None:
+    """Raise BadRequest if one of the body's names is no field of `kind` but nearly one: its value would be ignored."""
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    for name in islice((name for name in names if name not in known), MAX_UNKNOWN):
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=NEAR):
+            raise BadRequest(f"{name}: there is no such field; did you mean {close[0]}?", param=name)
+
+
+def wrong_field(text: str, inside: str = "") -> BadRequest:
+    """msgspec's complaint about a value `inside` the body as an error that names the field."""
+    found = _AT.search(text)
+    path = found.group(1) if found else ""
+    named = re.search(r"(missing required|contains unknown) field `([^`]*)`", text)
+    if named:
+        path = f"{path}.{named.group(2)}" if path else named.group(2)
+    param = f"{inside}.{path}" if inside and path and not path.startswith("[") else inside + path
+    if named and named.group(1) == "contains unknown":  # only sampling_params mind
+        close = difflib.get_close_matches(named.group(2), NativeSampling.__struct_fields__, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return BadRequest(f"{param[:200]}: there is no such field{hint}", param=param[:200])
+    return BadRequest(_AT.sub("", text) + (f" at {param}" if param else ""), param=param[:200] or None)
