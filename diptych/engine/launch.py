@@ -105,7 +105,7 @@ class EngineProcesses:
             "diptych.engine.worker",
             stdin=asyncio.subprocess.PIPE,
             pass_fds=[sock.fileno(), *(s.fileno() for s in inherited)],
-            env=self._environment(rank),
+            env=self._environment(),
             preexec_fn=_die_with_parent,
         )
         assert process.stdin is not None
@@ -114,13 +114,9 @@ class EngineProcesses:
         self._processes.append(process)
         self._watchers.append(asyncio.create_task(self._watch(rank, process)))
 
-    def _environment(self, rank: int) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         threads = str(self._config.cpu_threads)
-        environment = dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, GLOO_SOCKET_IFNAME="lo")
-        visible = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-        if len(visible) > 1 and self._config.num_ranks > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = visible[rank % len(visible)]
-        return environment
+        return dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, GLOO_SOCKET_IFNAME="lo")
 
     async def _watch(self, rank: int, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()

@@ -74,9 +74,26 @@ class Spec(msgspec.Struct):
     bootstrap_key: str = ""
 
 
+def take_gpu(spec: Spec) -> None:
+    """Leave this rank of several one GPU of those that its server may use: CUDA_VISIBLE_DEVICES, or else all there are.
+
+    Before CUDA starts, which reads the variable once. Does nothing without GPUs.
+    """
+    if spec.config.num_ranks == 1:
+        return
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:  # a container has no list; asked is the management library, which does not start CUDA
+        gpus = [str(gpu) for gpu in range(torch.cuda.device_count())]
+    else:
+        gpus = [gpu for gpu in listed.split(",") if gpu]
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[spec.rank % len(gpus)]
+
+
 def load(spec: Spec) -> Runner:
     """Join the other ranks and load this rank's part of the model."""
     config = spec.config
+    take_gpu(spec)
     torch.set_num_threads(config.cpu_threads)
     place = None
     if config.num_ranks > 1:
