@@ -1,6 +1,7 @@
 """Settings of one server, and the flags that set them. Names are SGLang's where SGLang has the setting.
 
-A flag that is not in the table is refused by name; nothing is ignored. Values are checked once, here.
+A flag that is not in the table is refused by name (flags.py adds advice); nothing is ignored. Values are checked once,
+here.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from diptych.errors import ConfigError
+from diptych.flags import explain
 
 Flags = tuple[str, ...]
 
@@ -45,7 +47,10 @@ class ServerConfig:
 
     # what is served
     model_path: str = flag(
-        "", "folder with config.json, *.safetensors and tokenizer.json (required)", "--model-path", "--model"
+        "",
+        "folder with config.json, *.safetensors and tokenizer.json (required); nothing is downloaded",
+        "--model-path",
+        "--model",
     )
     served_model_name: str = flag("", "name shown to clients (default: the model path without a trailing slash)")
     tokenizer_path: str = flag("", "folder with tokenizer.json (default: the model path)")
@@ -217,8 +222,15 @@ def _is_name(text: str) -> bool:
     return re.fullmatch(r"(\*\.)?(?![0-9.]*$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", text) is not None
 
 
+def flag_names(item: Field[Any]) -> Flags:
+    names: Flags = item.metadata["names"]
+    return names or (f"--{item.name.replace('_', '-')}",)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
+        if "'mooncake'" in message:
+            message += "; tcp reaches any host, nixl uses RDMA"
         raise ConfigError(message)
 
 
@@ -226,7 +238,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Put a flag for every field of ServerConfig on `parser`; each help text ends with the default."""
     for item in fields(ServerConfig):
         meta = item.metadata
-        names = meta["names"] or (f"--{item.name.replace('_', '-')}",)
+        names = flag_names(item)
         default = {} if item.name == "default_chat_template_kwargs" else item.default
         shown = "" if default in ("", {}, False) else f" (default: {default})"
         if isinstance(default, bool):
@@ -244,9 +256,14 @@ def parse_server_args(argv: list[str]) -> ServerConfig:
         prog="diptych serve", description="Serve one model: both phases, or one of them.", allow_abbrev=False
     )
     add_server_flags(parser)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise ConfigError(f"unknown flag {unknown[0]}; `diptych serve --help` lists what is supported")
+    names = {name for item in fields(ServerConfig) for name in flag_names(item)} | {"--help"}
+    # Values never begin with dashes, so this needs no parser, which would stop at its first complaint.
+    words = (word.partition("=")[0] for word in argv if word.startswith("--") and word != "--")
+    if unknown := [word for word in words if word not in names]:
+        raise ConfigError(f"{explain(unknown, names)}; `diptych serve --help` lists what is supported")
+    known, left = parser.parse_known_args(argv)
+    if left:
+        raise ConfigError(f"{left[0]} belongs to no flag; the model's folder goes with --model-path")
     config = ServerConfig(**vars(known))
     config.check()
     return config

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from diptych.config import ANYWHERE, PRIVATE, parse_server_args
+from diptych.config import ANYWHERE, PRIVATE, ServerConfig, flag_names, parse_server_args
 from diptych.errors import ConfigError
+from diptych.flags import INSTEAD
 
 MODEL = ["--model-path", "models/demo"]
 
@@ -44,6 +47,42 @@ def test_values_that_cannot_work_are_refused(flag: str, values: list[str]) -> No
 def test_unknown_flags_are_named(flag: str) -> None:
     with pytest.raises(ConfigError, match=flag):
         parse_server_args([*MODEL, flag, "1"])
+
+
+def test_all_unknown_flags_are_told_at_once_with_what_to_do_instead() -> None:
+    foreign = "--trust-remote-code --mem-fraction-static 0.8 --max-model-len=4096 --made-up-thing x --context-lenght 5"
+    with pytest.raises(ConfigError) as caught:
+        parse_server_args([*MODEL, *foreign.split(), "--disaggregation-transfer-backend", "mooncake"])
+    told = caught.value.message
+    for words in (
+        "--trust-remote-code (a model's own code is never run; leave it out)",
+        "--mem-fraction-static (--max-total-tokens sets",
+        "--max-model-len (--context-length)",
+        ", --made-up-thing,",
+        "--context-lenght (did you mean --context-length?)",
+    ):
+        assert words in told, told
+
+
+def test_advice_names_flags_that_exist_for_flags_that_do_not() -> None:
+    names = {name for item in fields(ServerConfig) for name in flag_names(item)}
+    assert not names & INSTEAD.keys()
+    for flag, advice in INSTEAD.items():
+        assert set(re.findall(r"--[a-z-]+", advice)) <= names, flag
+        with pytest.raises(ConfigError, match=re.escape(f"{flag} ({advice})")):
+            parse_server_args([*MODEL, flag, "1"])
+
+
+def test_a_backend_of_sglang_is_no_backend_here() -> None:
+    with pytest.raises(ConfigError, match=r"mooncake.*tcp reaches any host, nixl uses RDMA"):
+        parse_server_args([*MODEL, "--disaggregation-transfer-backend", "mooncake"])
+
+
+def test_the_model_goes_with_its_flag() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^models/demo belongs to no flag; the model's folder goes with --model-path"
+    ):
+        parse_server_args(["models/demo", "--port", "0"])
 
 
 def test_the_least_values_work() -> None:

@@ -17,7 +17,9 @@ def folder(path: str) -> Path:
     """The model folder behind `path`. Raises ConfigError, with the path as the user wrote it, when there is none."""
     found = Path(mounts.resolve(path))
     if not found.is_dir():
-        raise ConfigError(f"{path} is no folder; give one with config.json, *.safetensors and tokenizer.json")
+        raise ConfigError(
+            f"{path} is no folder; give one with config.json, *.safetensors and tokenizer.json (nothing is downloaded)"
+        )
     return found
 
 
