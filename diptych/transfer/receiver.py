@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from diptych.errors import Aborted, ProtocolError, TransferError
+from diptych.errors import Aborted, BadRequest, ProtocolError, TransferError
 from diptych.transfer import wire
 from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Expect, Expecting, Received, TransferFailed
 from diptych.transfer.room import KVPoll, RoomEnd, failure
@@ -54,8 +54,13 @@ class Receiver(RoomEnd):
         """pages[i] is for page i of the prompt; the first `prefix_tokens` tokens (whole pages) are there already.
 
         Does nothing once the room has ended. Raises TransferError if called twice, with a page twice or a wrong prefix.
+        More pages than a message may name fail the room: prefill would hang up on all rooms.
         """
         if self.ended:
+            return
+        if len(pages) > wire.MAX_PAGES:
+            message = f"the prompt has {len(pages)} pages, and {wire.MAX_PAGES} can be handed over; raise --page-size"
+            self._fail(failure(message, BadRequest.code, BadRequest.status))
             return
         num_prefix = prefix_tokens // self._hub.terms.page_size
         once = len(set(pages)) == len(pages) == len(generations)

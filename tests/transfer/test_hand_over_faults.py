@@ -711,6 +711,25 @@ def test_idle_data_links_are_closed_and_opened_again():
     run_virtual(main())
 
 
+def test_a_prompt_of_too_many_pages_fails_its_own_room_only():
+    async def main():
+        network = MemoryNetwork(1)
+        pair = await start(network)
+        neighbour, receiver = (pair.decode.hub.open(pair.bootstrap(room)) for room in (1, 2))
+        await pair.decode.until(lambda: receiver.state == KVPoll.WaitingForInput)
+        pages = range(wire.MAX_PAGES + 1)
+        receiver.reserve(pages, [1] * len(pages))
+        await asyncio.sleep(1)
+        assert (receiver.state, receiver.error.status) == (KVPoll.Failed, 400)
+        assert "raise --page-size" in receiver.error.message
+        assert neighbour.state == KVPoll.WaitingForInput
+        neighbour.abort("enough")
+        await asyncio.sleep(0.1)
+        await finish(pair)
+
+    run_virtual(main())
+
+
 def test_a_link_that_is_wanted_at_the_moment_of_its_retirement():
     """The room gets another one; it does not fail with the old."""
 
