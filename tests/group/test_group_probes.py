@@ -161,3 +161,17 @@ async def test_liveness_fails_after_its_threshold() -> None:
     async with Seen(target(liveness_probe=probe), None).following() as seen:
         assert await seen.events.get() is True
         assert await seen.events.get() == "liveness probe failed 2 times: false ended with 1"
+
+
+async def test_readiness_counts_only_after_startup(tmp_path: Path) -> None:
+    flag = tmp_path / "started"
+    startup = Probe(exec=ExecAction(command=("test", "-e", str(flag))))
+    async with http(b"HTTP/1.1 200 OK\r\n\r\n") as (port, asked):
+        readiness = Probe(http_get=HttpGetAction(port="http", path="/health"))
+        async with Seen(target(port, startup_probe=startup), readiness).following() as seen:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await seen.events.get()
+            assert asked == []
+            flag.touch()
+            assert await seen.events.get() is True
