@@ -133,6 +133,9 @@ def run_up(args: argparse.Namespace) -> int:
         else:
             asyncio.run(up.run_in_foreground(prepared, folder, progress.show, args.timeout))
             os.close(lock)
+    except KeyboardInterrupt:
+        progress.line(f"{name} is {'going down' if folder.running() else 'down'}")
+        raise
     finally:
         progress.settle()
     return 0

@@ -196,6 +196,21 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path, diptych: Diptych) -> N
         assert process.wait(10) == 0
 
 
+def test_an_interrupted_start_leaves_nothing(tmp_path: Path, state_folder: Path, diptych: Diptych) -> None:
+    """Detached too: nobody else knows yet that there is a group."""
+    path = tmp_path / "toy.yaml"
+    path.write_text(text(group(role("a", toy("--when", str(tmp_path / "never"))))))
+    arguments = command("up", str(path), "--detach")
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        _read_until(process.stderr, "toy-a-0 starting")
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        assert process.wait(WAIT_S) == 130
+    assert told.splitlines()[-1] == "toy is down" and "Traceback" not in told
+    assert not GroupFolder(state_folder, "toy").running()
+
+
 def _read_until(stream: Any, wanted: str) -> list[str]:
     """Lines up to the wanted one; the stream's process is expected to print it."""
     lines = []

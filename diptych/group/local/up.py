@@ -121,11 +121,24 @@ def start_detached(prepared: Prepared, folder: GroupFolder, lock: int, show: Sho
     """Starts a supervisor of its own and returns when every role is ready. Takes over `lock`.
 
     Raises StartFailed, after taking the group down, if that does not happen in time, or ConfigError if it cannot start.
+    Ctrl-C takes the group down too, and comes out as KeyboardInterrupt.
     """
     began = time.monotonic()
     folder.logs.mkdir(mode=0o700, exist_ok=True)
     write_atomically(folder.launch, msgspec.json.encode(prepared.launch))
     process = _spawn_supervisor(folder, lock)
+    try:
+        return _until_ready(process, folder, show, began, timeout_s)
+    except (KeyboardInterrupt, StartFailed):
+        take_down(folder, show, timeout_s=STRAY_GRACE_S)
+        process.wait(timeout=5)
+        raise
+
+
+def _until_ready(
+    process: subprocess.Popen[bytes], folder: GroupFolder, show: Show, began: float, timeout_s: float
+) -> Snapshot:
+    """Waits for the group that `process` supervises. Raises as `start_detached`, and takes nothing down."""
     while True:
         time.sleep(POLL_S)
         snapshot = ask(folder, StatusRequest())
@@ -141,10 +154,7 @@ def start_detached(prepared: Prepared, folder: GroupFolder, lock: int, show: Sho
             return snapshot
         why, pod = failure(snapshot, time.monotonic() - began, timeout_s)
         if why:
-            error = _start_failed(folder, why, pod)
-            take_down(folder, show, timeout_s=STRAY_GRACE_S)
-            process.wait(timeout=5)
-            raise error
+            raise _start_failed(folder, why, pod)
 
 
 def _spawn_supervisor(folder: GroupFolder, lock: int) -> subprocess.Popen[bytes]:
