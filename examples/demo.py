@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,15 +18,53 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from diptych.group.local.paths import GroupFolder, state_root
 from diptych.testing.processes import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = "demo"
 REQUEST_TIMEOUT_S = 60.0
+POLL_S = 0.5
+
+
+class NotUp(Exception):
+    """The group did not come up; `diptych up` has said why and left nothing. The first argument: its exit status."""
 
 
 def diptych(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "diptych", *args], cwd=ROOT, text=True, check=False, **options)
+
+
+def bring_up(port: int) -> None:
+    """Raises NotUp. Ctrl-C reaches `diptych up` through this program only, so once: it then ends what it started."""
+    claim, service = f"demo-model={ROOT / 'models/demo'}", f"{GROUP}={port}"
+    options = ("--claim", claim, "--service-port", service, "--detach", "--timeout", "120")
+    command = [sys.executable, "-m", "diptych", "up", "examples/demo.yaml", *options]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as up:
+        try:
+            status = up.wait()
+        except KeyboardInterrupt:
+            up.send_signal(signal.SIGINT)
+            status = up.wait()
+    if status == 2 and is_taken(port):
+        print("demo: `.venv/bin/python examples/demo.py --port PORT` serves on another port", file=sys.stderr)
+    if status:
+        raise NotUp(status)
+
+
+def is_taken(port: int) -> bool:
+    """Whether somebody else than this group listens on the port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0 and not folder().running()
+
+
+def folder() -> GroupFolder:
+    return GroupFolder(state_root(), GROUP)
+
+
+def snapshot() -> dict[str, Any]:
+    """The group, as `diptych status --json` has it."""
+    return dict(json.loads(diptych("status", GROUP, "--json", capture_output=True).stdout))
 
 
 def seed_request() -> dict[str, Any]:
@@ -65,9 +104,8 @@ def faults(reply: dict[str, Any], body: dict[str, Any]) -> list[str]:
 
 def moved_pages() -> dict[str, float]:
     """KV pages sent (-) and received (+) by each pod, from their own metrics."""
-    snapshot = json.loads(diptych("status", GROUP, "--json", capture_output=True).stdout)
     moved = {}
-    for pod in snapshot["pods"]:
+    for pod in snapshot()["pods"]:
         if pod["role"] in ("prefill", "decode"):
             with urllib.request.urlopen(f"http://{pod['ip']}:8000/metrics", timeout=10) as page:
                 values = metrics(page.read().decode())
@@ -78,16 +116,15 @@ def moved_pages() -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the reply")
-    parser.add_argument("--port", type=int, default=8000, help="port of 127.0.0.1 to serve on (default: 8000)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port of 127.0.0.1 to serve on; 0: any free one (default: 8000)"
+    )
     args = parser.parse_args()
     started = time.monotonic()
-    claim, port = f"demo-model={ROOT / 'models/demo'}", f"{GROUP}={args.port}"
-    up = diptych("up", "examples/demo.yaml", "--claim", claim, "--service-port", port, "--detach", "--timeout", "120")
-    if up.returncode:
-        return up.returncode
+    bring_up(args.port)
     try:
         print(f"ready after {time.monotonic() - started:.1f} s\n")
-        return converse(f"http://127.0.0.1:{args.port}", once=args.once)
+        return converse(f"http://{snapshot()['services'][0]['address']}", once=args.once)
     except KeyboardInterrupt:
         print()
         return 0
@@ -115,12 +152,18 @@ def converse(url: str, *, once: bool) -> int:
     print("The reply is right. KV pages received (+) and sent (-):")
     print("  " + "   ".join(f"{name} {n:+.0f}" for name, n in moved.items()) + "\n")
     if not once:
-        print(NEXT.format(url=url))
-        ends = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # so that sigwait gets them, and no handler
-        signal.sigwait(ends)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)  # `diptych down` inherits the mask
+        print(NEXT.format(url=url), flush=True)
+        serve()
     return 0
+
+
+def serve() -> None:
+    """Returns at Ctrl-C or SIGTERM, or when somebody else has taken the group down."""
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # so that they are waited for, and reach no handler
+    while folder().running() and signal.sigtimedwait(ends, POLL_S) is None:
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)  # `diptych down` inherits the mask
 
 
 NEXT = """\
@@ -131,11 +174,17 @@ Try next (in another terminal):
   .venv/bin/diptych status demo              pods, addresses, restarts
   .venv/bin/diptych logs demo -f             what they write
   .venv/bin/diptych scale demo/prefill 1     one prefill server less
-  .venv/bin/diptych bench --base-url {url} --num-prompts 50 --max-concurrency 8
+  .venv/bin/diptych bench --base-url {url} --tokenizer models/demo --num-prompts 50 --max-concurrency 8 \\
+    --random-input-len 100 --random-output-len 30
   kill a pod's process: it comes back, and the router goes on with the others
 
 Serving until Ctrl-C."""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except NotUp as failed:
+        sys.exit(failed.args[0])
+    except KeyboardInterrupt:  # once more than asked for: what goes down does so by itself
+        sys.exit(130)
