@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.gpu.shapes import QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
-from diptych.model.kernels import fused
-from diptych.model.kernels.matmul import MAX_ROWS, product
+from diptych.model.kernels import fused, launch
+from diptych.model.kernels.matmul import MAX_ROWS, product, product_parts
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import TritonAttention
 
@@ -29,6 +29,8 @@ def run(bench: Bench, seed: int) -> tuple[dict[str, float | bool], list[str]]:
         found |= attention(bench, generator, *case)
     for shape in [TINY] if bench.rehearse else [QWEN3_32B, QWEN3_600M]:
         found |= _products(bench, generator, shape) | _fused(bench, generator, shape)
+        if not bench.rehearse:
+            found[f"{shape.name} overlapped launches change nothing"] = _overlap(bench, generator, shape)
     for name, value in found.items():
         print(f"{name:72} {value:.2e}" if isinstance(value, float) else f"{name:72} {value}", flush=True)
     return found, [name for name, value in found.items() if isinstance(value, float) and not value < MOST]
@@ -79,7 +81,7 @@ def attention(
     exact = _exact(q, k, v, scale, window, softcap)
     backend.begin(plan)
     parts = [torch.cat([t[c:] for c in cached]) for t in (q, k, v)]
-    crowd = backend.attend(1, *parts, window, softcap).view(-1, shape.heads, shape.dim)
+    crowd = backend.attend(1, parts[0], parts[1], parts[2], window, softcap).view(-1, shape.heads, shape.dim)
     pieces = crowd.split([length - c for c in cached])
     equal = all(torch.equal(piece, alone[c:]) for piece, c in zip(pieces, cached, strict=True) if length - c > 1)
     return {
@@ -143,3 +145,20 @@ def _fused(bench: Bench, generator: torch.Generator, shape: Shape) -> dict[str, 
     found[f"{shape.name} qkv: k"] = _error(stored[0], qk[:, shape.heads :])
     found[f"{shape.name} qkv: v"] = _error(stored[1], x3[:, heads:])
     return found
+
+
+def _overlap(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
+    """A chain of kernels, each reading what the one before writes, with and without overlapping launches."""
+    (gate_up, _), (_, down) = shape.products["gate_up"], shape.products["down"]
+    up, back = _randn(bench, generator, gate_up, shape.hidden), _randn(bench, generator, shape.hidden, down)
+    weight, start = _randn(bench, generator, shape.hidden), _randn(bench, generator, 4, shape.hidden)
+    results = []
+    for overlap in (False, True, True):
+        launch.set_overlap(overlap)
+        residual, x = start.clone(), start
+        for _ in range(50):
+            inner = fused.silu_mul(product_parts(x, up), bench.dtype)
+            x = fused.add_norm(residual, product_parts(inner, back), weight, 1e-6)
+        results.append(torch.cat((residual, x)))
+    launch.set_overlap(False)
+    return all(torch.equal(result, results[0]) for result in results)

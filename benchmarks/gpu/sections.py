@@ -15,6 +15,7 @@ from benchmarks.gpu import checks
 from benchmarks.gpu.shapes import QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
 from diptych.model.kernels import fused as kernels
+from diptych.model.kernels import launch
 from diptych.model.kernels.matmul import MAX_ROWS, ProductTiles, product, product_parts, tiles_for
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import FIXED_TILES, AttentionTiles, TritonAttention
@@ -195,10 +196,14 @@ def layer(bench: Bench) -> None:
             attend = Attend(bench, shape, [(39 if bench.rehearse else 1023, 1)] * batch)
             x = randn(bench, batch, shape.hidden)
             head_s = bench.add(f"{shape.name} head, {batch} rows", "cuBLAS", [partial(F.linear, x, head)])
-            for kind in ("cuBLAS", "ours", "ours, parts unreduced") if batch <= MAX_ROWS else ("cuBLAS",):
+            kinds = ("cuBLAS", "ours", "ours, parts unreduced") if batch <= MAX_ROWS else ("cuBLAS",)
+            for kind, overlap in pairs(kinds, (False,) if bench.rehearse else (False, True)):
                 what, calls = f"{shape.name} layer, batch {batch}, context 1024", layer_calls(bench, attend, kind)
                 weights = sum(2 * n * k for n, k in shape.products.values())
-                seconds = bench.add(what, kind, calls, weights + attend.kv_bytes)
+                launch.set_overlap(overlap)
+                variant = f"{kind}, overlapped" if overlap else kind
+                seconds = bench.add(what, variant, calls, weights + attend.kv_bytes)
+                launch.set_overlap(False)
                 if seconds is not None and head_s is not None:
                     bench.rows[-1]["ms_per_step"] = round((seconds * shape.layers + head_s) * 1e3, 3)
                     print(f"{'':44} {bench.rows[-1]['ms_per_step']} ms for a step", flush=True)

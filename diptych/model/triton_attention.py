@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from diptych.errors import ConfigError
-from diptych.model.kernels import fused
+from diptych.model.kernels import fused, launch
 from diptych.model.kernels.attention import combine_kernel, decode_kernel, prefill_kernel
 from diptych.model.kernels.metadata import DeviceArrays, Uploader
 from diptych.model.kernels.schedule import ITEM_FIELDS, TILE_FIELDS, make_schedule
@@ -223,6 +223,7 @@ class TritonAttention:
             BLOCK_N=tiles.decode_n,
             PAGE=self.pool.page_size,
             DIM=self.pool.head_dim,
+            **launch.options(),
             num_warps=tiles.decode_warps,
             num_stages=tiles.decode_stages,
         )
@@ -238,6 +239,7 @@ class TritonAttention:
             GROUP=self.group,
             PAD=self.padded_group,
             DIM=self.pool.head_dim,
+            **launch.options(),
             num_warps=4,
         )
 
@@ -267,6 +269,7 @@ class TritonAttention:
             BLOCK_N=tiles.prefill_n,
             PAGE=self.pool.page_size,
             DIM=self.pool.head_dim,
+            **launch.options(),
             num_warps=tiles.prefill_warps,
             num_stages=tiles.prefill_stages,
         )

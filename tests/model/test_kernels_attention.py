@@ -173,7 +173,7 @@ def test_shapes_that_the_kernels_do_not_take() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_schedule_has_every_token_and_every_key_once(seed: int) -> None:
     rnd = random.Random(seed)
-    rows = []
+    rows = [(255, 1, list(range(16)))]  # the split's last key
     for _ in range(rnd.randrange(1, 20)):
         cached, new = rnd.randrange(0, 900), rnd.choice([1, 1, 2, 100])
         rows.append((cached, new, list(range(-(-(cached + new) // 16)))))

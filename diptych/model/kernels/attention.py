@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diptych.model.kernels.launch import wait_for_previous
+
 
 @triton.jit
 def _fold(high, total, acc, m, l, part):  # type: ignore[no-untyped-def]
@@ -146,10 +148,12 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each program takes every num_programs-th of the (item, kv head) pairs, whose number is read on the device: one
     captured launch serves any lengths. Leaves weighted sums in `parts` `[item, kv_head, PAD, DIM]`, maxima and sums of
     weights in `stats` `[item, kv_head, 2, PAD]`, float32."""
+    wait_for_previous(OVERLAP)
     num_tiles = tl.load(sizes)
     for work in range(tl.program_id(0), tl.load(first_items + num_tiles) * KV_HEADS, tl.num_programs(0)):
         item, head = work // KV_HEADS, work % KV_HEADS
@@ -200,8 +204,10 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     PAD: tl.constexpr,
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (tile, kv head): the tile's splits in their order. Programs beyond the number of tiles do nothing."""
+    wait_for_previous(OVERLAP)
     tile, head = tl.program_id(0), tl.program_id(1)
     if tile < tl.load(sizes):
         rows, dims = tl.arange(0, PAD), tl.arange(0, DIM)
@@ -243,8 +249,10 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (kv head, tile)."""
+    wait_for_previous(OVERLAP)
     head, tile = tl.program_id(0), tiles + tl.program_id(1) * 4
     row, token, count, position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     places, real, index = _queries(q, token, count, head, q_stride, GROUP, PAD, BLOCK_M, DIM)

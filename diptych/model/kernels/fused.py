@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diptych.model.kernels import launch
+from diptych.model.kernels.launch import wait_for_previous
+
 BLOCK = 1024  # columns of a program of SiLU · mul
 HEADS = 8  # heads of a program of the qkv kernel
 
@@ -57,9 +60,11 @@ def qkv_kernel(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     HALF: tl.constexpr,
     DTYPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (token, HEADS heads of q, k and v in a row): norm and rotate q and k, store k and v at the token's slot
     (page * PAGE + offset; below 0: nowhere), leave q in `q_out` `[tokens, Q_HEADS, 2 * HALF]`."""
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, HALF)
@@ -112,8 +117,10 @@ def store_kv_kernel(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (token): its keys and values to its slot (see qkv_kernel). HEADS: KV_HEADS padded to a power of two."""
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     heads, dims = tl.arange(0, HEADS), tl.arange(0, DIM)
@@ -139,8 +146,10 @@ def add_norm_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (row): x += delta in place, rounded to x's type; out = RMSNorm(x) * weight."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -156,9 +165,16 @@ def add_norm_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def silu_mul_kernel(  # type: ignore[no-untyped-def]
-    gate_up, out, split_stride, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    gate_up,
+    out,
+    split_stride,
+    SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (row, BLOCK columns): silu(gate) * up, of `[rows, 2 * WIDTH]`, gate first."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -223,6 +239,7 @@ def norm_rotate_store(
         HALF=dim // 2,
         DTYPE=DTYPES[cos.dtype],
         num_warps=4,
+        **launch.options(),
     )
     return q
 
@@ -245,6 +262,7 @@ def store_kv(k: Tensor, v: Tensor, slots: Tensor, layer_pages: Tensor) -> None:
         PAGE=page_size,
         DIM=dim,
         num_warps=4,
+        **launch.options(),
     )
 
 
@@ -255,7 +273,7 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
     block = triton.next_power_of_2(width)
     add_norm_kernel[(rows,)](
         x, delta, weight, out, x.numel(), eps, SPLITS=splits_of(delta), WIDTH=width, BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 512)), **launch.options(),
     )  # fmt: skip
     return out
 
@@ -265,6 +283,7 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
     rows, width = gate_up.shape[-2], gate_up.shape[-1] // 2
     out = torch.empty(rows, width, dtype=dtype, device=gate_up.device)
     silu_mul_kernel[(rows, triton.cdiv(width, BLOCK))](
-        gate_up, out, rows * 2 * width, SPLITS=splits_of(gate_up), WIDTH=width, BLOCK=BLOCK, num_warps=4
-    )
+        gate_up, out, rows * 2 * width, SPLITS=splits_of(gate_up), WIDTH=width, BLOCK=BLOCK, num_warps=4,
+        **launch.options(),
+    )  # fmt: skip
     return out

@@ -14,9 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diptych.model.kernels import launch
 from diptych.model.kernels.fused import load_product
+from diptych.model.kernels.launch import prefetch, wait_for_previous
 
 MAX_ROWS = 64
+AHEAD = 512  # inputs whose weights a program asks for before it waits: 1 KiB of each row
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -32,11 +35,19 @@ def product_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Program (columns, split): `out[split, :, columns]` over the split's SPLIT inputs (a multiple of BLOCK_K)."""
+    """Program (columns, split): `out[split, :, columns]` over the split's SPLIT inputs (a multiple of BLOCK_K).
+
+    Weights, which no kernel writes, are asked for before the wait: those of AHEAD inputs, a power of two."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    first = split * SPLIT + tl.arange(0, AHEAD // 64) * 64  # 64 weights of 2 bytes are a cache line
+    lines = tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + tl.minimum(first, K - 1)[None, :]
+    prefetch(w + lines, OVERLAP)
+    wait_for_previous(OVERLAP)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     w_places = w + columns.to(tl.int64)[:, None] * K + k[None, :]
     x_places = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
@@ -55,8 +66,11 @@ def product_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["size"])
-def reduce_kernel(parts, out, split_stride, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def reduce_kernel(  # type: ignore[no-untyped-def]
+    parts, out, split_stride, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """The splits' sum, in order."""
+    wait_for_previous(OVERLAP)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = load_product(parts + at, at < size, split_stride, SPLITS, out.dtype.element_ty)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
@@ -113,6 +127,8 @@ def product_parts(x: Tensor, weight: Tensor, tiles: ProductTiles | None = None) 
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
+        AHEAD=AHEAD,
+        **launch.options(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -126,5 +142,6 @@ def product(x: Tensor, weight: Tensor, tiles: ProductTiles | None = None) -> Ten
         return parts
     splits, rows, n = parts.shape
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    reduce_kernel[(triton.cdiv(rows * n, 1024),)](parts, out, rows * n, rows * n, SPLITS=splits, BLOCK=1024)
+    size, grid = rows * n, (triton.cdiv(rows * n, 1024),)
+    reduce_kernel[grid](parts, out, size, size, SPLITS=splits, BLOCK=1024, **launch.options())
     return out
