@@ -278,7 +278,7 @@ def main() -> int:
     missed = [name for name, bound in BOUNDS.items() if name in figures and _most(figures[name]) > bound]
     options = {key: value for key, value in vars(args).items() if key != "output"}
     result = {"settings": options, "figures": figures, "bounds": BOUNDS, "missed": missed}
-    print(f"missed: {', '.join(missed) or 'none'}; written to {results.write('operator', result, args.output)}")
+    print(f"missed: {', '.join(missed) or 'none'}; written to {results.write('operator_figures', result, args.output)}")
     return int(bool(missed))
 
 

@@ -1,7 +1,7 @@
 """Whatever people, pods and crashes do to groups, the operator brings them where their specs want them, and then rests.
 
-Checked at every single write: what we do never makes more pods of a role unavailable than its maxUnavailable allows,
-and no role is created before the roles it depends on are ready.
+Checked at every single write, as long as the operator can know it: what we do never makes more pods of a role
+unavailable than its maxUnavailable allows, and no role is created before the roles it depends on are ready.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ class Machine(RuleBasedStateMachine):
         self.deleted_by_hand: set[str] = set()
         self.wrong: list[str] = []
         self.number, self.steps, self.away_until = 1, 0, 0
+        self.guesses = False  # the operator has acted on what was no longer so
 
     # ---- what must hold at every write ----
 
     def _check(self, change: Change) -> None:
         spec = self._spec()
-        if spec is None:
+        self.guesses = self.guesses or self.driver.deaf
+        if spec is None or self.guesses:
             return
         if change.resource == ("apps", "statefulsets") and change.type == "ADDED":
             name = change.obj["metadata"]["name"].removeprefix("g-")
@@ -103,6 +105,7 @@ class Machine(RuleBasedStateMachine):
             except Crash:
                 self.driver.restart()
         assert not self.wrong, self.wrong
+        self.guesses = self.driver.deaf
 
     # ---- what people do ----
 
@@ -197,12 +200,16 @@ class Machine(RuleBasedStateMachine):
     def lose_the_server(self, steps: int) -> None:
         self.driver.api.down, self.away_until = True, self.steps + steps
 
+    @rule(steps=st.integers(1, 2))
+    def lose_the_watches(self, steps: int) -> None:
+        self.driver.deaf, self.away_until = True, self.steps + steps
+
     @invariant()
     def life_goes_on(self) -> None:
         """Now and then two things happen at once."""
         self.steps += 1
         if self.steps > self.away_until:
-            self.driver.api.down = False
+            self.driver.api.down = self.driver.deaf = False
         if self.steps % 4:
             self._run(0.5)
 
@@ -218,7 +225,7 @@ class Machine(RuleBasedStateMachine):
 
     def _end(self) -> None:
         driver = self.driver
-        driver.api.down, driver.api.crash_after = False, None
+        driver.api.down, driver.deaf, driver.api.crash_after = False, False, None
         for name in driver.pods():
             driver.cluster.pods.set_ready(name, None)
         if self._spec() and driver.read("RoleBasedGroup", "g")["spec"].get("paused"):
@@ -252,7 +259,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=80,
+    max_examples=60,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,
