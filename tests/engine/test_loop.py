@@ -100,7 +100,7 @@ def test_a_request_that_makes_a_pass_fail_ends_alone(poisonous: str, decoding: b
     async def story() -> None:
         server = Server({})
         running = asyncio.ensure_future(server.engine.run())
-        requests = {rid: server.submit(rid, [1, 2, 3, 4, 5, ord(rid)]) for rid in "abcd"}
+        requests = {rid: server.submit(rid, [*range(1, 2 * at + 3), ord(rid)]) for at, rid in enumerate("abcd")}
         await asyncio.sleep(0.015 if decoding else 0)  # 10 ms a step; the first takes all the prompts
         server.poisonous.update(poisonous)
         await asyncio.sleep(1)
