@@ -7,59 +7,22 @@ its template and its replicas. Nothing here knows about processes or pods of a c
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
 from diptych.errors import ConfigError
 from diptych.group.checks import LABEL, MAX_LABEL, group_problems, resolved_problems
 from diptych.group.documents import documents, identity
-from diptych.group.kinds import API_VERSION, ObjectMeta, RoleBasedGroup
+from diptych.group.kinds import API_VERSION, RoleBasedGroup
 from diptych.group.names import pod_name
-from diptych.group.pod import Port, mount_problems
-from diptych.group.reader import Object, Problem, Reading, field_names
+from diptych.group.pod import mount_problems
+from diptych.group.reader import Problem, Reading
 from diptych.group.resolve import resolve_spec
 from diptych.group.role import Role as Role
-
-
-class ServicePort(Object, frozen=True, kw_only=True):
-    other_fields: ClassVar[frozenset[str]] = frozenset({"nodePort", "appProtocol"})
-
-    port: Annotated[int, Meta(ge=1, le=65535)]
-    name: str = ""
-    protocol: str = "TCP"
-    target_port: Port | None = None
-
-
-class ServiceSpec(Object, frozen=True, kw_only=True):
-    other_fields: ClassVar[frozenset[str]] = field_names(
-        "type sessionAffinity sessionAffinityConfig externalTrafficPolicy internalTrafficPolicy ipFamilies"
-        " ipFamilyPolicy externalIPs externalName loadBalancerIP loadBalancerClass loadBalancerSourceRanges"
-        " allocateLoadBalancerNodePorts healthCheckNodePort trafficDistribution clusterIPs"
-    )
-
-    ports: tuple[ServicePort, ...] = ()
-    selector: dict[str, str] = msgspec.field(default_factory=dict)
-    cluster_ip: str = msgspec.field(default="", name="clusterIP")
-    publish_not_ready_addresses: bool = False
-
-
-class Service(Object, frozen=True, kw_only=True):
-    other_fields: ClassVar[frozenset[str]] = frozenset({"status"})
-
-    api_version: str
-    kind: str
-    metadata: ObjectMeta
-    spec: ServiceSpec
-
-    @property
-    def name(self) -> str:
-        return self.metadata.name
-
-    @property
-    def headless(self) -> bool:
-        return self.spec.cluster_ip == "None"
+from diptych.group.service import Service as Service
+from diptych.group.service import ServicePort as ServicePort
+from diptych.group.service import read_service, service_problems
 
 
 class Unmodelled(msgspec.Struct, frozen=True):
@@ -103,6 +66,10 @@ def parse(text: str) -> Manifest:
         unmodelled += [Unmodelled(path, field, _at(document, path)[field]) for path, field in reading.unmodelled]
     if not problems and len(groups) != 1:
         problems.append(Problem("", f"needs exactly one RoleBasedGroup, has {len(groups)}"))
+    for service in services if not problems else ():
+        reading = Reading(f"Service {service.name}: ")
+        reading.add(service_problems(service, groups[0].name, groups[0].spec.roles))
+        problems += reading.problems
     if problems:
         raise ConfigError("the manifest is wrong:\n" + "\n".join(f"  {each}" for each in problems))
     return Manifest(groups[0], tuple(services), tuple(others), tuple(unmodelled))
@@ -133,20 +100,6 @@ def read_group(reading: Reading, document: Any) -> tuple[RoleBasedGroup | None, 
         for below, message in mount_problems(role.template.spec):  # sidecars and their volumes are not injected here
             reading.problem(f"spec.roles[{i}].template.spec.{below}", message)
     return resolved, document
-
-
-def read_service(reading: Reading, document: Any) -> Service | None:
-    service = reading.read(Service, document)
-    if service is None:
-        return None
-    if service.api_version != "v1":
-        reading.problem("apiVersion", f"must be v1, not {service.api_version}")
-    if not LABEL.fullmatch(service.name):
-        reading.problem("metadata.name", f"{service.name!r} must be lower-case letters, digits and dashes")
-    for i, port in enumerate(service.spec.ports):
-        if len(service.spec.ports) > 1 and not port.name:
-            reading.problem(f"spec.ports[{i}].name", "is required when a Service has several ports")
-    return service
 
 
 def _at(document: Any, path: str) -> Any:

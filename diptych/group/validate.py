@@ -26,7 +26,8 @@ from diptych.group.kinds import (
     RoleBasedGroupSet,
 )
 from diptych.group.reader import Object, Problem, Reading
-from diptych.group.spec import read_service
+from diptych.group.resolve import resolve_spec
+from diptych.group.service import NAME_LABEL, Service, read_service, service_problems
 
 T = TypeVar("T", bound=Object)
 MADE_KINDS = ("StatefulSet", "Deployment", "LeaderWorkerSet", "Service", "ConfigMap")
@@ -88,6 +89,7 @@ def check(files: Sequence[str]) -> list[Checked]:
     _check_twice(checked)
     _check_made(checked)
     _check_targets(checked)
+    _check_services(checked)
     return checked
 
 
@@ -176,6 +178,19 @@ def _check_targets(checked: Sequence[Checked]) -> None:
         known = targets.get((each.namespace, target.name))
         if known is not None and target.role not in known:
             each.problems.append(unknown("role or scaling group", target.role, known, "spec.scaleTargetRef.role"))
+
+
+def _check_services(checked: Sequence[Checked]) -> None:
+    """A Service's group may be elsewhere; if it is here, so must the role and the ports be."""
+    groups = {(each.namespace, each.name): each for each in checked if each.kind == "RoleBasedGroup"}
+    for each in checked:
+        service = _read(Service, each)
+        group = service and groups.get((each.namespace, service.spec.selector.get(NAME_LABEL, "")))
+        if service is None or not group or group.problems:
+            continue
+        resolved = {**group.document, "spec": resolve_spec(group.document["spec"])}
+        read = Reading().read(RoleBasedGroup, resolved)
+        each.problems += service_problems(service, group.name, read.spec.roles) if read else []
 
 
 def _read(kind: type[T], checked: Checked) -> T | None:

@@ -53,6 +53,14 @@ def test_other_fields_and_objects_are_said_once() -> None:
     )
 
 
+def test_a_service_for_others_is_said() -> None:
+    others = service("a")
+    others["spec"]["selector"] = {"app": "other"}
+    assert prepare(launch(text(group(role("a", shell("true"))), others))).notes == (
+        "Service toy selects no pod of this group: nothing will answer at its port",
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

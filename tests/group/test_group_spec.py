@@ -209,3 +209,33 @@ def test_sidecars_bring_no_volumes_here() -> None:
     )
     with pytest.raises(ConfigError, match=r"volumeMounts\[0\].name: no volume is called models"):
         spec.parse(text(group(mounting)))
+
+
+def unreachable(*roles: dict[str, Any], target: int | str = 8000, **selector: str) -> str:
+    """What is said against a Service of the group toy."""
+    wrong = service("a", target=target)
+    wrong["spec"]["selector"] |= {name.replace("__", "/"): value for name, value in selector.items()}
+    with pytest.raises(ConfigError) as refused:
+        spec.parse(text(group(*roles), wrong))
+    return refused.value.message.removeprefix("the manifest is wrong:\n  Service toy: spec.")
+
+
+def test_a_service_that_would_reach_nothing() -> None:
+    front = role("front", shell("true"), container={"ports": [{"name": "http", "containerPort": 8000}]})
+    other = role("a", shell("true"), container={"ports": [{"name": "grpc", "containerPort": 9000}]})
+    label = "rolebasedgroup.workloads.x-k8s.io/role"
+    assert unreachable(front) == f"selector[{label}]: there is no role a; there is: front"
+    assert unreachable(front, other, target="htpp") == (
+        "ports[0].targetPort: there is no container port htpp; there is: grpc"
+    )
+    assert unreachable(front, other, app="x") == "selector: no pod of toy has all these labels"
+
+
+def test_a_service_that_may_reach_something() -> None:
+    ports = {"ports": [{"name": "http", "containerPort": 8000}]}
+    labelled = role("a", shell("true"), container=ports)
+    labelled["template"]["metadata"] = {"labels": {"app": "x"}}
+    mine, others = service("a", target="http"), service("b", name="others")
+    mine["spec"]["selector"] |= {"app": "x", "apps.kubernetes.io/pod-index": "0"}
+    others["spec"]["selector"] = {"app": "y"}
+    assert len(spec.parse(text(group(labelled), mine, others)).services) == 2

@@ -47,6 +47,7 @@ def adapter(name: str, target: str, to: str) -> dict[str, Any]:
     }
 
 
+HTTP = [{"name": "http", "containerPort": 8000}]
 TEMPLATES = [{"name": "base", "template": role("a", TRUE)["template"]}]
 
 
@@ -295,6 +296,22 @@ def test_an_adapter_without_its_role(tmp_path: Path) -> None:
         tmp_path, adapter("x", "toy", "prefil"), adapter("y", "toy", "pd"), adapter("z", "far", "q"), scaled
     )
     assert found == ["0: spec.scaleTargetRef.role: there is no role or scaling group prefil; did you mean prefill?"]
+
+
+def test_a_service_without_its_role_or_its_port(tmp_path: Path) -> None:
+    templates = [{"name": "base", "template": role("a", TRUE, container={"ports": HTTP})["template"]}]
+    known = group(without_template(templateRef={"name": "base"}, templatePatch={}), roleTemplates=templates)
+    elsewhere = service("b", name="elsewhere")
+    elsewhere["metadata"]["namespace"] = "other"
+    found = crossed(
+        tmp_path,
+        *(known, service("b"), service("a", name="typo", target="htpp")),
+        *(service("a", name="right", target="http"), elsewhere),
+    )
+    assert found == [
+        "1: spec.selector[rolebasedgroup.workloads.x-k8s.io/role]: there is no role b; there is: a",
+        "2: spec.ports[0].targetPort: there is no container port htpp; did you mean http?",
+    ]
 
 
 def test_the_command_says_ok_for_each_document(capsys: pytest.CaptureFixture[str]) -> None:

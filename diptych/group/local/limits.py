@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from diptych.errors import ConfigError
 from diptych.group.local.addresses import HOSTS
 from diptych.group.pod import Container, gpus_wanted, probes
+from diptych.group.service import selected
 from diptych.group.spec import Manifest, Role, Unmodelled
 
 _REFUSED = {
@@ -132,6 +133,8 @@ def notes(manifest: Manifest, claims: Mapping[str, str], gpus: int) -> list[str]
                 lines.append(f"claim {name} is {claims[name]}")
     for service in manifest.services:
         kinds = [each.value for each in manifest.unmodelled if each.field == "type" and each.path == "spec"]
+        if service.spec.selector and not selected(service, manifest.group.name, manifest.group.spec.roles):
+            lines.append(f"Service {service.name} selects no pod of this group: nothing will answer at its port")
         if any(kind in ("NodePort", "LoadBalancer") for kind in kinds):
             lines.append(f"Service {service.name} is reached at 127.0.0.1 only")
     lines += [
