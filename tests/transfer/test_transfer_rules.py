@@ -474,34 +474,39 @@ async def test_ten_thousand_flipped_bits_are_all_seen():
 
 
 class SlowStore(ArrayStore):
-    """A store whose write waits, in its thread, until it is let go."""
+    """A store whose writes wait, each in its thread, until they are let go by their `gates`."""
 
     def __init__(self, loop):
         super().__init__(8, 2, 32, num_layers=2)
-        self.loop, self.writing, self.go = loop, asyncio.Event(), None
+        self.loop, self.writing, self.gates = loop, asyncio.Semaphore(0), []
 
     def write(self, pages, head_start, head_stop, data, layers=None):
         asyncio.run_coroutine_threadsafe(self.wait(), self.loop).result(10)
         super().write(pages, head_start, head_stop, data, layers)
 
     async def wait(self):
-        self.go = asyncio.Event()
-        self.writing.set()
-        await self.go.wait()
+        gate = asyncio.Event()
+        self.gates.append(gate)
+        self.writing.release()
+        await gate.wait()
 
 
-async def test_a_cancel_waits_for_the_write_in_progress():
+@pytest.mark.parametrize("num_sources", [1, 2])
+async def test_a_cancel_waits_for_the_writes_in_progress(num_sources):
     """The pages may not be reused while a thread still writes to them."""
-    with ThreadPoolExecutor(1) as executor:
+    with ThreadPoolExecutor(2) as executor:
         store = SlowStore(asyncio.get_running_loop())
         desk = Desk(store, executor)
-        taking = asyncio.create_task(desk.take(*desk.frame(head_stop=3)))
-        await store.writing.wait()
+        taking = [asyncio.create_task(desk.take(*desk.frame(head_stop=3)))]
+        await store.writing.acquire()
+        if num_sources == 2:  # another rank's frame, over its own link
+            taking.append(asyncio.create_task(desk.take(*desk.frame(head_start=3, source=1))))
+            await store.writing.acquire()
         assert desk.incoming.cancel(Cancel(5, 77))
-        await asyncio.sleep(0.01)
-        assert desk.events == []
-        store.go.set()
-        await taking
+        for write, gate in zip(taking, store.gates, strict=True):
+            assert desk.events == []
+            gate.set()
+            await write
         assert desk.events == [Cancelled(5, 77)]
         await desk.take(*desk.frame(head_start=3, sequence=1))
         assert desk.counters.stale_frames == 1
