@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -38,12 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run(parse_router_args(arguments[1:]))
         args = _parser().parse_args(arguments)
-        return int(args.handler(args))
+        return _handle(args)
     except DiptychError as error:
         print(f"diptych: {error.message}", file=sys.stderr)
         return 2 if error.code == "config_error" else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _handle(args: argparse.Namespace) -> int:
+    try:
+        status = int(args.handler(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the interpreter's own flush fail
+        return 128 + signal.SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:

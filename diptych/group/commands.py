@@ -214,7 +214,7 @@ def run_logs(args: argparse.Namespace) -> int:
             follow_logs(lambda: log_files(folder, role, index), _print_now, args.tail, folder.running)
         else:
             print_logs(files, print, args.tail)
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         pass  # the reader has seen enough
     return 0
 

@@ -267,6 +267,16 @@ def test_a_very_long_state_folder(manifest: Path, diptych: Diptych, tmp_path: Pa
     assert diptych("down", "toy").returncode == 0
 
 
+def test_a_reader_that_has_seen_enough(diptych: Diptych, manifest: Path) -> None:
+    assert up(diptych, manifest).returncode == 0
+    for arguments in (["status", "toy"], ["logs", "toy"], ["logs", "-f", "toy"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        ended = subprocess.run(command(*arguments), stdout=writer, stderr=subprocess.PIPE, timeout=WAIT_S, cwd=ROOT)
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b""), arguments
+
+
 def test_help_tells_defaults_and_units(diptych: Diptych) -> None:
     shown = " ".join(diptych("up", "--help").stdout.split())
     assert "seconds until all roles must be ready (default: 600)" in shown
