@@ -200,6 +200,8 @@ class ServerConfig:
             raise ConfigError(
                 f"--chunked-prefill-size must be positive, or -1 for no limit, not {self.chunked_prefill_size}"
             )
+        if 0 < self.max_total_tokens < self.page_size:
+            raise ConfigError(f"--max-total-tokens {self.max_total_tokens} is less than a page of {self.page_size}")
         for name in ("port", "disaggregation_bootstrap_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"--{name.replace('_', '-')} must be a port number, not {getattr(self, name)}")

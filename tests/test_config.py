@@ -26,7 +26,7 @@ MODEL = ["--model-path", "models/demo"]
         ("--max-queued-requests", ["0"]),
         ("--chunked-prefill-size", ["0", "-2"]),
         ("--context-length", ["-1"]),
-        ("--max-total-tokens", ["-1"]),
+        ("--max-total-tokens", ["-1", "15"]),
         ("--num-reserved-decode-tokens", ["-1"]),
         ("--port", ["-1", "65536"]),
         ("--disaggregation-bootstrap-port", ["65536"]),

@@ -21,6 +21,7 @@ from diptych.config import ServerConfig
 from diptych.engine.channel import Channel
 from diptych.engine.client import EngineLink
 from diptych.errors import ConfigError, DeadlineExceeded
+from diptych.model.fit import check_fit
 from diptych.types import Failed, FromEngine, Ready
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class EngineProcesses:
 
     async def start(self) -> EngineLink:
         """Spawn all ranks and wait until the engine can serve. Raises ConfigError with the engine's reason."""
+        check_fit(self._config)  # here it takes no seconds, and is said once
         self._ready = asyncio.get_running_loop().create_future()
         self._directory = tempfile.mkdtemp(prefix="diptych-")
         ours, leader = socket.socketpair()

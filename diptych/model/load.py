@@ -24,6 +24,7 @@ from diptych.model.config import (
     read_json,
 )
 from diptych.model.decoder import Decoder
+from diptych.model.fit import context_len, is_foreign
 from diptych.model.parallel import Parallel
 from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
 from diptych.model.weights import open_weights
@@ -60,13 +61,11 @@ def load_model(config: ServerConfig, parallel: Parallel, device: str, progress: 
     folder = model_folder(config.model_path)
     raw = read_json(folder, "config.json")
     dtype = _dtype(config.dtype, raw, device)
-    implementation = config.model_impl
-    if implementation == "auto":
-        implementation = "diptych" if architecture_of(raw) in NATIVE else "transformers"
+    foreign = is_foreign(config, raw)
     with torch.inference_mode():
-        if implementation == "diptych":
-            return _load_native(config, folder, parallel, dtype, device, progress)
-        return _load_foreign(config, folder, raw, parallel, dtype, device, progress)
+        if foreign:
+            return _load_foreign(config, folder, raw, dtype, device, progress)
+        return _load_native(config, folder, parallel, dtype, device, progress)
 
 
 def _load_native(
@@ -78,11 +77,11 @@ def _load_native(
     progress: Callable[[str], None],
 ) -> Loaded:
     shape = load_model_config(folder)
-    context_len = _context_len(config.context_length, shape.max_position, shape.max_context)
+    longest = context_len(config.context_length, shape.max_position, shape.max_context)
     source = open_weights(folder, config.load_format, dtype, config.random_seed)
     shapes = _product_shapes(shape, parallel.world)
     pack = products_are_exact(shapes, dtype, device, pack=True)
-    model = Decoder(shape, source, parallel, context_len, device=device, pack=pack, progress=progress)
+    model = Decoder(shape, source, parallel, longest, device=device, pack=pack, progress=progress)
     exact = (
         (pack or products_are_exact(shapes, dtype, device, pack=False))
         and attention_is_exact(model.num_heads, model.num_kv_heads, shape.head_dim, config.page_size, dtype, device)
@@ -95,7 +94,7 @@ def _load_native(
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         kv_dtype=str(dtype).removeprefix("torch."),
-        context_len=context_len,
+        context_len=longest,
         eos_token_ids=shape.eos_token_ids,
         num_parameters=source.num_parameters,
         weight_bytes=source.num_parameters * dtype.itemsize,
@@ -108,13 +107,10 @@ def _load_foreign(
     config: ServerConfig,
     folder: Path,
     raw: dict[str, Any],
-    parallel: Parallel,
     dtype: torch.dtype,
     device: str,
     progress: Callable[[str], None],
 ) -> Loaded:
-    if parallel.world > 1 or parallel.stages > 1:
-        raise ConfigError("--model-impl transformers cannot split a model: use --tp 1 and --pp-size 1")
     try:
         from diptych.model.transformers_impl import TransformersModel
     except ImportError:
@@ -124,8 +120,8 @@ def _load_foreign(
         ) from None
     progress(f"weights: {architecture_of(raw)} by transformers")
     model = TransformersModel(folder, config.load_format, dtype, device, config.random_seed)
-    context_len = _context_len(config.context_length, model.max_position, model.max_context)
-    info = model.info(raw, context_len)
+    longest = context_len(config.context_length, model.max_position, model.max_context)
+    info = model.info(raw, longest)
     return Loaded(model, info, dtype, model.is_exact(config.page_size))
 
 
@@ -133,15 +129,6 @@ def _dtype(asked: str, raw: dict[str, Any], device: str) -> torch.dtype:
     name = asked if asked != "auto" else "float32" if device == "cpu" else checkpoint_dtype(raw)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _context_len(asked: int, default: int, limit: int) -> int:
-    if asked > limit:
-        raise ConfigError(
-            f"--context-length {asked} is more than this model's positions allow ({limit}); "
-            "choose less, or give its config.json a rope scaling"
-        )
-    return asked or default
 
 
 def _product_shapes(shape: ModelConfig, world: int) -> list[tuple[int, int]]:

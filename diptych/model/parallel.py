@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from diptych.errors import ConfigError
 from diptych.kv.share import layer_range
+from diptych.model.fit import kv_part, part
 
 EXCHANGE_TIMEOUT_S = 300.0  # a rank that is later than this is lost; a dead one is noticed at once
 
@@ -73,8 +73,8 @@ class Parallel:
         parts = [torch.empty_like(x) for _ in range(self.world)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         total = parts[0]
-        for part in parts[1:]:
-            total += part
+        for other in parts[1:]:
+            total += other
         return total
 
     def join(self, x: Tensor) -> Tensor | None:
@@ -87,10 +87,7 @@ class Parallel:
 
     def share(self, total: int, what: str) -> tuple[int, int]:
         """This rank's equal part [start, stop) of `total` things. Raises ConfigError if they do not divide evenly."""
-        if total % self.world:
-            raise ConfigError(f"--tp {self.world} does not divide the model's {total} {what}; choose another --tp")
-        size = total // self.world
-        return self.rank * size, (self.rank + 1) * size
+        return part(total, self.world, self.rank, what)
 
     def share_layers(self, num_layers: int) -> range:
         """This stage's layers. Raises ConfigError if there are fewer than stages."""
@@ -98,11 +95,4 @@ class Parallel:
 
     def share_heads(self, num_kv_heads: int) -> tuple[int, int]:
         """This rank's key-value heads. Fewer heads than ranks are replicated, each on neighbouring ranks."""
-        if self.world <= num_kv_heads:
-            return self.share(num_kv_heads, "key-value heads")
-        if self.world % num_kv_heads:
-            raise ConfigError(
-                f"--tp {self.world} is no multiple of the model's {num_kv_heads} key-value heads; choose another --tp"
-            )
-        head = self.rank * num_kv_heads // self.world
-        return head, head + 1
+        return kv_part(num_kv_heads, self.world, self.rank)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from diptych.config import ServerConfig
-from diptych.errors import ConfigError
 from diptych.types import I64
 
 DEFAULT_POOL_BYTES = 256 << 20
@@ -114,11 +113,8 @@ def kv_page_bytes(num_heads: int, num_layers: int, head_dim: int, page_size: int
 
 def pool_pages(config: ServerConfig, page_bytes: int, context_len: int) -> int:
     """How many pages this rank's pool has: `--max-total-tokens`, or what 256 MiB hold, but one context at least and 64
-    at most. Raises ConfigError if the asked for pool cannot hold a single page."""
+    at most."""
     if config.max_total_tokens:
-        pages = config.max_total_tokens // config.page_size
-        if pages < 1:
-            raise ConfigError(f"--max-total-tokens {config.max_total_tokens} is less than a page of {config.page_size}")
-        return pages
+        return config.max_total_tokens // config.page_size
     per_context = -(-context_len // config.page_size)
     return min(max(DEFAULT_POOL_BYTES // page_bytes, per_context), MAX_DEFAULT_CONTEXTS * per_context)
