@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from importlib.util import find_spec
 
 import pytest
 
 from diptych.config import ServerConfig
+from diptych.engine.launch import EngineProcesses
+from diptych.errors import ConfigError
 from diptych.net import is_exposed
 from diptych.router.config import parse_router_args
 from diptych.server import exposure
@@ -66,3 +70,36 @@ def test_it_is_one_line_at_the_start() -> None:
 
 def test_the_routers_default_is_this_machine() -> None:
     assert not is_exposed(parse_router_args(list(ROUTE[1:])).host)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--tp", "3"), "--tp 3 does not divide the model's 8 attention heads; choose another --tp"),
+        (("--pp-size", "100"), "--pp-size 100 is more than the model's 6 layers; choose a smaller one"),
+        (("--context-length", "100000000"), "--context-length 100000000 is more than this model's positions allow"),
+        (("--max-total-tokens", "10"), "--max-total-tokens 10 is less than a page of 16"),
+        (("--model-impl", "transformers", "--tp", "2"), "--model-impl transformers cannot split a model"),
+        (("--device", "cuda"), "--device cuda: torch finds no GPU here"),
+        (("--device", "cuda", "--tp", "2"), "--device cuda: torch finds no GPU here"),
+        (("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "nixl"), "nixl: the package is not"),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_line(flags: tuple[str, ...], reason: str) -> None:
+    env = {"CUDA_VISIBLE_DEVICES": ""}
+    if "nixl" in flags and find_spec("nixl"):
+        pytest.skip("nixl is installed here")
+    with ServerProcess("serve", "--model-path", "models/demo", "--port", "0", *flags, env=env) as server:
+        assert server.process.wait(60) == 2
+        with pytest.raises(RuntimeError, match="ended with status 2"):  # reads the log to its end
+            server.wait_ready()
+    told = [line for line in server.log if reason in line]
+    assert len(told) == 1 and told[0].startswith("diptych: "), list(server.log)
+    assert server.log[-1] == told[0] and not any("Traceback" in line for line in server.log)
+
+
+def test_checks_of_the_model_start_no_process() -> None:
+    engine = EngineProcesses(ServerConfig(model_path="models/demo", tp_size=3))
+    with pytest.raises(ConfigError, match="--tp 3"):
+        asyncio.run(engine.start())
+    assert engine._processes == []

@@ -32,7 +32,7 @@ from diptych.engine.handover import Site, attach_decode, attach_prefill
 from diptych.engine.loop import Engine
 from diptych.engine.ranks import Follower, PagesMoved, RankReady, Ranks, ToRank
 from diptych.engine.roles.unified import UnifiedRole
-from diptych.errors import DiptychError
+from diptych.errors import ConfigError, DiptychError
 from diptych.kv.share import Grid
 from diptych.model import parallel
 from diptych.model.runner import Runner, device_of
@@ -91,9 +91,15 @@ def take_gpu(spec: Spec) -> None:
 
 
 def load(spec: Spec) -> Runner:
-    """Join the other ranks and load this rank's part of the model."""
+    """Join the other ranks and load this rank's part of the model. What this machine lacks is said before that."""
     config = spec.config
     take_gpu(spec)
+    if device_of(config) == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: torch finds no GPU here that it can use; choose --device cpu, or see its driver"
+        )
+    if config.disaggregation_mode != "null":
+        data_transports(config.disaggregation_transfer_backend)
     torch.set_num_threads(config.cpu_threads)
     place = None
     if config.num_ranks > 1:
@@ -329,12 +335,11 @@ def run(spec: Spec) -> int:
 
 
 def report_failure(spec: Spec, message: str) -> None:
-    """Tell the API process why this engine does not start (rank 0), and the log in any case.
+    """Tell the API process why this engine does not start (rank 0); it shows the reason.
 
     The API process takes the first end of a process for the reason, and hears it from rank 0 alone. What fails here
-    most often fails there too, so the other ranks let rank 0 end first.
+    most often fails there too, so the other ranks let rank 0 end first; only if it does not, their log has the reason.
     """
-    log.error("%s", message)
 
     async def tell() -> None:
         channel: Channel = Channel(ToEngine, lambda _: None, lambda: None)
@@ -346,8 +351,8 @@ def report_failure(spec: Spec, message: str) -> None:
 
     if spec.rank == 0:
         asyncio.run(tell())
-    else:
-        select.select([spec.leader_fd], [], [], LAST_WORDS_S)
+    elif not select.select([spec.leader_fd], [], [], LAST_WORDS_S)[0]:
+        log.error("%s", message)
 
 
 if __name__ == "__main__":
