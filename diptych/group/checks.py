@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from diptych.errors import ConfigError
-from diptych.group import names, order, resolve
+from diptych.group import expand, names, order, resolve
 from diptych.group.kinds import GroupSpec
 from diptych.group.pod import PodTemplate, mount_problems, pod_problems
 from diptych.group.reader import Problem, Reading
@@ -88,6 +88,12 @@ def template_problems(template: PodTemplate, path: str, *, sidecars: bool) -> It
     found = pod_problems(template.spec) + ([] if sidecars else mount_problems(template.spec))
     for below, message in found:
         yield Problem(f"{path}.spec.{below}", message)
+    for i, container in enumerate(template.spec.containers):
+        for j, variable in enumerate(container.env):
+            field = variable.value_from.field_ref if variable.value_from else None
+            if field is not None and not expand.is_field(field.field_path):
+                where = f"{path}.spec.containers[{i}].env[{j}].valueFrom.fieldRef.fieldPath"
+                yield unknown("field", field.field_path, expand.FIELDS, where)
 
 
 def _scaling_problems(spec: GroupSpec, path: str) -> Iterator[Problem]:

@@ -285,6 +285,8 @@ def run_validate(args: argparse.Namespace) -> int:
         wrong += [f"{each}: {problem}" for problem in each.problems]
         if not each.problems:
             print(f"ok  {each}" if each.known else f"--  {each}: not checked, no kind of workloads.x-k8s.io")
+            if each.note:
+                print(f"note  {each}: {each.note}")
     if wrong:
         raise ConfigError(f"{len(wrong)} {'mistake' if len(wrong) == 1 else 'mistakes'}:\n  " + "\n  ".join(wrong))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -40,25 +40,32 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
     return _REFERENCE.sub(value, text)
 
 
+FIELDS: dict[str, Callable[[PodFacts], str]] = {
+    "metadata.name": lambda facts: facts.name,
+    "metadata.namespace": lambda facts: facts.namespace,
+    "metadata.uid": lambda facts: facts.uid,
+    "spec.nodeName": lambda facts: facts.node,
+    "spec.serviceAccountName": lambda _: "default",
+    "status.hostIP": lambda _: "127.0.0.1",
+    "status.hostIPs": lambda _: "127.0.0.1",
+    "status.podIP": lambda facts: facts.ip,
+    "status.podIPs": lambda facts: facts.ip,
+}
+
+
+def is_field(path: str) -> bool:
+    """Whether Kubernetes offers this path to a variable's fieldRef."""
+    return path in FIELDS or _SUBSCRIPT.fullmatch(path) is not None
+
+
 def field_value(path: str, facts: PodFacts) -> str:
-    """The value of a fieldRef. Raises ConfigError for a path Kubernetes does not offer."""
-    fixed = {
-        "metadata.name": facts.name,
-        "metadata.namespace": facts.namespace,
-        "metadata.uid": facts.uid,
-        "spec.nodeName": facts.node,
-        "spec.serviceAccountName": "default",
-        "status.hostIP": "127.0.0.1",
-        "status.hostIPs": "127.0.0.1",
-        "status.podIP": facts.ip,
-        "status.podIPs": facts.ip,
-    }
-    if path in fixed:
-        return fixed[path]
+    """The value of a fieldRef. Raises ConfigError unless `is_field`."""
+    if path in FIELDS:
+        return FIELDS[path](facts)
     found = _SUBSCRIPT.fullmatch(path)
     if found:
         return (facts.labels if found[1] == "labels" else facts.annotations).get(found[2], "")
-    raise ConfigError(f"fieldPath {path} is unknown; known: {', '.join(fixed)}, metadata.labels['…']")
+    raise ConfigError(f"fieldPath {path} is unknown; known: {', '.join(FIELDS)}, metadata.labels['…']")
 
 
 def container_environment(container: Container, facts: PodFacts) -> dict[str, str]:

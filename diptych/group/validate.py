@@ -26,7 +26,7 @@ from diptych.group.kinds import (
     RoleBasedGroupSet,
 )
 from diptych.group.reader import Object, Problem, Reading
-from diptych.group.resolve import resolve_spec
+from diptych.group.resolve import leader_worker_templates, resolve_spec
 from diptych.group.service import NAME_LABEL, Service, read_service, service_problems
 
 T = TypeVar("T", bound=Object)
@@ -35,7 +35,10 @@ MAX_CHILDREN = 1000  # of a RoleBasedGroupSet, when names are compared
 
 
 class Checked(msgspec.Struct):
-    """One document and what is wrong with it. `known`: whether this is a kind that is checked at all."""
+    """One document and what is wrong with it. `known`: whether this is a kind that is checked at all.
+
+    `note`: what it lacks for Kubernetes but not for `diptych up`.
+    """
 
     source: str
     document: Any
@@ -44,6 +47,7 @@ class Checked(msgspec.Struct):
     namespace: str
     known: bool
     problems: list[Problem]
+    note: str = ""
 
     def __str__(self) -> str:
         return f"{self.source}: {self.kind or 'document'} {self.name}" if self.name else self.source
@@ -95,7 +99,10 @@ def check(files: Sequence[str]) -> list[Checked]:
 
 def _checked_file(file: str) -> list[Checked]:
     try:
-        return [_checked(file, number, each) for number, each in enumerate(documents(read_text(file)), start=1)]
+        found = documents(read_text(file))
+        if not found:
+            raise ConfigError("there is nothing in it; it needs at least one object, with apiVersion and kind")
+        return [_checked(file, number, each) for number, each in enumerate(found, start=1)]
     except ConfigError as error:
         return [Checked(file, None, "", "", "", True, [Problem("", error.message)])]
 
@@ -110,6 +117,7 @@ def _checked(source: str, number: int, document: Any) -> Checked:
         result.problems = [Problem("", "needs apiVersion and kind")]
     elif kind in KINDS or str(version).startswith(f"{API_GROUP}/"):
         result.problems = object_problems(document, open_pods=False)
+        result.note = "" if result.problems else _image_note(document)
     elif kind == "Service":
         reading = Reading()
         service = read_service(reading, document)
@@ -119,6 +127,29 @@ def _checked(source: str, number: int, document: Any) -> Checked:
     else:
         result.known = False
     return result
+
+
+def _image_note(document: Any) -> str:
+    """Says which containers of a group, or of the groups of a set, have no image."""
+    if document["kind"] not in ("RoleBasedGroup", "RoleBasedGroupSet"):
+        return ""
+    spec = document["spec"] if document["kind"] == "RoleBasedGroup" else document["spec"]["template"]
+    without = {
+        f"{role['name']}/{container['name']}": None
+        for role in resolve_spec(spec)["roles"]
+        for template in _pod_templates(role)
+        for container in template["spec"]["containers"]
+        if not container.get("image")
+    }
+    return f"no image for {', '.join(without)}: `diptych up` needs none, Kubernetes will refuse the pods" * bool(
+        without
+    )
+
+
+def _pod_templates(role: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    if (role.get("workload") or {}).get("kind") == "LeaderWorkerSet":
+        return leader_worker_templates(role)
+    return [role["template"]]
 
 
 def _check_twice(checked: Sequence[Checked]) -> None:

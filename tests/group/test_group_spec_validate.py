@@ -356,6 +356,41 @@ def test_a_broken_file_does_not_hide_the_others(tmp_path: Path, capsys: pytest.C
     ]
 
 
+def test_no_image_is_a_note_for_kubernetes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    demo = str(EXAMPLES / "demo.yaml")
+    assert main(["validate", demo]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"ok  {demo}: RoleBasedGroup demo",
+        f"note  {demo}: RoleBasedGroup demo: no image for router/router, prefill/prefill, decode/decode:"
+        " `diptych up` needs none, Kubernetes will refuse the pods",
+        f"ok  {demo}: Service demo",
+    ]
+    leader = {"spec": {"containers": [{"name": "a", "image": "i"}]}}
+    half = a(workload=LWS, leaderWorkerSet={"patchLeaderTemplate": leader})
+    (file,) = files(tmp_path, text(as_set(half)))
+    assert [each.note.split(":")[0] for each in check([file])] == ["no image for a/a"]
+
+
+def test_a_field_that_kubernetes_does_not_offer(tmp_path: Path) -> None:
+    env = [{"name": "X", "valueFrom": {"fieldRef": {"fieldPath": "status.podIQ"}}}]
+    assert crossed(tmp_path, a(env=env)) == [
+        "0: spec.roles[0].template.spec.containers[0].env[1].valueFrom.fieldRef.fieldPath:"
+        " there is no field status.podIQ; did you mean status.podIP?"
+    ]
+    env = [{"name": "X", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['app']"}}}]
+    assert crossed(tmp_path, a(env=env)) == []
+
+
+def test_an_empty_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, comment = files(tmp_path, "", "# later\n---\n")
+    assert main(["validate", empty, comment]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "diptych: 2 mistakes:",
+        f"  {empty}: there is nothing in it; it needs at least one object, with apiVersion and kind",
+        f"  {comment}: there is nothing in it; it needs at least one object, with apiVersion and kind",
+    ]
+
+
 def test_the_command_prints_the_definitions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["crds"]) == 0
     assert list(yaml.safe_load_all(capsys.readouterr().out)) == crds()
