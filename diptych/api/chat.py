@@ -15,7 +15,7 @@ from diptych.api.jobs import check_grammar, make_usage, openai_jobs, usage_of
 from diptych.api.limits import MAX_BODY_BYTES, MAX_TOP_LOGPROBS, within
 from diptych.api.logprobs import chat_entries
 from diptych.api.prompts import Prompt, chat_prompt
-from diptych.api.sampling import grammar_of
+from diptych.api.sampling import grammar_field, grammar_of
 from diptych.api.schemas import ChatBody, StreamOptions, ToolChoice
 from diptych.api.service import Delta, Job, Result
 from diptych.api.sse import DONE, respond
@@ -81,17 +81,17 @@ def _forces_call(body: ChatBody) -> bool:
 async def _grammar(body: ChatBody, prompt: Prompt, ctx: Context, forced: bool) -> Grammar | None:
     grammar = grammar_of(body, body.response_format)
     if not forced:
-        await check_grammar(grammar, ctx)
+        await check_grammar(grammar, ctx, grammar_field(grammar, body))
         return grammar
     if grammar is not None:
         raise BadRequest("tool_choice and response_format cannot both constrain the answer", param="tool_choice")
     schemas = {name: tool.parameters or {"type": "object"} for name, tool in prompt.tools.items()}
     for schema in schemas.values():
-        await check_grammar(Grammar("json_schema", encode(schema).decode()), ctx)
+        await check_grammar(Grammar("json_schema", encode(schema).decode()), ctx, "tools")
     tags_are_tokens = ctx.tokenizer.id_of(OPEN) is not None
     several = body.parallel_tool_calls is not False and body.tool_choice == "required"
     grammar = Grammar("ebnf", forced_call_grammar(schemas, several=several, tags_are_tokens=tags_are_tokens))
-    await check_grammar(grammar, ctx)
+    await check_grammar(grammar, ctx, "tools")
     return grammar
 
 

@@ -13,7 +13,7 @@ from diptych.api.context import CONTEXT, Context
 from diptych.api.jobs import check_count, check_grammar, check_prompt, encode_prompt, make_usage, openai_jobs, usage_of
 from diptych.api.limits import MAX_TOP_LOGPROBS, within
 from diptych.api.logprobs import completion_logprobs
-from diptych.api.sampling import grammar_of, num_choices
+from diptych.api.sampling import grammar_field, grammar_of, num_choices
 from diptych.api.schemas import CompletionBody
 from diptych.api.service import Delta, Job
 from diptych.api.sse import DONE, event, respond
@@ -32,7 +32,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     _check(body)
     prompts = await _prompts(body, ctx)
     grammar = grammar_of(body, body.response_format)
-    await check_grammar(grammar, ctx)
+    await check_grammar(grammar, ctx, grammar_field(grammar, body))
     reply_id, jobs = await openai_jobs(
         body,
         prompts,

@@ -23,7 +23,16 @@ from diptych.api.jobs import (
 )
 from diptych.api.limits import MAX_LOGPROB_TOKEN_IDS, MAX_TOP_LOGPROBS, within
 from diptych.api.logprobs import NativeLogprobs
-from diptych.api.sampling import grammar_of, make_sampling, max_new_tokens, num_choices, seed_from, seed_of, token_ids
+from diptych.api.sampling import (
+    grammar_field,
+    grammar_of,
+    make_sampling,
+    max_new_tokens,
+    num_choices,
+    seed_from,
+    seed_of,
+    token_ids,
+)
 from diptych.api.schemas import GenerateBody, NativeSampling, refuse_unsupported
 from diptych.api.service import Delta, Job
 from diptych.api.sse import DONE, event, respond
@@ -90,7 +99,7 @@ async def _jobs(body: GenerateBody, prompts: list[list[int]], batch: bool, ctx: 
     jobs = []
     for index, (prompt, fields) in enumerate(zip(prompts, params, strict=True)):
         grammar = grammar_of(fields, None, "sampling_params.")
-        await check_grammar(grammar, ctx)
+        await check_grammar(grammar, ctx, grammar_field(grammar, fields, "sampling_params."))
         base = seed_from(fields.sampling_seed, ctx.seeds, "sampling_params.sampling_seed")
         name = "sampling_params.max_new_tokens"
         room = ctx.room

@@ -87,15 +87,18 @@ async def pairs_of(fields: Pairing, count: int, ctx: Context) -> list[Bootstrap 
     return [pair and msgspec.structs.replace(pair, host=found[pair.host]) for pair in pairs]
 
 
-async def check_grammar(grammar: Grammar | None, ctx: Context) -> None:
-    """Raise BadRequest for a grammar that the engine would refuse. Known good ones are remembered."""
+async def check_grammar(grammar: Grammar | None, ctx: Context, param: str) -> None:
+    """Raise BadRequest, naming `param`, for a grammar that the engine would refuse. Known good ones are remembered."""
     if grammar is None:
         return
     if ctx.config.grammar_backend == "none":
-        raise BadRequest("this server runs with --grammar-backend none: no structured output", param="response_format")
+        raise BadRequest("this server runs with --grammar-backend none: no structured output", param=param)
     if grammar in ctx.valid_grammars:
         return
-    await asyncio.to_thread(validate, grammar)
+    try:
+        await asyncio.to_thread(validate, grammar)
+    except BadRequest as error:
+        raise BadRequest(error.message.replace(grammar.kind, param, 1), param=param) from None
     if len(ctx.valid_grammars) >= KNOWN_GRAMMARS:
         ctx.valid_grammars.clear()
     ctx.valid_grammars.add(grammar)

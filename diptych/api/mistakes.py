@@ -14,6 +14,17 @@ from diptych.errors import BadRequest
 
 NEAR = 0.9  # of difflib's ratio: one letter off in a name of five or more
 MAX_UNKNOWN = 16  # names looked at, so that a body full of them costs nothing
+_NAMED = re.compile(r"(missing required|contains unknown) field `([^`]*)`")
+_TYPES = re.compile(r"^Expected `([^`]*)`, got `([^`]*)`$")
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
+_GOT = _WANTED | {"int": "a number", "float": "a number with decimals"}
 _AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
 
 
@@ -26,15 +37,24 @@ def refuse_near_misses(names: Iterable[str], kind: type) -> None:
 
 
 def wrong_field(text: str, inside: str = "") -> BadRequest:
-    """msgspec's complaint about a value `inside` the body as an error that names the field."""
+    """msgspec's complaint about a value `inside` the body, in plain words that begin with the field's name."""
     found = _AT.search(text)
     path = found.group(1) if found else ""
-    named = re.search(r"(missing required|contains unknown) field `([^`]*)`", text)
+    named = _NAMED.search(text)
     if named:
         path = f"{path}.{named.group(2)}" if path else named.group(2)
     param = f"{inside}.{path}" if inside and path and not path.startswith("[") else inside + path
-    if named and named.group(1) == "contains unknown":  # only sampling_params mind
+    param = param[:200]
+    return BadRequest(f"{param or 'the body'}: {_complaint(_AT.sub('', text), named)}", param=param or None)
+
+
+def _complaint(text: str, named: re.Match[str] | None) -> str:
+    if named and named.group(1) == "missing required":
+        return "is required"
+    if named:  # only sampling_params mind
         close = difflib.get_close_matches(named.group(2), NativeSampling.__struct_fields__, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return BadRequest(f"{param[:200]}: there is no such field{hint}", param=param[:200])
-    return BadRequest(_AT.sub("", text) + (f" at {param}" if param else ""), param=param[:200] or None)
+        return "there is no such field" + (f"; did you mean {close[0]}?" if close else "")
+    if types := _TYPES.search(text):
+        wanted = [_WANTED.get(name, name) for name in types.group(1).split(" | ") if name != "null"]
+        return f"must be {' or '.join(dict.fromkeys(wanted))}, not {_GOT.get(types.group(2), types.group(2))}"
+    return text[:1].lower() + text[1:]

@@ -117,6 +117,14 @@ def grammar_of(fields: SamplingFields, response_format: ResponseFormat | None, p
     return found[0] if found else None
 
 
+def grammar_field(grammar: Grammar | None, fields: SamplingFields, prefix: str = "") -> str:
+    """The field that asked for this grammar of `grammar_of`, for errors."""
+    if grammar is None:
+        return ""
+    formatted = grammar.kind == "json_object" or (grammar.kind == "json_schema" and fields.json_schema is None)
+    return "response_format" if formatted else prefix + grammar.kind
+
+
 def _of_format(format: ResponseFormat) -> Grammar | None:
     if format.type == "text":
         return None

@@ -124,7 +124,10 @@ MESSAGES = [{"role": "user", "content": "x"}]
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wat"}}}}, "json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "wat"}}}}, "response_format"),
+        ({"json_schema": {"type": "wat"}}, "json_schema"),
+        ({"response_format": {"type": "text"}, "json_schema": "{"}, "json_schema"),
+        ({"tools": [{"function": {"name": "f", "parameters": {"type": "wat"}}}], "tool_choice": "required"}, "tools"),
         ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
         ({"regex": "("}, "regex"),
         ({"ebnf": "root ::= ("}, "ebnf"),
@@ -169,6 +172,49 @@ async def test_bad_parameters_are_named(serve: Serve, change: dict[str, Any], pa
     status, reply = await server.post(CHAT, {**HI, **change})
     assert (status, reply["error"]["param"]) == (400, param), reply
     assert server.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHAT, {}, "messages: is required"),
+        (CHAT, [], "the body: must be an object, not a list"),
+        (CHAT, {**HI, "temperature": "hot"}, "temperature: must be a number, not text"),
+        (CHAT, {**HI, "top_k": 1.5}, "top_k: must be a whole number, not a number with decimals"),
+        (CHAT, {**HI, "stop": 5}, "stop: must be text or a list, not a number"),
+        (CHAT, {**HI, "stream": {}}, "stream: must be true or false, not an object"),
+        (CHAT, {**HI, "tools": [{}]}, "tools[0].function: is required"),
+        (CHAT, {**HI, "response_format": {}}, "response_format.type: is required"),
+        (
+            "/generate",
+            {"text": "a", "sampling_params": 1},
+            "sampling_params: must be an object or a list, not a number",
+        ),
+        (
+            "/generate",
+            {"text": "a", "sampling_params": {"n": True}},
+            "sampling_params.n: must be a whole number, not true or false",
+        ),
+        ("/tokenize", {"prompt": None}, "prompt: must be text or a list, not null"),
+    ],
+)
+async def test_mistakes_are_told_in_plain_words(serve: Serve, path: str, body: Any, message: str) -> None:
+    server = await serve()
+    status, reply = await server.post(path, body)
+    assert (status, reply["error"]["message"]) == (400, message)
+
+
+async def test_a_bad_schema_is_told_by_the_field_that_it_came_in(serve: Serve) -> None:
+    server = await serve()
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(40):
+        schema = {"type": "object", "properties": {"a": schema}}
+    formatted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for field, name in (({"response_format": formatted}, "response_format"), ({"json_schema": schema}, "json_schema")):
+        _, reply = await server.post(CHAT, {**HI, **field})
+        assert reply["error"]["message"].startswith(f"{name} must not be nested deeper") and (
+            reply["error"]["param"] == name
+        )
 
 
 async def test_unknown_fields_and_nulls_are_ignored(serve: Serve) -> None:

@@ -181,7 +181,7 @@ async def test_grammars(serve: Serve) -> None:
         ({"sampling_params": {"made_up": 5}}, "sampling_params.made_up"),
         ({"sampling_params": {"guided_json": {"type": "object"}}}, "sampling_params.guided_json"),
         ({"sampling_param": {}}, "sampling_param"),
-        ({"sampling_params": {"json_schema": "{"}}, "json_schema"),
+        ({"sampling_params": {"json_schema": "{"}}, "sampling_params.json_schema"),
         ({"sampling_params": {"regex": "a", "ebnf": "b"}}, "sampling_params.ebnf"),
         ({"sampling_params": [{}, {}]}, "sampling_params"),
         ({"sampling_params": {"n": 0}}, "sampling_params.n"),
