@@ -58,6 +58,16 @@ def _handle(args: argparse.Namespace) -> int:
         return 128 + signal.SIGPIPE
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"diptych {version('diptych')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     from diptych.bench.commands import add_command
     from diptych.group.commands import add_commands
@@ -66,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="diptych", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("serve", help="one server (diptych serve --help)", add_help=False)
     commands.add_parser("route", help="the router (diptych route --help)", add_help=False)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -275,6 +276,12 @@ def test_a_reader_that_has_seen_enough(diptych: Diptych, manifest: Path) -> None
         ended = subprocess.run(command(*arguments), stdout=writer, stderr=subprocess.PIPE, timeout=WAIT_S, cwd=ROOT)
         os.close(writer)
         assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b""), arguments
+
+
+def test_the_version(diptych: Diptych) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    shown = diptych("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"diptych {project['version']}\n")
 
 
 def test_help_tells_defaults_and_units(diptych: Diptych) -> None:
