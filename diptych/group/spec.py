@@ -7,6 +7,7 @@ its template and its replicas. Nothing here knows about processes or pods of a c
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Any
 
 import msgspec
@@ -65,7 +66,9 @@ def parse(text: str) -> Manifest:
         problems += reading.problems
         unmodelled += [Unmodelled(path, field, _at(document, path)[field]) for path, field in reading.unmodelled]
     if not problems and len(groups) != 1:
-        problems.append(Problem("", f"needs exactly one RoleBasedGroup, has {len(groups)}"))
+        near = get_close_matches("RoleBasedGroup", [kind for kind, _ in others], n=1)
+        hint = f"; is {near[0]} meant to be one?" if near and not groups else ""
+        problems.append(Problem("", f"needs exactly one RoleBasedGroup, has {len(groups)}{hint}"))
     for service in services if not problems else ():
         reading = Reading(f"Service {service.name}: ")
         reading.add(service_problems(service, groups[0].name, groups[0].spec.roles))

@@ -141,9 +141,9 @@ def _image_note(document: Any) -> str:
         for container in template["spec"]["containers"]
         if not container.get("image")
     }
-    return f"no image for {', '.join(without)}: `diptych up` needs none, Kubernetes will refuse the pods" * bool(
-        without
-    )
+    if not without:
+        return ""
+    return f"no image for {', '.join(without)}: `diptych up` needs none, Kubernetes will refuse the pods"
 
 
 def _pod_templates(role: dict[str, Any]) -> Sequence[dict[str, Any]]:

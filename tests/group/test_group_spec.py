@@ -97,7 +97,7 @@ def _changed(path: str, value: Any) -> str:
         ("spec.roles[1].workload", {"apiVersion": "v1", "kind": "Pod"}, "spec.roles[1].workload: must be one of"),
         ("metadata.name", "../x", "metadata.name: '../x' must be lower-case"),
         ("apiVersion", "workloads.x-k8s.io/v1alpha2", "apiVersion: must be workloads.x-k8s.io/v1alpha1"),
-        ("kind", "RoleBasedGroups", "needs exactly one RoleBasedGroup, has 0"),
+        ("kind", "RoleBasedGroups", "needs exactly one RoleBasedGroup, has 0; is RoleBasedGroups meant to be one?"),
     ],
 )
 def test_mistakes_name_the_field(path: str, value: Any, message: str) -> None:
