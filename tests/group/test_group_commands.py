@@ -95,7 +95,8 @@ def test_detached_from_up_to_down(diptych: Diptych, manifest: Path, state_folder
         "diptych: group toy is already running; `diptych down toy` ends it\n",
     )
 
-    assert diptych("scale", "toy/a", "1").returncode == 0
+    scaled = diptych("scale", "toy/a", "1")
+    assert scaled.returncode == 0 and "toy is changing" in scaled.stderr and "not ready" not in scaled.stderr
     assert [pod["name"] for pod in json.loads(diptych("status", "toy", "--json").stdout)["pods"]] == [
         "toy-a-0",
         "toy-b-0",

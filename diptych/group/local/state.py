@@ -87,6 +87,13 @@ def _pod_line(pod: PodView) -> str:
 
 def _group_line(snapshot: Snapshot) -> str:
     if snapshot.status != "ready":
-        return f"{snapshot.group} is {snapshot.status}" + (f": {snapshot.message}" if snapshot.message else "")
+        asked_for = snapshot.status == "not ready" and not any(_lost(pod) for pod in snapshot.pods)
+        state = "changing" if asked_for else snapshot.status
+        return f"{snapshot.group} is {state}" + (f": {snapshot.message}" if snapshot.message else "")
     addresses = ", ".join(f"http://{each.address}" for each in snapshot.services if each.address)
     return f"{snapshot.group} is ready" + (f": {addresses}" if addresses else "")
+
+
+def _lost(pod: PodView) -> bool:
+    """Whether it was ready, or had been started, and is not any more."""
+    return pod.status in ("not ready", "restarting") or (pod.status == "starting" and bool(pod.reason))
