@@ -171,12 +171,12 @@ Try next (in another terminal):
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "What is 12 + 30?"}}]}}'
   curl {url}/v1/models
-  .venv/bin/diptych status demo              pods, addresses, restarts
+  .venv/bin/diptych status demo              pods, addresses, processes, restarts
   .venv/bin/diptych logs demo -f             what they write
   .venv/bin/diptych scale demo/prefill 1     one prefill server less
   .venv/bin/diptych bench --base-url {url} --tokenizer models/demo --num-prompts 50 --max-concurrency 8 \\
     --random-input-len 100 --random-output-len 30
-  kill a pod's process: it comes back, and the router goes on with the others
+  kill -9 a pod's PID (status shows it): it comes back, and the router goes on with the others
 
 Serving until Ctrl-C."""
 

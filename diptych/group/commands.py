@@ -14,6 +14,7 @@ import msgspec
 from rich.console import Console
 
 from diptych.errors import ConfigError, DeadlineExceeded
+from diptych.group import spec
 from diptych.group.crds import crds_yaml
 from diptych.group.local import up
 from diptych.group.local.control import ScaleRequest, StatusRequest, UpdateRequest
@@ -37,7 +38,7 @@ def add_commands(subparsers: Any) -> None:
         metavar="NAME=DIR",
         action="append",
         default=[],
-        help="folder of a persistentVolumeClaim (repeatable)",
+        help="folder of a persistentVolumeClaim; --update keeps those it knows (repeatable)",
     )
     parser.add_argument(
         "--service-port",
@@ -64,7 +65,7 @@ def add_commands(subparsers: Any) -> None:
     parser.add_argument("group", metavar="GROUP", nargs="?", help="name of a group (default: all)")
     parser.add_argument("--json", action="store_true", help="as JSON, one line a group")
     parser = _command(subparsers, "logs", run_logs, "print what the pods of a group have written")
-    parser.add_argument("target", metavar="GROUP[/ROLE[/INDEX]]", help="a group, a role or one pod")
+    parser.add_argument("target", metavar="GROUP[/ROLE[/INDEX]]", help="a group, a role or one pod; or a pod's name")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the group ends or Ctrl-C")
     parser.add_argument(
         "--tail", metavar="N", type=_count, default=None, help="only the last N lines of each (default: all)"
@@ -116,10 +117,12 @@ def _count(text: str) -> int:
 
 
 def run_up(args: argparse.Namespace) -> int:
-    prepared = prepare(read_launch(args.file, args.claim, args.service_port))
-    folder = GroupFolder(state_root(), prepared.group)
+    launch = read_launch(args.file, args.claim, args.service_port)
     if args.update:
-        return _change(folder, UpdateRequest(prepared.launch), args.timeout)
+        name = spec.parse(launch.manifest).group.name
+        return _change(GroupFolder(state_root(), name), UpdateRequest(launch), args.timeout)
+    prepared = prepare(launch)
+    folder = GroupFolder(state_root(), prepared.group)
     lock = folder.take_lock()
     name = prepared.group
     hint = f"`diptych status {name}` shows it, `diptych down {name}` ends it" if args.detach else "Ctrl-C ends it"
@@ -185,9 +188,12 @@ def _table(snapshot: Snapshot) -> str:
     for role in snapshot.roles:
         waits = f"  waits for {', '.join(role.waiting_for)}" if role.waiting_for else ""
         lines.append(f"  role {role.name}  {role.ready}/{role.replicas} ready{waits}")
-    rows = [("POD", "STATUS", "FOR", "RESTARTS", "ADDRESS", "GPUS", "REASON")]
+    rows = [("POD", "STATUS", "FOR", "RESTARTS", "PID", "ADDRESS", "GPUS", "REASON")]
     rows += [
-        (pod.name, pod.status, _age(pod.since), str(pod.restarts), pod.ip, ",".join(pod.gpus) or "-", pod.reason)
+        (
+            *(pod.name, pod.status, _age(pod.since), str(pod.restarts), ",".join(map(str, pod.pids)) or "-"),
+            *(pod.ip, ",".join(pod.gpus) or "-", pod.reason),
+        )
         for pod in snapshot.pods
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -206,7 +212,7 @@ def _age(since: float) -> str:
 
 
 def run_logs(args: argparse.Namespace) -> int:
-    group, role, index = _target(args.target, 3)
+    group, role, index = _pod(args.target) or _target(args.target, 3)
     folder = GroupFolder(state_root(), group)
     files = log_files(folder, role, index)
     try:
@@ -304,3 +310,13 @@ def _target(text: str, parts: int) -> tuple[str, str, str]:
         raise ConfigError(f"{text}: must have the form {'GROUP[/ROLE[/INDEX]]' if parts == 3 else 'GROUP/ROLE'}")
     group, role, index = (*given, "", "")[:3]
     return group, role, index
+
+
+def _pod(name: str) -> tuple[str, str, str] | None:
+    """(group, role, index) of a pod that has written a log, by its name."""
+    for log in state_root().glob("*/logs/*.log"):
+        group = log.parents[1].name
+        if log.stem == name and name.startswith(f"{group}-"):
+            role, _, index = name.removeprefix(f"{group}-").rpartition("-")
+            return group, role, index
+    return None

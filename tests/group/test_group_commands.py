@@ -88,6 +88,7 @@ def test_detached_from_up_to_down(diptych: Diptych, manifest: Path, state_folder
     assert read(f"http://{status['services'][0]['address']}/")["env"]["HOSTNAME"] == "toy-b-0"
     shown = diptych("status", "toy").stdout
     assert shown.startswith("toy: ready") and "role a  2/2 ready" in shown and "toy-b-0" in shown
+    assert all(str(pod["pids"][0]) in shown for pod in status["pods"])
 
     again = up(diptych, manifest)
     assert (again.returncode, again.stderr) == (
@@ -108,6 +109,7 @@ def test_detached_from_up_to_down(diptych: Diptych, manifest: Path, state_folder
     assert "toy-a-0 | listening as toy-a-0\n" in logs and "toy-b-0 | listening as toy-b-0\n" in logs
     one = diptych("logs", "toy/a/0", "--tail", "1").stdout
     assert one == "listening as toy-a-0\n"
+    assert diptych("logs", "toy-a-0", "--tail", "1").stdout == one  # the name that `status` shows
     assert diptych("logs", "toy/a/7").stderr.startswith("diptych: no logs of toy/a/7; there are: toy-a-0, ")
 
     down = diptych("down", "toy")
@@ -309,3 +311,25 @@ def test_up_update_changes_a_running_group(diptych: Diptych, tmp_path: Path) -> 
     assert not {pid for pod in before["pods"] for pid in pod["pids"]} & {
         pid for pod in after["pods"] for pid in pod["pids"]
     }
+
+
+def test_an_update_keeps_the_claims_it_knows(diptych: Diptych, tmp_path: Path) -> None:
+    path, folders = tmp_path / "toy.yaml", [tmp_path / "m", tmp_path / "n"]
+    for folder in folders:
+        folder.mkdir()
+
+    def write(*claims: str) -> None:
+        volumes = [{"name": each, "persistentVolumeClaim": {"claimName": each}} for each in claims]
+        path.write_text(
+            text(group(role("a", toy(), pod={"volumes": volumes}, env=[{"name": "N", "value": claims[-1]}])))
+        )
+
+    write("m")
+    assert diptych("up", str(path), "--detach", "--claim", f"m={folders[0]}").returncode == 0
+    write("m", "n")
+    refused = diptych("up", str(path), "--update")
+    assert refused.returncode == 2 and "Add --claim n=DIR" in refused.stderr and "--claim m=" not in refused.stderr
+    for claims, options in ((("m", "n"), ["--claim", f"n={folders[1]}"]), (("n",), [])):
+        write(*claims)
+        updated = diptych("up", str(path), "--update", *options)
+        assert updated.returncode == 0, updated.stderr

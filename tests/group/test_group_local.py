@@ -114,7 +114,7 @@ async def test_a_killed_pod_is_restarted_and_its_children_do_not_stay(run_group:
         snapshot = await running.until(lambda _: running.pod("toy-a-0").restarts == 1)
         await asyncio.to_thread(psutil.wait_procs, processes, timeout=10)
         assert not any(process.is_running() and process.status() != "zombie" for process in processes)
-        assert running.pod("toy-a-0").reason == "a lost its keeper (signal 9)"
+        assert running.pod("toy-a-0").reason == "a was killed with its keeper (signal 9)"
         assert snapshot.pods[0].ip == running.history[0].pods[0].ip
 
 

@@ -232,5 +232,5 @@ def _how(code: int) -> str:
         except ValueError:
             pass
     if code < 0:
-        return f"lost its keeper (signal {-code})"
+        return f"was killed with its keeper (signal {-code})"
     return f"ended with exit code {code}"

@@ -38,7 +38,7 @@ from diptych.group.local.control import ControlServer, DownRequest, Request, Sca
 from diptych.group.local.endpoints import Candidate, endpoints
 from diptych.group.local.environment import write_programs
 from diptych.group.local.fleet import Fleet
-from diptych.group.local.launch import Prepared, prepare
+from diptych.group.local.launch import Prepared, prepare, with_claims
 from diptych.group.local.paths import GroupFolder, write_atomically
 from diptych.group.local.process import LocalPod
 from diptych.group.local.services import LocalServices
@@ -311,7 +311,7 @@ class Supervisor:
         if isinstance(request, ScaleRequest):
             self.scale(request.role, request.replicas)
         elif isinstance(request, UpdateRequest):
-            self.update(prepare(request.launch))
+            self.update(prepare(with_claims(request.launch, self._prepared.launch.claims)))
         elif isinstance(request, DownRequest):
             if request.now:
                 self.kill()
