@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from diptych.api.context import CONTEXT
-from diptych.api.wire import error_response
+from diptych.api.wire import HUNG_UP, error_response
 from diptych.errors import BadRequest, DiptychError, MethodNotAllowed, NotFound
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         status = response.status
     except asyncio.CancelledError:
-        log.info("%s %s: the client went away", method, endpoint)
+        log.info("%s %s: %s", method, endpoint, HUNG_UP)
         raise
     except Exception as error:
         response = _failure(error, request)

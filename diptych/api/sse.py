@@ -10,7 +10,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from diptych.api.limits import WRITE_TIMEOUT_S
-from diptych.api.wire import encode, error_body
+from diptych.api.wire import HUNG_UP, encode, error_body
 from diptych.errors import DiptychError
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await response.write_eof()
         except (ConnectionError, TimeoutError):
-            log.info("[%s] the client went away", rid)
+            log.info("[%s] %s", rid, HUNG_UP)
             if request.transport is not None:  # it may only have stopped to read: don't wait until it takes the rest
                 request.transport.abort()
     return response

@@ -16,6 +16,7 @@ from diptych.types import Finish
 
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
+HUNG_UP = "whoever asked hung up: the client, or a router that ends this half or asks elsewhere"
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:

@@ -16,6 +16,7 @@ from mock_engine_client import outputs_for
 from diptych.api import limits
 from diptych.api.app import begin_drain
 from diptych.api.mistakes import MAX_UNKNOWN
+from diptych.api.wire import HUNG_UP
 from diptych.errors import BadRequest, Overloaded, Unavailable
 from diptych.text.tokenizer import Tokenizer
 from diptych.types import Finish, Output, Request
@@ -491,8 +492,9 @@ async def test_a_batch_fails_as_one(serve: Serve) -> None:
 
 @pytest.mark.parametrize("path", INFERENCE)
 @pytest.mark.parametrize("when", ["queued", "whole", "streaming"])
-async def test_a_client_that_leaves(serve: Serve, path: str, when: str) -> None:
-    """Its request is aborted in the engine at once, and nothing stays behind."""
+async def test_a_client_that_leaves(serve: Serve, path: str, when: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its request is aborted in the engine at once, and nothing stays behind. It may have been a router."""
+    caplog.set_level("INFO")
     server = await serve("x" * 200)
     engine = server.engine
     if when != "streaming":
@@ -513,6 +515,7 @@ async def test_a_client_that_leaves(serve: Serve, path: str, when: str) -> None:
     assert server.ctx.service.num_running == 0
     engine.gate.set()
     assert (await server.post(CHAT, HI))[0] == 200
+    assert any(HUNG_UP in line for line in caplog.messages)
 
 
 async def test_leaving_aborts_all_choices(serve: Serve) -> None:
