@@ -110,7 +110,10 @@ def _positive(text: str) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Run it, print the block, write the JSON. Exit status 0; 1 if no request succeeded. Raises DiptychError."""
+    """Run it, print the block, write the JSON. Raises DiptychError.
+
+    Exit status 0; 1 if no request succeeded; 130 after Ctrl-C, which keeps the figures of what had finished.
+    """
     import uvloop
     from rich.console import Console
 
@@ -121,4 +124,4 @@ def run_bench(args: argparse.Namespace) -> int:
     print(result_block(result))
     if args.output_file:
         append_line(args.output_file, result)
-    return 0 if result["completed"] else 1
+    return 130 if result["interrupted"] else 0 if result["completed"] else 1

@@ -65,6 +65,11 @@ def result_block(result: Mapping[str, Any]) -> str:
     lines += _titled(result, "Benchmark Client", _CLIENT)
     lines.append("=" * _WIDTH)
     lines += [f"{count:>6} failed: {reason}" for reason, count in result["failures"].items()]
+    if result["interrupted"]:
+        num_done = result["completed"] + result["failed"]
+        lines.append(
+            f"Interrupted: the figures are those of the {num_done} of {result['num_prompts']} requests that ended."
+        )
     if result["client_bottleneck"]:
         lines.append(
             "The client itself was late or busy (see Benchmark Client): its latencies are too high by about its lag.\n"

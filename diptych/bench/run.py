@@ -6,8 +6,9 @@ import argparse
 import asyncio
 import gc
 import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,13 @@ async def benchmark(args: argparse.Namespace, console: Console) -> dict[str, Any
                 samples, duration_s, watched = await _measure(
                     client, rows, list(offsets_s), args.max_concurrency, progress
                 )
+            if not samples:
+                raise KeyboardInterrupt
         server_info = await server.info()
     retokenized = sum(tokens.count(sample.text) for sample in samples if not sample.error) if tokens else None
     return {
         **_arguments(args, model),
+        "interrupted": len(samples) < len(rows),
         "server_info": without_places(server_info),
         **summarize(samples, duration_s, retokenized=retokenized),
         "accept_length": _accept_length(server_info),
@@ -73,16 +77,49 @@ async def benchmark(args: argparse.Namespace, console: Console) -> dict[str, Any
 async def _measure(
     client: Client, rows: Sequence[Row], offsets_s: list[float], max_concurrency: int | None, progress: RunProgress
 ) -> tuple[list[Sample], float, dict[str, Any]]:
-    """Drive the load; samples, seconds it took, and the client's own figures."""
+    """Drive the load; samples, seconds it took, and the client's own figures. Ctrl-C ends it: then the samples are
+    those of the requests that have finished, in that order.
+    """
     gc.collect()
     gc.freeze()  # the rows stay: no collection has to walk them while requests are timed
     async with LagWatch() as lag:
         start_s, cpu_start_s = time.perf_counter(), time.process_time()
-        samples = await drive(rows, offsets_s, max_concurrency, client.send, progress.one_done)
+        samples = await _until_interrupt(
+            lambda on_done: drive(rows, offsets_s, max_concurrency, client.send, on_done), progress
+        )
         duration_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_start_s
     gc.unfreeze()
     num_chunks = sum(sample.num_chunks for sample in samples)
     return samples, duration_s, client_figures(lag.lags_s, cpu_s, duration_s, num_chunks)
+
+
+async def _until_interrupt(
+    start: Callable[[Callable[[Sample], None]], Coroutine[Any, Any, list[Sample]]], progress: RunProgress
+) -> list[Sample]:
+    """What `start` gives or, if SIGINT comes first, the samples that were done by then."""
+    done: list[Sample] = []
+    interrupted = False
+
+    def one_done(sample: Sample) -> None:
+        done.append(sample)
+        progress.one_done(sample)
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        task.cancel()
+
+    task = asyncio.create_task(start(one_done))
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not interrupted:
+            raise
+        return done
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 async def _warm_up(client: Client, row: Row, num: int) -> None:

@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +211,27 @@ async def test_ctrl_c_leaves_nothing_running(prompts: str) -> None:
         run.cancel()
         assert (await asyncio.gather(run, return_exceptions=True))[0].__class__ is asyncio.CancelledError
         never.set()
+
+
+async def test_an_interrupted_run_keeps_what_it_has(prompts: str) -> None:
+    flags = ("--dataset-name", "custom", "--dataset-path", prompts, "--num-prompts", "30", "--max-concurrency", "1")
+    async with ScriptedServer(list(STREAM)) as server:
+        running = asyncio.create_task(bench(server, *flags, "--warmup-requests", "0", "--output-details"))
+        while len(server.requests) < 5 and not running.done():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        result = await running
+    assert result["interrupted"] and 4 <= result["completed"] < 30
+    assert len(result["output_lens"]) == result["completed"]
+    assert f"{result['completed']} of 30 requests" in result_block(result)
+
+
+async def test_a_run_that_is_cancelled_is_not_interrupted(prompts: str) -> None:
+    flags = ("--dataset-name", "custom", "--dataset-path", prompts, "--num-prompts", "30", "--max-concurrency", "1")
+    async with ScriptedServer(list(STREAM)) as server:
+        running = asyncio.create_task(bench(server, *flags, "--warmup-requests", "0"))
+        while len(server.requests) < 5 and not running.done():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
