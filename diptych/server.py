@@ -57,7 +57,8 @@ async def _serve(config: ServerConfig) -> int:
         stack.push_async_callback(engine.stop)
         if warning := exposure(config):
             log.warning("%s", warning)
-        log.info("loading %s", config.model_name)
+        name = f" as {config.served_model_name}" if config.served_model_name else ""
+        log.info("loading %s%s", config.model_path, name)
         start = asyncio.ensure_future(engine.start())
         await _first(start, stop.wait())
         if not start.done():
@@ -106,7 +107,10 @@ async def _start_bootstrap(config: ServerConfig, key: str, stack: AsyncExitStack
 
 async def _drain(config: ServerConfig, app: web.Application, cut: asyncio.Event, died: asyncio.Event) -> None:
     """Let running requests end, within --drain-timeout."""
-    log.info("draining: no new requests, running ones have %g s", config.drain_timeout)
+    log.info(
+        "draining: no new requests, running ones have %g s; a second signal (Ctrl-C) cuts them off",
+        config.drain_timeout,
+    )
     try:
         async with asyncio.timeout(config.drain_timeout):
             await _first(app[CONTEXT].service.idle(), cut.wait(), died.wait())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from importlib.util import find_spec
 
@@ -103,3 +105,24 @@ def test_checks_of_the_model_start_no_process() -> None:
     with pytest.raises(ConfigError, match="--tp 3"):
         asyncio.run(engine.start())
     assert engine._processes == []
+
+
+def test_ctrl_c_while_the_engine_loads_ends_all_in_peace() -> None:
+    serve = ("serve", "--model-path", "models/demo", "--served-model-name", "foo", "--port", "0", "--tp", "2")
+    with ServerProcess(*serve) as server:
+        _wait_for(server, "loading models/demo as foo")
+        while len(server.tree()) < 3:  # all of the process group hear it, the engine's processes too
+            assert server.process.poll() is None, server.tail()
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.process.wait(60) == 0
+        with pytest.raises(RuntimeError, match="ended with status 0"):
+            server.wait_ready()
+    assert not any("Traceback" in line or "Interrupt" in line for line in server.log), list(server.log)
+
+
+def test_a_drain_tells_how_to_cut_it_short() -> None:
+    with ServerProcess("serve", "--model-path", "models/demo", "--port", "0") as server:
+        server.wait_ready()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 0
+    assert any("a second signal (Ctrl-C) cuts them off" in line for line in server.log)
