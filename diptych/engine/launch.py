@@ -34,12 +34,8 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _belong_to_parent() -> None:
-    """In the child, before exec: the kernel ends it when the thread that started it ends (Linux, prctl(2)), and nothing
-    else does: signals to the process group (Ctrl-C) are for the server process, which decides when its engines end.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _die_with_parent() -> None:
+    """In the child, before exec: the kernel ends it when the thread that started it ends (Linux, prctl(2))."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -112,7 +108,7 @@ class EngineProcesses:
             stdin=asyncio.subprocess.PIPE,
             pass_fds=[sock.fileno(), *(s.fileno() for s in inherited)],
             env=self._environment(),
-            preexec_fn=_belong_to_parent,
+            preexec_fn=_die_with_parent,
         )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(spec))

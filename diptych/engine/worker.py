@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -303,6 +304,9 @@ async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) 
 def main() -> None:
     """Entry point. Exits 0 when the leader went away, 1 after an error (which it has logged and reported)."""
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=Spec)
+    # The server process decides when its engines end: signals to the process group (Ctrl-C) are not for them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.set_up(spec.config.log_level, f"engine{spec.rank}" if spec.config.num_ranks > 1 else "engine")
     try:
         code = run(spec)
