@@ -220,7 +220,8 @@ def parse_router_args(argv: list[str]) -> RouterConfig:
     """Flags to settings. Raises ConfigError that names an unknown flag or a bad value; `--help` prints and exits 0."""
     known, unknown = _parser().parse_known_args(argv)
     if unknown:
-        raise ConfigError(f"unknown flag {unknown[0]}; `diptych route --help` lists what is supported")
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
+        raise ConfigError(f"unknown flag {', '.join(flags)}; `diptych route --help` lists what is supported")
     given = vars(known)
     pd = given.pop("pd_disaggregation")
     prefill = _addresses("--prefill", given.pop("prefill"), ports=True)

@@ -149,3 +149,8 @@ def test_the_key_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("DIPTYCH_API_KEY", "secret")
     assert parse(*PAIR).key == "secret"
     assert parse(*PAIR, "--api-key", "other").key == "other"
+
+
+def test_all_unknown_flags_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match="unknown flag --made-up, --other; "):
+        parse_router_args(["--worker-urls", "http://127.0.0.1:1", "--made-up", "1", "--other=2"])
