@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import msgspec
 
@@ -20,24 +21,29 @@ from diptych.group.actions import (
 from diptych.group.role import Role, RollingUpdate, RolloutStrategy
 
 
-def desired_group(group: kinds.RoleBasedGroup, backoff: Backoff) -> Desired:
-    """`group` is resolved: every role has its template and its replicas."""
+def template_revision(template: object) -> str:
+    """A short name for a pod template: pods with the same one need no update."""
+    return hashlib.sha256(msgspec.json.encode(template, order="sorted")).hexdigest()[:10]
+
+
+def desired_group(group: kinds.RoleBasedGroup, revisions: Mapping[str, str], backoff: Backoff) -> Desired:
+    """`group` is resolved: every role has its template and its replicas. `revisions`: of each role's pods, by role."""
     return Desired(
         group=group.name,
-        roles=tuple(desired_role(role) for role in group.spec.roles),
+        roles=tuple(_role(role, revisions[role.name]) for role in group.spec.roles),
         coordinations=tuple(_coordination(each) for each in group.spec.coordination),
         backoff=backoff,
         paused=group.spec.paused,
     )
 
 
-def desired_role(role: Role) -> DesiredRole:
+def _role(role: Role, revision: str) -> DesiredRole:
     kind: Kind = role.workload.kind  # type: ignore[assignment]  # checked by `checks.group_problems`
     return DesiredRole(
         name=role.name,
         replicas=role.replicas,
         dependencies=role.dependencies,
-        revision=hashlib.sha256(msgspec.json.encode(role.template, order="sorted")).hexdigest()[:10],
+        revision=revision,
         kind=kind,
         size=role.leader_worker_set.size if role.leader_worker_set and kind == "LeaderWorkerSet" else 1,
         restart_policy=role.restart_policy,

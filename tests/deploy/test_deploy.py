@@ -79,7 +79,7 @@ def test_the_operator_for_all_namespaces_is_built_and_its_rights_are_its_account
 
 def test_the_operator_image_installs_what_is_tested() -> None:
     pins = dict(
-        line.split("==")
+        line.partition(";")[0].strip().split("==")
         for name in ("requirements.txt", "requirements-dev.txt")
         for line in lines(Path(name))
         if "==" in line

@@ -8,7 +8,7 @@ import yaml
 from driver import image_of, set_image
 from kube_world import World, group, role, until
 
-from diptych.group.operator.resources import CONFIG_MAP, GROUP, POD, SERVICE, STATEFUL_SET
+from diptych.group.operator.resources import CONFIG_MAP, GROUP, POD, SERVICE, STATEFUL_SET, Json
 from diptych.testing.kube import ApiError
 
 SEED = Path("examples/seed/sglang_pd.yaml")
@@ -166,3 +166,28 @@ def test_a_spec_that_cannot_be_is_refused_with_a_reason_and_leaves_what_runs(wor
     until(lambda: world.conditions("g")["Ready"]["reason"] == "InvalidSpec", "it is refused")
     assert "ClusterEngineRuntimeProfile none" in world.conditions("g")["Ready"]["message"]
     assert list(world.pods()) == ["g-a-0"]
+
+
+def test_a_broken_pod_stalls_no_update_that_was_held_in_between(world: World) -> None:
+    """What was patched while the update was held must not stand in the way of OnDelete, which has no partition."""
+    world.start()
+    world.create(group("g", role("a", 4)))
+    world.wait_ready("g")
+    world.cluster.pods.rule(name="g-a-0", ready_s=None)
+    world.cluster.pods.set_ready("g-a-0", False)
+    until(lambda: world.conditions("g")["Ready"]["status"] == "False", "a pod is broken")
+
+    def strategy() -> Json:
+        found: Json = world.read("StatefulSet", "g-a")["spec"]["updateStrategy"]
+        return found
+
+    world.edit("g", set_image("engine:2"))
+    until(lambda: strategy()["type"] == "OnDelete", "the broken pod goes first")
+    until(lambda: image_of(world.pods().get("g-a-0", NO_POD)) == "engine:2", "it is new, and broken still")
+    world.edit("g", lambda each: (each["spec"].update(paused=True), set_image("engine:3")(each))[0])
+    until(lambda: strategy()["type"] == "RollingUpdate", "the update is held")
+    world.edit("g", lambda each: each["spec"].update(paused=False))
+    until(lambda: image_of(world.pods().get("g-a-0", NO_POD)) == "engine:3", "the broken pod is new again")
+
+
+NO_POD: Json = {"spec": {"containers": [{"image": ""}]}}

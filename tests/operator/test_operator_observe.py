@@ -14,7 +14,7 @@ GROUP: Json = {"metadata": {"name": "g", "namespace": "n", "uid": "u-g"}}
 
 
 def workload(kind: str, **status: Any) -> Json:
-    spec = {"replicas": 2}
+    spec: Json = {"replicas": 2, "leaderWorkerTemplate": {"size": 2}}
     return {
         "kind": kind,
         "metadata": {"name": "g-a", "uid": "u-w", "generation": 3},
@@ -74,6 +74,7 @@ def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> No
         pod("g-a-1"),
         pod("g-a-1-1", owner_name="g-a-1", uid="u-g-a-1", ready=False),
         pod("g-a-2-1", owner_name="g-a-2", uid="u-g-a-2"),  # its leader is gone
+        pod("g-a-3"),  # its worker has not been made yet
     ]
     pods[1]["status"]["containerStatuses"] = [
         {"name": "engine", "restartCount": 2},
@@ -83,6 +84,7 @@ def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> No
     assert [(each.name, each.index, each.ready, each.restarts) for each in found.pods] == [
         ("g-a-0", 0, True, 2),
         ("g-a-1", 1, False, 0),
+        ("g-a-3", 3, False, 0),
     ]
 
 

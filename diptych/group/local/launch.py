@@ -10,7 +10,7 @@ import msgspec
 from diptych.errors import ConfigError
 from diptych.group import spec
 from diptych.group.actions import Backoff, Desired
-from diptych.group.desired import desired_group
+from diptych.group.desired import desired_group, template_revision
 from diptych.group.local import limits
 from diptych.group.local.gpus import find_gpus
 from diptych.group.local.probes import Probing
@@ -72,7 +72,8 @@ def prepare(launch: Launch) -> Prepared:
     gpus = tuple(find_gpus())
     limits.refuse(manifest, launch.claims, len(gpus))
     _check_service_ports(manifest, launch.service_ports)
-    desired = desired_group(manifest.group, launch.backoff)
+    revisions = {role.name: template_revision(role.template) for role in manifest.group.spec.roles}
+    desired = desired_group(manifest.group, revisions, launch.backoff)
     roles = tuple(msgspec.structs.replace(role, kind="StatefulSet") for role in desired.roles)  # all are run alike
     desired = msgspec.structs.replace(desired, roles=roles)
     return Prepared(launch, manifest, desired, gpus, tuple(limits.notes(manifest, launch.claims, len(gpus))))

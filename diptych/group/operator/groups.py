@@ -28,7 +28,6 @@ from diptych.group.conditions import group_status
 from diptych.group.operator import objects
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
-from diptych.group.operator.desired import workload_kind
 from diptych.group.operator.discovery import config_yaml
 from diptych.group.operator.history import History
 from diptych.group.operator.observe import FAILURES, ROLLOUT
@@ -45,7 +44,7 @@ from diptych.group.operator.resources import (
     Json,
 )
 from diptych.group.operator.resources import Kind as Resource
-from diptych.group.operator.view import WORKLOADS, View
+from diptych.group.operator.view import WORKLOADS, View, workload_kind
 from diptych.group.plan import plan
 from diptych.group.validate import object_problems
 
@@ -202,6 +201,9 @@ class _Pass:
         annotations = self._rollout_annotation(name)
         if target.revision == self._view.revisions[name] and not self._view.keeps_template(name):
             resource, made = self._view.workload(name, target, annotations)
+            if objects.has_rolling_update(live) and target.on_delete:
+                # An apply takes away only what is ours; a partition that came by patch, or a default, would stay.
+                self._cluster.merge(resource, self._namespace, live["metadata"]["name"], objects.ON_DELETE)
             self._cluster.apply(resource, made)
         elif name in self._targets or name in self._rollouts:
             kind = self._view.workloads[name][0]

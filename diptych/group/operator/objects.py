@@ -14,6 +14,8 @@ from diptych.group.actions import Kind as WorkloadKind
 from diptych.group.actions import Target
 from diptych.group.operator.resources import GROUP, POD_GROUP, VOLCANO_POD_GROUP, Json, Kind
 
+# A merge patch; a StatefulSet with OnDelete must not have a rollingUpdate.
+ON_DELETE: Json = {"spec": {"updateStrategy": {"type": "OnDelete", "rollingUpdate": None}}}
 ROLE_SIZE = f"{names.PREFIX}/role-size"
 DEFAULT_SCHEDULE_TIMEOUT_S = 60
 
@@ -111,7 +113,7 @@ def retarget(kind: WorkloadKind, target: Target, annotations: Mapping[str, str])
     """A merge patch that changes what the plan decides and leaves the pod template alone."""
     spec: Json
     if kind == "StatefulSet":
-        spec = _stateful_target(target)
+        spec = _stateful_target(target) | (ON_DELETE["spec"] if target.on_delete else {})
     elif kind == "Deployment":
         spec = _deployment_target(target)
     else:
@@ -120,9 +122,13 @@ def retarget(kind: WorkloadKind, target: Target, annotations: Mapping[str, str])
     return {"metadata": {"annotations": {ROLE_SIZE: str(target.replicas), **annotations}}, "spec": spec}
 
 
+def has_rolling_update(workload: Json) -> bool:
+    return bool((workload["spec"].get("updateStrategy") or {}).get("rollingUpdate"))
+
+
 def _stateful_target(target: Target) -> Json:
     if target.on_delete:
-        return {"replicas": target.replicas, "updateStrategy": {"type": "OnDelete", "rollingUpdate": None}}
+        return {"replicas": target.replicas, "updateStrategy": {"type": "OnDelete"}}
     rolling = {"partition": target.partition}
     return {"replicas": target.replicas, "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": rolling}}
 

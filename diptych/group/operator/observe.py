@@ -55,7 +55,8 @@ def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json]) -> Observ
     metadata, spec = workload["metadata"], workload["spec"]
     annotations = metadata.get("annotations") or {}
     if kind == "LeaderWorkerSet":
-        states = _replicas_of_leaders(metadata["name"], pods)
+        size = spec["leaderWorkerTemplate"].get("size") or 1
+        states = _replicas_of_leaders(metadata["name"], size, pods)
     else:
         states = [_pod(pod) for pod in pods]
     if kind == "StatefulSet":  # pods of an earlier one of the same name end before there can be new ones
@@ -130,9 +131,9 @@ def _restarts(status: Json) -> int:
     return sum(each.get("restartCount", 0) for each in all_statuses if each["name"] not in SIDECARS)
 
 
-def _replicas_of_leaders(workload: str, pods: Sequence[Json]) -> list[PodState]:
-    """One state a replica: its leader's, ready when all its pods are. Each leader has a StatefulSet of its name, which
-    makes the workers."""
+def _replicas_of_leaders(workload: str, size: int, pods: Sequence[Json]) -> list[PodState]:
+    """One state a replica: its leader's, ready when all its `size` pods are. Each leader has a StatefulSet of its name,
+    which makes the workers."""
     members: dict[str, list[PodState]] = {}
     leaders = []
     for pod in pods:
@@ -140,13 +141,13 @@ def _replicas_of_leaders(workload: str, pods: Sequence[Json]) -> list[PodState]:
         leader = pod["metadata"]["name"] if is_leader else controller_of(pod)["name"]
         members.setdefault(leader, []).append(_pod(pod))
         leaders += [_pod(pod)] if is_leader else []
-    return [_whole(leader, members[leader.name]) for leader in leaders]
+    return [_whole(leader, members[leader.name], size) for leader in leaders]
 
 
-def _whole(leader: PodState, members: Sequence[PodState]) -> PodState:
+def _whole(leader: PodState, members: Sequence[PodState], size: int) -> PodState:
     return msgspec.structs.replace(
         leader,
-        ready=all(each.ready for each in members),
+        ready=len(members) >= size and all(each.ready for each in members),
         ready_since=max(each.ready_since for each in members),
         restarts=sum(each.restarts for each in members),
     )

@@ -23,7 +23,7 @@ POD_INDEX_LABEL = "apps.kubernetes.io/pod-index"
 EXCLUSIVE_TOPOLOGY = f"{names.PREFIX}/exclusive-topology"
 DISABLE_EXCLUSIVE = f"{names.PREFIX}/disable-exclusive-topology"
 KUBE_GANG, VOLCANO_GANG = "pod-group.scheduling.sigs.k8s.io/name", "scheduling.k8s.io/group-name"
-DRAIN_S, DEFAULT_PORT = 60, 8000
+DRAIN_S, DEFAULT_PORT = 300, 8000
 UNIQUE_KEY = f"{names.PREFIX}/group-unique-key"
 
 

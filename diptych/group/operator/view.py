@@ -8,13 +8,14 @@ import hashlib
 import msgspec
 
 from diptych.errors import ConfigError
-from diptych.group.actions import Desired, Kind, Observed, Target
+from diptych.group.actions import Backoff, Desired, Kind, Observed, Target
+from diptych.group.desired import desired_group, template_revision
 from diptych.group.gang import min_member
+from diptych.group.kinds import RoleBasedGroup
 from diptych.group.operator import objects
 from diptych.group.operator.adapters import with_scale
 from diptych.group.operator.cache import controller_of
 from diptych.group.operator.cluster import Cluster, is_orphan
-from diptych.group.operator.desired import desired_group, template_revision, workload_kind
 from diptych.group.operator.observe import DEPENDENCIES, REVISION, ROLE_LABEL, observe
 from diptych.group.operator.resources import (
     ADAPTER,
@@ -28,6 +29,7 @@ from diptych.group.operator.resources import (
 )
 from diptych.group.operator.resources import Kind as Resource
 from diptych.group.operator.template import in_gang, pod_template
+from diptych.group.reader import Reading
 from diptych.group.resolve import leader_worker_templates, resolve_spec
 
 WORKLOADS: dict[Kind, Resource] = {
@@ -55,7 +57,7 @@ class View:
         gang = objects.gang_of(group)
         self.templates = {name: _templates(group, role, self._profiles, gang) for name, role in self.roles.items()}
         self.revisions = {name: self._revision(role, gang) for name, role in self.roles.items()}
-        self.desired: Desired = desired_group(group, self.spec, self.revisions)
+        self.desired = self._desired()
         self.workloads: dict[str, tuple[Kind, Json]] = {}  # by role
         self.doubles: list[tuple[Kind, Json]] = []  # of a role whose kind was changed
         for kind, resource in WORKLOADS.items():
@@ -66,6 +68,15 @@ class View:
         strangers = self._find_strays()
         self._pods = [pod for pod in self._pods if pod["metadata"]["labels"].get(ROLE_LABEL) not in strangers]
         self.observed = observe(group, self.workloads, self._pods)
+
+    def _desired(self) -> Desired:
+        if self.deleted:  # its spec may be anything
+            return Desired(group=self.group["metadata"]["name"], roles=(), deleted=True)
+        reading = Reading(open_pods=True)
+        group = reading.read(RoleBasedGroup, {**self.group, "spec": self.spec})
+        if group is None:
+            raise ConfigError("\n".join(map(str, reading.problems)))
+        return desired_group(group, self.revisions, Backoff())
 
     def _check_size(self) -> None:
         sizes = {name: (role.get("leaderWorkerSet") or {}).get("size", 1) for name, role in self.roles.items()}
@@ -151,6 +162,11 @@ class View:
         metadata = template["metadata"]
         labels = {**metadata["labels"], REVISION: self.revisions[name]}
         return {**template, "metadata": {**metadata, "labels": labels}}
+
+
+def workload_kind(role: Json) -> Kind:
+    kind: Kind = (role.get("workload") or {}).get("kind") or "StatefulSet"
+    return kind
 
 
 def _named(role: Json) -> set[str]:
