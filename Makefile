@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_NO_INPUT := 1
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test test-cluster check bench clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make demo ONCE=1   the same, and ends after the reply; exit status 0 only if the reply is right"
 	@echo "make test          the test suite (about 10 minutes on 2 cores)"
 	@echo "make check         formatting, types, import contracts"
+	@echo "make test-cluster  the operator's contract on the cluster that KUBECONFIG names (an operator runs there from here)"
 	@echo "make bench         benchmarks on this machine; results in benchmarks/results/"
 
 .venv/run.stamp: requirements.txt pyproject.toml
@@ -31,6 +32,9 @@ demo: .venv/run.stamp
 
 test: .venv/dev.stamp
 	@$(BIN)/python -m pytest
+
+test-cluster: .venv/dev.stamp
+	@DIPTYCH_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/operator/test_cluster_contract.py --timeout 1800
 
 check: .venv/dev.stamp
 	@$(BIN)/ruff check .

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "disaggregated": "--output",
     "router": "--output",
     "transfer": "--json",
+    "operator_figures": "--output",
 }  # file flag
 
 
