@@ -10,6 +10,7 @@ export PIP_NO_INPUT := 1
 help:
 	@echo "make demo          two prefill servers, one decode server and a router answer a request; serves until Ctrl-C"
 	@echo "make demo ONCE=1   the same, and ends after the reply; exit status 0 only if the reply is right"
+	@echo "                   PORT=N: on another port than 8000"
 	@echo "make test          the test suite (about 10 minutes on 2 cores)"
 	@echo "make check         formatting, types, import contracts"
 	@echo "make test-cluster  the operator's contract on the cluster that KUBECONFIG names (an operator runs there from here)"
@@ -28,7 +29,7 @@ help:
 	@touch $@
 
 demo: .venv/run.stamp
-	@$(BIN)/python examples/demo.py $(if $(ONCE),--once)
+	@$(BIN)/python examples/demo.py $(if $(ONCE),--once) $(if $(PORT),--port $(PORT))
 
 test: .venv/dev.stamp
 	@$(BIN)/python -m pytest
