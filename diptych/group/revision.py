@@ -14,7 +14,6 @@ import msgspec
 
 from diptych.group.kinds import RoleTemplate
 from diptych.group.reader import Object, fields_of
-from diptych.group.resolve import resolve_role
 from diptych.group.role import Role
 
 HASH_LENGTH = 10
@@ -26,15 +25,6 @@ class Revision(msgspec.Struct, frozen=True):
 
     hash: str
     data: Raw
-
-
-def role_hash(role: Mapping[str, Any], templates: Mapping[str, Raw] | None = None) -> str:
-    """Ten hexadecimal digits: the same as long as the role is, its replicas aside.
-
-    `templates` are the group's role templates; without them the role must have its template written out. A role that
-    takes its template from them has the hash of a role with that template. Raises ConfigError as `resolve_role` does.
-    """
-    return _digest(_role_data(resolve_role(role, templates or {})))
 
 
 def spec_revision(spec: Mapping[str, Any]) -> Revision:

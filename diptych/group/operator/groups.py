@@ -105,7 +105,6 @@ class _Pass:
         self._rollouts: dict[str, Rollout] = {}
         self._failures: dict[str, Failures] = dict(view.observed.failures)
         self._targets: dict[str, Target] = {}
-        self._deleted: set[str] = set()
         self._wait_until: list[float] = []
 
     def carry_out(self, actions: list[Action]) -> float | None:
@@ -230,7 +229,6 @@ class _Pass:
 
     def _delete_role(self, name: str) -> None:
         found = self._view.workloads.get(name)
-        self._deleted.add(name)
         if found is not None:
             self._cluster.delete(WORKLOADS[found[0]], found[1])
 
