@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diptych.model.kernels.matmul import MAX_ROWS, ProductTiles, product, product_parts, tiles_for
+from diptych.model.kernels.matmul import MAX_ROWS, TILES, ProductTiles, product, product_parts, tiles_for, wins
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no products of bfloat16
@@ -49,6 +49,20 @@ def test_too_many_rows_are_refused() -> None:
         product_parts(x, weight)
 
 
-@pytest.mark.parametrize(("n", "k", "splits"), [(51200, 5120, 1), (5120, 25600, 4), (10240, 5120, 2), (16, 1024, 2)])
-def test_each_processor_has_work(n: int, k: int, splits: int) -> None:
-    assert tiles_for(n, k).splits == splits
+@pytest.mark.parametrize(
+    ("n", "k", "splits", "stages"), [(51264, 5120, 1, 4), (5120, 25664, 4, 3), (10304, 5120, 2, 3), (16, 1024, 2, 4)]
+)
+def test_each_processor_has_work(n: int, k: int, splits: int, stages: int) -> None:
+    tiles = tiles_for(n, k)
+    assert (tiles.splits, tiles.num_stages) == (splits, stages)
+
+
+def test_cublas_has_the_many_rows() -> None:
+    for (n, k), (most, tiles) in TILES.items():
+        assert wins(1, n, k) == wins(most, n, k) == tiles_for(n, k) == tiles
+        assert wins(most + 1, n, k) is None
+        assert most <= MAX_ROWS
+        assert 2 * tiles.splits * tiles.block_k <= k
+    assert wins(16, 30000, 512) == wins(32, 4096, 512) == ProductTiles(splits=1) == tiles_for(30000, 512)
+    assert wins(17, 30000, 512) is None
+    assert wins(33, 4096, 512) is None
