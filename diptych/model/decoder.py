@@ -81,14 +81,14 @@ class Decoder:
         source.finish(optional=("lm_head.weight",) if config.tied else ())
         cos, sin = rope_tables(config.rope, config.head_dim, context_len)
         dtype = self.layers[0].attention_norm.weight.dtype
-        self._cos = cos.to(device, dtype).unsqueeze(1)
-        self._sin = sin.to(device, dtype).unsqueeze(1)
+        self.cos = cos.to(device, dtype).unsqueeze(1)
+        self.sin = sin.to(device, dtype).unsqueeze(1)
 
     def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor | None:
         """Hidden states before the last norm of the rows `wanted`, `[wanted, hidden]`, on the first stage; None on the
         others. `tokens`, `positions` int64 `[rows]`. Both row counts padded, but nothing may be wanted."""
-        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-        x = self._begin(tokens)
+        cos, sin = self.cos.index_select(0, positions), self.sin.index_select(0, positions)
+        x = self.begin(tokens)
         last = self.num_layers - 1 if self.parallel.stage == self.parallel.stages - 1 else None
         for index, layer in enumerate(self.layers):
             mixed = self._attend(index, layer, layer.attention_norm(x), cos, sin, attention)
@@ -98,15 +98,15 @@ class Decoder:
                     break
             x = x + self._project(layer, mixed)
             x += self._mlp(layer, layer.mlp_norm(x))
-        return x if self.parallel.stages == 1 else self._hand_on(x, len(wanted))
+        return x if self.parallel.stages == 1 else self.hand_on(x, len(wanted))
 
-    def _begin(self, tokens: Tensor) -> Tensor:
+    def begin(self, tokens: Tensor) -> Tensor:
         """What this stage's first layer reads."""
         if self.ends is not None:
             return self.ends.embedding(tokens)
-        return self.parallel.receive(self._cos.new_empty(len(tokens), self.config.hidden_size), self.parallel.stage - 1)
+        return self.parallel.receive(self.cos.new_empty(len(tokens), self.config.hidden_size), self.parallel.stage - 1)
 
-    def _hand_on(self, x: Tensor, num_wanted: int) -> Tensor | None:
+    def hand_on(self, x: Tensor, num_wanted: int) -> Tensor | None:
         """To the next stage. The last one hands the rows that are wanted, if any are, to the first."""
         place = self.parallel
         if place.stage < place.stages - 1:

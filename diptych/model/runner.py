@@ -1,9 +1,14 @@
-"""One forward pass and one sampling pass over a plan: the torch side of an engine step."""
+"""One forward pass and one sampling pass over a plan: the torch side of an engine step.
+
+A step is launched, then collected. On a GPU launching only enqueues the work, so that the next step can be launched
+behind it before the tokens of this one are known on the host: its plan refers to them.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,14 +20,16 @@ from diptych.kv.store import PageStore
 from diptych.model.attention import AttentionBackend
 from diptych.model.layers import padded_rows
 from diptych.model.load import load_model
-from diptych.model.logprobs import token_logprobs
+from diptych.model.logprobs import Reader, token_logprobs
 from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
 from diptych.model.pool import KVPool, PoolStore, kv_page_bytes, pool_pages
 from diptych.model.sampling import sample
+from diptych.model.staging import to_device, to_host
 from diptych.types import LogprobSpec, ModelInfo, Plan, RowResult, StepResult, TokenLogprob
 
 LOGIT_BYTES = 32 << 20  # prompt logprobs: logits held at once
+MOST_ROWS = 1024  # of a plan, at first
 
 
 def device_of(config: ServerConfig) -> str:
@@ -30,11 +37,25 @@ def device_of(config: ServerConfig) -> str:
     return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Runner:
-    """Owns this rank's weights and KV pool. `run` is a function of the plan and of the pages' contents alone.
+@dataclass(slots=True)
+class Pending:
+    """A step that was launched. What it holds of the host's memory is there once `done` is."""
 
-    `exact` says whether the self-test found that rows do not depend on the batch. Raises ConfigError for a model folder
-    or settings that cannot work; `progress` hears what the start is at.
+    plan: Plan
+    launched_at: float
+    sampling: list[int]  # rows that sample
+    tokens: Tensor | None = None  # theirs; None on ranks that do not sample
+    logprobs: tuple[list[int], Reader] | None = None  # rows that ask for them
+    prompts: list[tuple[int, list[Reader]]] = field(default_factory=list)
+    done: torch.cuda.Event | None = None
+
+
+class Runner:
+    """Owns this rank's weights and KV pool. A step is a function of the plan and of the pages' contents alone.
+
+    `exact` says whether the self-test found that rows do not depend on the batch; `overlaps`, whether `launch` returns
+    before the step is computed. Raises ConfigError for a model folder or settings that cannot work; `progress` hears
+    what the start is at. `launch` and `collect` are for one thread.
     """
 
     def __init__(
@@ -45,6 +66,7 @@ class Runner:
     ) -> None:
         self.parallel = parallel or Parallel()
         self.device = device_of(config)
+        self.overlaps = self.device == "cuda"
         loaded = load_model(config, self.parallel, self.device, progress)
         self.model, self.exact = loaded.model, loaded.exact
         self.info: ModelInfo = loaded.info
@@ -57,85 +79,131 @@ class Runner:
         self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.dtype, self.device)
         self.store: PageStore = PoolStore(self.pool, loaded.info.num_layers)
         self.attention: AttentionBackend = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
+        self._last = torch.zeros(MOST_ROWS, dtype=torch.int64, device=self.device)  # tokens of the latest step, by row
+        self._collected_at = 0.0
 
-    @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
         """Compute a step: store the KV of its tokens, sample its rows. Blocks. Ranks above 0 return no rows."""
-        started = time.perf_counter()
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Pending:
+        """Enqueue a step. In `plan.token_ids`, -1 - r is the token that row r of the plan launched before samples."""
         torch.get_num_threads()  # makes --cpu-threads hold in the thread that calls; oneDNN would not ask
-        sampling = [b for b, row in enumerate(plan.rows) if row.samples]
+        pending = Pending(plan, time.perf_counter(), [b for b, row in enumerate(plan.rows) if row.samples])
         targets = [b for b, row in enumerate(plan.rows) if row.prompt_targets]
-        wanted = [int(plan.q_starts[b + 1]) - 1 for b in sampling]
+        wanted = [int(plan.q_starts[b + 1]) - 1 for b in pending.sampling]
         for b in targets:
             first = int(plan.q_starts[b]) + plan.rows[b].target_start
             wanted += range(first, first + len(plan.rows[b].prompt_targets or ()))
         features = self._features(plan, wanted)
-        if features is None:
-            return StepResult(rows=[], duration_s=time.perf_counter() - started)
-        tokens, logprobs = self._sample(plan, sampling, features)
-        prompt = self._prompt_logprobs(plan, targets, features[len(sampling) :])
-        rows = []
-        if self.parallel.leads:
-            rows = [RowResult(tokens.get(b, -1), logprobs.get(b), prompt.get(b)) for b in range(len(plan.rows))]
-        return StepResult(rows=rows, duration_s=time.perf_counter() - started)
+        if features is not None:
+            self._sample(pending, features)
+            self._read_prompts(pending, targets, features[len(pending.sampling) :])
+        if self.overlaps:
+            pending.done = torch.cuda.Event()
+            pending.done.record()
+        return pending
+
+    def collect(self, pending: Pending) -> StepResult:
+        """Wait for a launched step: its results."""
+        if pending.done is not None:
+            pending.done.synchronize()
+        now = time.perf_counter()
+        duration_s = now - max(pending.launched_at, self._collected_at)
+        self._collected_at = now
+        if not self.parallel.leads:
+            return StepResult(rows=[], duration_s=duration_s)
+        rows = [RowResult(-1) for _ in pending.plan.rows]
+        if pending.tokens is not None:
+            for b, token in zip(pending.sampling, pending.tokens.tolist(), strict=True):
+                rows[b].token = token
+        if pending.logprobs is not None:
+            for b, logprob in zip(pending.logprobs[0], pending.logprobs[1](), strict=True):
+                rows[b].logprob = logprob
+        for b, readers in pending.prompts:
+            found: list[TokenLogprob] = []
+            for read in readers:
+                found += read()
+            rows[b].prompt_logprobs = found
+        return StepResult(rows=rows, duration_s=duration_s)
+
+    # ---- the forward pass --------------------------------------------------------------------------------------------
 
     def _features(self, plan: Plan, wanted: Sequence[int]) -> Tensor | None:
-        """The forward pass: what the model says of the tokens `wanted` (places in the plan), `[len(wanted), …]`, on the
-        first stage."""
+        """What the model says of the tokens `wanted` (places in the plan), `[len(wanted), …]`, on the first stage."""
         num_tokens = len(plan.token_ids)
-        inputs = np.zeros((2, padded_rows(num_tokens)), np.int64)
+        inputs = np.zeros((2, self._padded(num_tokens)), np.int64)
         inputs[0, :num_tokens] = plan.token_ids
         inputs[1, :num_tokens] = plan.positions
-        tokens, positions = torch.from_numpy(inputs).to(self.device)
-        index = np.zeros(padded_rows(len(wanted)), np.int64)
+        tokens, positions = to_device(inputs, np.int64, self.device)
+        if plan.token_ids.min(initial=0) < 0:
+            tokens = torch.where(tokens < 0, self._last[(-1 - tokens).clamp_(min=0)], tokens)
+        index = np.zeros(self._padded(len(wanted)), np.int64)
         index[: len(wanted)] = wanted
         self.attention.begin(plan)
-        features = self.model.forward(tokens, positions, torch.from_numpy(index).to(self.device), self.attention)
+        features = self.model.forward(tokens, positions, to_device(index, np.int64, self.device), self.attention)
         return None if features is None else features[: len(wanted)]
 
+    def _padded(self, num_rows: int) -> int:
+        return padded_rows(num_rows) if self.device == "cpu" else num_rows
+
     def _logits(self, features: Tensor) -> Tensor | None:
-        """float32 logits of these features, `[rows, vocab]`; None on ranks above 0."""
+        """Logits of these features, `[rows, vocab]`; None on ranks above 0."""
         count = features.shape[0]
-        padded = features.new_zeros(padded_rows(count), features.shape[1])
-        padded[:count] = features
-        logits = self.model.logits(padded)
+        if self._padded(count) != count:
+            padded = features.new_zeros(self._padded(count), features.shape[1])
+            padded[:count] = features
+            features = padded
+        logits = self.model.logits(features)
         return None if logits is None else logits[:count]
 
-    def _sample(
-        self, plan: Plan, sampling: Sequence[int], features: Tensor
-    ) -> tuple[dict[int, int], dict[int, TokenLogprob]]:
-        """Token, and logprob if asked for, by row."""
+    # ---- what comes of it --------------------------------------------------------------------------------------------
+
+    def _sample(self, pending: Pending, features: Tensor) -> None:
+        """Enqueue the sampling of the rows that sample, whose features come first."""
+        sampling, plan = pending.sampling, pending.plan
         if not sampling:
-            return {}, {}
+            return
         logits = self._logits(features[: len(sampling)])
         if logits is None:
-            return {}, {}
+            return
         rows = [plan.rows[b] for b in sampling]
-        tokens = sample(rows, logits, self.info.eos_token_ids).tolist()
-        asked = [(i, row.logprobs) for i, row in enumerate(rows) if row.logprobs is not None]
-        logprobs: dict[int, TokenLogprob] = {}
+        tokens = sample(rows, logits, self.info.eos_token_ids)
+        self._remember(tokens, sampling, len(plan.rows))
+        asked = [i for i, row in enumerate(rows) if row.logprobs is not None]
         if asked:
-            found = token_logprobs(logits[[i for i, _ in asked]], [tokens[i] for i, _ in asked], [s for _, s in asked])
-            logprobs = {sampling[i]: logprob for (i, _), logprob in zip(asked, found, strict=True)}
-        return dict(zip(sampling, tokens, strict=True)), logprobs
+            index = to_device(asked, np.int64, self.device)
+            specs = [row.logprobs or LogprobSpec() for row in rows if row.logprobs is not None]
+            reader = token_logprobs(logits.index_select(0, index), tokens.index_select(0, index), specs)
+            pending.logprobs = [sampling[i] for i in asked], reader
+        pending.tokens = to_host(tokens)
 
-    def _prompt_logprobs(self, plan: Plan, targets: Sequence[int], features: Tensor) -> dict[int, list[TokenLogprob]]:
-        """Logprobs of the prompt tokens that rows ask for, by row. `features` are those of the targets, in order."""
-        found: dict[int, list[TokenLogprob]] = {}
+    def _remember(self, tokens: Tensor, sampling: Sequence[int], num_rows: int) -> None:
+        """Keep the rows' tokens on the device, for the next step."""
+        if num_rows > len(self._last):
+            self._last = self._last.new_zeros(2 * num_rows)
+        if len(sampling) == num_rows:
+            self._last[:num_rows] = tokens
+        else:
+            self._last[to_device(sampling, np.int64, self.device)] = tokens
+
+    def _read_prompts(self, pending: Pending, targets: Sequence[int], features: Tensor) -> None:
+        """Enqueue the logprobs of the prompt tokens that rows ask for. `features`: those of the targets, in order."""
         at = 0
         for b in targets:
-            tokens = plan.rows[b].prompt_targets or []
-            spec = plan.rows[b].logprobs or LogprobSpec()
-            found[b] = self._target_logprobs(tokens, spec, features[at : at + len(tokens)])
+            row = pending.plan.rows[b]
+            tokens = row.prompt_targets or []
+            readers = self._target_logprobs(tokens, row.logprobs or LogprobSpec(), features[at : at + len(tokens)])
+            pending.prompts.append((b, readers))
             at += len(tokens)
-        return found
 
-    def _target_logprobs(self, tokens: list[int], spec: LogprobSpec, features: Tensor) -> list[TokenLogprob]:
+    def _target_logprobs(self, tokens: list[int], spec: LogprobSpec, features: Tensor) -> list[Reader]:
         block = max(4, LOGIT_BYTES // (4 * self.info.vocab_size) // 4 * 4)
-        found: list[TokenLogprob] = []
+        readers: list[Reader] = []
         for at in range(0, len(tokens), block):
             part = tokens[at : at + block]
             logits = self._logits(features[at : at + block])
             if logits is not None:
-                found += token_logprobs(logits, part, [spec] * len(part))
-        return found
+                readers.append(token_logprobs(logits, to_device(part, np.int64, self.device), [spec] * len(part)))
+        return readers

@@ -16,23 +16,27 @@ from torch import Tensor
 
 from diptych.model.noise import gumbel, row_key
 from diptych.model.order import ordered_top
+from diptych.model.staging import to_device
 from diptych.types import Row, Sampling
 
 FIRST_LOOK = 256  # candidates that top_p and min_p look at before they look at all tokens
 
 
 def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
-    """The token of each row: `[rows]` int64. `logits` is float32 `[rows, vocab]` and is not changed."""
+    """The token of each row: `[rows]` int64, on the device of `logits` `[rows, vocab]`, which are not changed.
+
+    Does not wait for the device, but for rows with top_p or min_p and no top_k: they may need a second look.
+    """
     changed = [index for index, row in enumerate(rows) if _changes_logits(row)]
     if changed:
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
         for index in changed:
             change_logits(rows[index], logits[index], eos_token_ids)
     tokens: Tensor = logits.argmax(-1)  # the lowest id among equals
     drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy]
     if drawn:
-        where = torch.tensor(drawn, device=logits.device)
-        tokens[where] = _draw([rows[i] for i in drawn], logits.index_select(0, where))
+        where = to_device(drawn, np.int64, logits.device)
+        tokens[where] = _draw([rows[i] for i in drawn], logits.index_select(0, where).float())
     return tokens
 
 
@@ -54,12 +58,13 @@ def change_logits(row: Row, logits: Tensor, eos_token_ids: Sequence[int]) -> Non
     if sampling.penalized:
         _penalize(row, logits)
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(sampling.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        ids = to_device(list(sampling.logit_bias), np.int64, logits.device)
+        logits[ids] += to_device(list(sampling.logit_bias.values()), np.float32, logits.device)
     if row.num_output < sampling.min_new_tokens:
-        logits[[*eos_token_ids, *sampling.stop_token_ids]] = -torch.inf
+        ends = to_device([*eos_token_ids, *sampling.stop_token_ids], np.int64, logits.device)
+        logits.index_fill_(0, ends, -torch.inf)
     if row.mask is not None:
-        logits.masked_fill_(~_allowed(row.mask, logits.shape[0]).to(logits.device), -torch.inf)
+        logits.masked_fill_(to_device(_forbidden(row.mask, logits.shape[0]), np.bool_, logits.device), -torch.inf)
 
 
 def _penalize(row: Row, logits: Tensor) -> None:
@@ -69,7 +74,7 @@ def _penalize(row: Row, logits: Tensor) -> None:
     API reference, "frequency and presence penalties")."""
     if row.history is None:
         raise ValueError(f"row of {row.rid} has a penalty but no history")
-    history = torch.tensor(row.history, device=logits.device)
+    history = to_device(row.history, np.int64, logits.device)
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
         seen = history.unique()
@@ -81,12 +86,12 @@ def _penalize(row: Row, logits: Tensor) -> None:
         logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
 
 
-def _allowed(mask: bytes, vocab_size: int) -> Tensor:
+def _forbidden(mask: bytes, vocab_size: int) -> np.ndarray:
     """Bit i of byte i // 8 (little-endian) allows token i; tokens past the mask's end are not allowed."""
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[:vocab_size]
-    allowed = np.zeros(vocab_size, np.bool_)
-    allowed[: len(bits)] = bits
-    return torch.from_numpy(allowed)
+    forbidden = np.ones(vocab_size, np.bool_)
+    forbidden[: len(bits)] = bits == 0
+    return forbidden
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------------
@@ -94,18 +99,18 @@ def _allowed(mask: bytes, vocab_size: int) -> Tensor:
 
 def _draw(rows: Sequence[Row], logits: Tensor) -> Tensor:
     """One draw a row: `[rows]`."""
-    device = logits.device
-    scaled = logits / torch.tensor([row.sampling.temperature for row in rows], device=device).unsqueeze(1)
-    keys = torch.tensor([row_key(row.sampling.seed, row.position) for row in rows], device=device).unsqueeze(1)
+    device, vocab_size = logits.device, logits.shape[1]
+    scaled = logits / to_device([row.sampling.temperature for row in rows], np.float32, device).unsqueeze(1)
+    keys = to_device([row_key(row.sampling.seed, row.position) for row in rows], np.int64, device).unsqueeze(1)
+    free = [i for i, row in enumerate(rows) if not _restricted(row.sampling, vocab_size)]
+    bound = [i for i, row in enumerate(rows) if _restricted(row.sampling, vocab_size)]
     tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
-    free = [i for i, row in enumerate(rows) if not _restricted(row.sampling, logits.shape[1])]
     if free:
-        index = torch.tensor(free, device=device)
-        noise = gumbel(keys[index], torch.arange(logits.shape[1], device=device))
+        index = to_device(free, np.int64, device)
+        noise = gumbel(keys[index], torch.arange(vocab_size, device=device))
         tokens[index] = (scaled[index] + noise).argmax(-1)
-    bound = [i for i, row in enumerate(rows) if _restricted(row.sampling, logits.shape[1])]
     if bound:
-        index = torch.tensor(bound, device=device)
+        index = to_device(bound, np.int64, device)
         tokens[index] = _draw_restricted([rows[i].sampling for i in bound], scaled[index], keys[index])
     return tokens
 
@@ -124,9 +129,11 @@ def _draw_restricted(settings: Sequence[Sampling], scaled: Tensor, keys: Tensor,
     keep = _keep(scaled, values, top_k, settings)
     scores = torch.where(keep, values + gumbel(keys, ids), -torch.inf)
     tokens = ids.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+    if max(top_k) == count:
+        return tokens
     unsure = [i for i, last in enumerate(keep[:, -1].tolist()) if last and top_k[i] > count]
     if unsure:
-        rows = torch.tensor(unsure, device=scaled.device)
+        rows = to_device(unsure, np.int64, scaled.device)
         tokens[rows] = _draw_restricted([settings[i] for i in unsure], scaled[rows], keys[rows], look * 8)
     return tokens
 
@@ -134,9 +141,9 @@ def _draw_restricted(settings: Sequence[Sampling], scaled: Tensor, keys: Tensor,
 def _keep(scaled: Tensor, values: Tensor, top_k: list[int], settings: Sequence[Sampling]) -> Tensor:
     """Which candidates (`values`, likeliest first) stay: `[rows, candidates]`."""
     count, device = values.shape[1], values.device
-    limits = torch.tensor(top_k, device=device).unsqueeze(1)
-    top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=device).unsqueeze(1)
-    min_p = torch.tensor([s.min_p for s in settings], dtype=torch.float64, device=device).unsqueeze(1)
+    limits = to_device(top_k, np.int64, device).unsqueeze(1)
+    top_p = to_device([s.top_p for s in settings], np.float64, device).unsqueeze(1)
+    min_p = to_device([s.min_p for s in settings], np.float64, device).unsqueeze(1)
     highest = values[:, :1]
     weights = (values - highest).exp().double()
     mass = weights.cumsum(1)

@@ -189,11 +189,11 @@ def test_logprobs_are_those_of_the_raw_logits_in_any_company() -> None:
     logits[:, 21] = logits[:, 20]  # equals come by id
     specs = [LogprobSpec(top=index % 4, token_ids=(7, 0)[: index % 3]) for index in range(9)]
     tokens = list(range(9))
-    found = token_logprobs(logits, tokens, specs)
+    found = token_logprobs(logits, torch.tensor(tokens), specs)()
     exact = torch.log_softmax(logits.double(), -1)
     for index, entry in enumerate(found):
         assert entry.logprob == pytest.approx(exact[index, index].item(), abs=1e-6)
         order = sorted(range(VOCAB), key=lambda t: (-logits[index, t].item(), t))
         assert [token for _, token in entry.top] == order[: index % 4]
         assert [token for _, token in entry.chosen] == [7, 0][: index % 3]
-        assert [entry] == token_logprobs(logits[index : index + 1], [index], [specs[index]])
+        assert [entry] == token_logprobs(logits[index : index + 1], torch.tensor([index]), [specs[index]])()
