@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,18 @@ Flags = tuple[str, ...]
 ANYWHERE = "any"
 # Loopback, and the private networks of RFC 1918 and RFC 4193; not link-local ones: clouds give credentials there.
 PRIVATE = ("127.0.0.0/8", "::1", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+
+
+MOST_CAPTURED = 256  # rows; a step of more is long enough that launching its kernels one by one costs little
+
+# What 0 means, by device. A step of a GPU costs the same for few rows as for many, and its kernels like long pages.
+BY_DEVICE = {
+    "cpu": {"page_size": 16, "max_running_requests": 64, "chunked_prefill_size": 512},
+    "cuda": {"page_size": 64, "max_running_requests": 256, "chunked_prefill_size": 8192},
+}
+ALSO_BY_DEVICE = ("device", "attention_backend", "cuda_graph_max_bs")
+# Settings that only a GPU has a use for: the value that leaves them alone.
+GPU_ONLY = {"mem_fraction_static": 0.0, "cuda_graph_max_bs": 0, "disable_cuda_graph": False}
 
 
 def flag(default: Any, help: str, *names: str, choices: Flags | None = None, parse: Any = None) -> Any:
@@ -85,17 +97,52 @@ class ServerConfig:
     )
     cpu_threads: int = flag(1, "torch threads of one engine process on a CPU")
     # memory and scheduling
-    page_size: int = flag(16, "tokens a KV page holds")
-    max_total_tokens: int = flag(
-        0, "tokens the KV pool holds (default on a CPU: what 256 MiB hold, at least one context)"
+    page_size: int = flag(0, "tokens a KV page holds; 0: 64 on a GPU, 16 on a CPU; both halves of a pair need the same")
+    mem_fraction_static: float = flag(
+        0.0,
+        "part of a GPU's memory for weights and KV pool together, above 0 and below 1; 0: all but what a step needs "
+        "besides, which is reckoned from the model's shapes",
     )
-    max_running_requests: int = flag(64, "sequences that decode together at most")
+    max_total_tokens: int = flag(
+        0,
+        "tokens the KV pool holds; 0: on a GPU as many as --mem-fraction-static leaves room for, on a CPU what 256 MiB "
+        "hold, at least one context",
+    )
+    kv_cache_dtype: str = flag(
+        "auto",
+        "type of keys and values in the KV pool; auto: that of the weights; both halves of a pair need the same",
+        choices=("auto", "bfloat16", "float16", "float32", "fp8_e4m3"),
+    )
+    max_running_requests: int = flag(0, "sequences that decode together at most; 0: 256 on a GPU, 64 on a CPU")
     max_queued_requests: int = flag(4096, "requests that may wait; beyond that 429")
-    chunked_prefill_size: int = flag(512, "prompt tokens computed in one step at most; -1: no limit")
+    chunked_prefill_size: int = flag(
+        0,
+        "prompt tokens computed in one step at most; 0: 8192 on a GPU, 512 on a CPU; -1: no limit, on a CPU only",
+    )
     schedule_policy: str = flag(
         "fcfs", "who is admitted next: first come, or longest cached prefix", choices=("fcfs", "lpm")
     )
     disable_radix_cache: bool = flag(False, "do not keep finished prompts' KV for reuse")
+    # how steps run
+    attention_backend: str = flag(
+        "auto",
+        "who computes attention: our Triton kernels, or torch alone; auto: triton on a GPU, torch on a CPU",
+        choices=("auto", "triton", "torch"),
+    )
+    cuda_graph_max_bs: int = flag(
+        0,
+        f"sequences of the largest decode step that is captured as a CUDA graph; 0: --max-running-requests, but at "
+        f"most {MOST_CAPTURED}",
+    )
+    disable_cuda_graph: bool = flag(False, "launch each kernel of a decode step by itself")
+    disable_overlap_schedule: bool = flag(False, "plan a step only when the one before it is done")
+    deterministic: bool = flag(
+        False,
+        "answers that do not depend on what else is in the batch, bit for bit: on a GPU, kernels with fixed splits and "
+        "tiles only; a CPU uses no others anyway",
+        "--deterministic",
+        "--enable-deterministic-inference",
+    )
     # answers
     sampling_defaults: str = flag(
         "model",
@@ -188,18 +235,29 @@ class ServerConfig:
         """Raise ConfigError, naming the flag, for values that cannot work together."""
         if not self.model_path:
             raise ConfigError("--model-path is required: a folder with config.json, *.safetensors and tokenizer.json")
-        at_least_one = ("tp_size", "pp_size", "cpu_threads", "page_size", "max_running_requests", "max_queued_requests")
-        not_negative = ("context_length", "max_total_tokens", "num_reserved_decode_tokens", "drain_timeout")
+        at_least_one = ("tp_size", "pp_size", "cpu_threads", "max_queued_requests")
+        not_negative = (
+            "context_length",
+            "page_size",
+            "max_total_tokens",
+            "max_running_requests",
+            "cuda_graph_max_bs",
+            "num_reserved_decode_tokens",
+            "drain_timeout",
+        )
         for name, low in [*((name, 1) for name in at_least_one), *((name, 0) for name in not_negative)]:
             if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
         for name in ("disaggregation_bootstrap_timeout", "disaggregation_heartbeat_timeout", "watchdog_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be a number of seconds above 0")
-        if self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
+        if self.chunked_prefill_size < -1:
             raise ConfigError(
-                f"--chunked-prefill-size must be positive, or -1 for no limit, not {self.chunked_prefill_size}"
+                f"--chunked-prefill-size must be positive, 0 for the device's default or -1 for no limit, "
+                f"not {self.chunked_prefill_size}"
             )
+        if not 0 <= self.mem_fraction_static < 1:
+            raise ConfigError(f"--mem-fraction-static must be above 0 and below 1, not {self.mem_fraction_static}")
         if 0 < self.max_total_tokens < self.page_size:
             raise ConfigError(f"--max-total-tokens {self.max_total_tokens} is less than a page of {self.page_size}")
         for name in ("port", "disaggregation_bootstrap_port"):
@@ -208,6 +266,40 @@ class ServerConfig:
         for item in self.disaggregation_bootstrap_allow.split(","):
             if item.strip() and not is_network(item.strip()) and not _is_name(item.strip()):
                 raise ConfigError(f"--disaggregation-bootstrap-allow: {item.strip()} is no network, address or name")
+        if self.device == "cpu":
+            self._check_cpu()
+        elif self.device == "cuda" and self.chunked_prefill_size == -1:
+            raise ConfigError("--chunked-prefill-size -1 bounds no step's memory on a GPU; give a number of tokens")
+
+    def _check_cpu(self) -> None:
+        for name, default in GPU_ONLY.items():
+            if getattr(self, name) != default:
+                raise ConfigError(f"--{name.replace('_', '-')} is for a GPU; on a CPU leave it out")
+        if self.attention_backend == "triton":
+            raise ConfigError("--attention-backend triton needs a GPU; on a CPU use torch, or leave it out")
+        if self.kv_cache_dtype == "fp8_e4m3":
+            raise ConfigError("--kv-cache-dtype fp8_e4m3 needs a GPU; on a CPU use auto, or leave it out")
+
+    def on_device(self, device: str) -> ServerConfig:
+        """These settings with what depends on the device ("cpu" or "cuda") filled in; a second call changes nothing.
+
+        Raises ConfigError for what this device cannot do.
+        """
+        filled = {name: getattr(self, name) or value for name, value in BY_DEVICE[device].items()}
+        filled["device"] = device
+        if self.attention_backend == "auto":
+            filled["attention_backend"] = "triton" if device == "cuda" else "torch"
+        if device == "cuda" and not self.disable_cuda_graph:
+            rows = filled["max_running_requests"]
+            filled["cuda_graph_max_bs"] = min(self.cuda_graph_max_bs or MOST_CAPTURED, rows)
+        config = replace(self, **filled)
+        config.check()
+        return config
+
+    @property
+    def of_device(self) -> dict[str, Any]:
+        """The settings that `on_device` fills in, by name: what an engine tells its API process."""
+        return {name: getattr(self, name) for name in (*BY_DEVICE["cpu"], *ALSO_BY_DEVICE)}
 
 
 def is_network(text: str) -> bool:

@@ -9,24 +9,18 @@ import difflib
 from collections.abc import Iterable
 
 _NOT_YET = "not yet (see README, Not yet); leave it out"
-_POOL = "--max-total-tokens sets the size of the KV pool, in tokens"
 _ONE_MACHINE = "a server runs on one machine; leave it out"
-_NO_GRAPHS = "there are no CUDA graphs; leave it out"
 
 INSTEAD = {
-    "--attention-backend": _NOT_YET,
     "--block-size": "--page-size",
-    "--cuda-graph-max-bs": _NO_GRAPHS,
     "--data-parallel-size": _NOT_YET,
-    "--disable-cuda-graph": _NO_GRAPHS,
     "--disaggregation-ib-device": "nixl finds the devices itself; leave it out",
     "--dist-init-addr": _ONE_MACHINE,
     "--dp": _NOT_YET,
     "--dp-size": _NOT_YET,
     "--enable-mixed-chunk": "steps always mix prompts and answers; leave it out",
-    "--enforce-eager": _NO_GRAPHS,
-    "--gpu-memory-utilization": _POOL,
-    "--kv-cache-dtype": _NOT_YET,
+    "--enforce-eager": "--disable-cuda-graph",
+    "--gpu-memory-utilization": "--mem-fraction-static",
     "--log-level-http": "--log-level",
     "--log-requests": "--log-level debug",
     "--lora-paths": _NOT_YET,
@@ -34,7 +28,6 @@ INSTEAD = {
     "--max-num-batched-tokens": "--chunked-prefill-size",
     "--max-num-seqs": "--max-running-requests",
     "--max-prefill-tokens": "--chunked-prefill-size",
-    "--mem-fraction-static": _POOL,
     "--nnodes": _ONE_MACHINE,
     "--node-rank": _ONE_MACHINE,
     "--quantization": _NOT_YET,

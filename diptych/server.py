@@ -65,6 +65,7 @@ async def _serve(config: ServerConfig) -> int:
             start.cancel()
             await asyncio.gather(start, return_exceptions=True)
             return 0
+        config = engine.config
         app = build_app(config, start.result(), tokenizer)
         sock.listen(1024)
         runner = await start_site(app, sock)

@@ -285,7 +285,7 @@ class Ready(msgspec.Struct, tag="ready"):
 
     model: ModelInfo
     max_total_num_tokens: int
-    page_size: int
+    settings: dict[str, Any]  # those that depend on the device, by their names in ServerConfig
     load_s: float
 
 

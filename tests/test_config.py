@@ -21,12 +21,16 @@ MODEL = ["--model-path", "models/demo"]
         ("--tp-size", ["0", "-1"]),
         ("--pp-size", ["0"]),
         ("--cpu-threads", ["0"]),
-        ("--page-size", ["0"]),
-        ("--max-running-requests", ["0"]),
+        ("--page-size", ["-1"]),
+        ("--max-running-requests", ["-1"]),
         ("--max-queued-requests", ["0"]),
-        ("--chunked-prefill-size", ["0", "-2"]),
+        ("--chunked-prefill-size", ["-2"]),
+        ("--mem-fraction-static", ["-0.1", "1", "nan", "inf"]),
+        ("--kv-cache-dtype", ["fp8_e5m2"]),
+        ("--attention-backend", ["flashinfer"]),
+        ("--cuda-graph-max-bs", ["-1"]),
         ("--context-length", ["-1"]),
-        ("--max-total-tokens", ["-1", "15"]),
+        ("--max-total-tokens", ["-1"]),
         ("--num-reserved-decode-tokens", ["-1"]),
         ("--port", ["-1", "65536"]),
         ("--disaggregation-bootstrap-port", ["65536"]),
@@ -50,15 +54,15 @@ def test_unknown_flags_are_named(flag: str) -> None:
 
 
 def test_all_unknown_flags_are_told_at_once_with_what_to_do_instead() -> None:
-    foreign = "--trust-remote-code --mem-fraction-static 0.8 --max-model-len=4096 --made-up-thing x --context-lenght 5"
+    foreign = "--trust-remote-code --gpu-memory-utilization 0.8 --max-model-len=4096 --made-up x --context-lenght 5"
     with pytest.raises(ConfigError) as caught:
         parse_server_args([*MODEL, *foreign.split(), "--disaggregation-transfer-backend", "mooncake"])
     told = caught.value.message
     for words in (
         "--trust-remote-code (a model's own code is never run; leave it out)",
-        "--mem-fraction-static (--max-total-tokens sets",
+        "--gpu-memory-utilization (--mem-fraction-static)",
         "--max-model-len (--context-length)",
-        ", --made-up-thing,",
+        ", --made-up,",
         "--context-lenght (did you mean --context-length?)",
     ):
         assert words in told, told
@@ -88,6 +92,55 @@ def test_the_model_goes_with_its_flag() -> None:
 def test_the_least_values_work() -> None:
     config = parse_server_args([*MODEL, "--drain-timeout", "0", "--num-reserved-decode-tokens", "0", "--port", "0"])
     assert (config.drain_timeout, config.num_reserved_decode_tokens) == (0.0, 0)
+
+
+def on(device: str, *flags: str) -> ServerConfig:
+    return parse_server_args([*MODEL, *flags]).on_device(device)
+
+
+def test_the_device_fills_in_what_was_not_said() -> None:
+    def of(config: ServerConfig) -> tuple[object, ...]:
+        return (*config.of_device.values(),)
+
+    assert of(on("cpu")) == (16, 64, 512, "cpu", "torch", 0)
+    assert of(on("cuda")) == (64, 256, 8192, "cuda", "triton", 256)
+    assert on("cuda").on_device("cuda") == on("cuda")
+    assert on("cpu").on_device("cpu") == on("cpu")
+    said = "--page-size 32 --max-running-requests 9 --chunked-prefill-size 100 --attention-backend torch".split()
+    assert of(on("cpu", *said)) == (32, 9, 100, "cpu", "torch", 0)
+    assert of(on("cuda", *said)) == (32, 9, 100, "cuda", "torch", 9)
+    assert on("cuda", "--max-running-requests", "1000").cuda_graph_max_bs == 256
+    assert on("cuda", "--cuda-graph-max-bs", "24").cuda_graph_max_bs == 24
+    assert on("cuda", "--cuda-graph-max-bs", "999").cuda_graph_max_bs == 256
+    assert on("cuda", "--disable-cuda-graph").cuda_graph_max_bs == 0
+    assert on("cpu", "--chunked-prefill-size", "-1").chunked_prefill_size == -1
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "message"),
+    [
+        ("cpu", "--mem-fraction-static 0.8", "--mem-fraction-static is for a GPU"),
+        ("cpu", "--cuda-graph-max-bs 8", "--cuda-graph-max-bs is for a GPU"),
+        ("cpu", "--disable-cuda-graph", "--disable-cuda-graph is for a GPU"),
+        ("cpu", "--attention-backend triton", "--attention-backend triton needs a GPU; on a CPU use torch"),
+        ("cpu", "--kv-cache-dtype fp8_e4m3", "--kv-cache-dtype fp8_e4m3 needs a GPU; on a CPU use auto"),
+        ("cpu", "--max-total-tokens 15", "--max-total-tokens 15 is less than a page of 16"),
+        ("cuda", "--max-total-tokens 63", "--max-total-tokens 63 is less than a page of 64"),
+        ("cuda", "--chunked-prefill-size -1", "--chunked-prefill-size -1 bounds no step's memory on a GPU"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused(device: str, flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        on(device, *flags.split())
+    if "total" not in flags:  # the device is named: said before an engine starts
+        with pytest.raises(ConfigError, match=message):
+            parse_server_args([*MODEL, "--device", device, *flags.split()])
+
+
+def test_names_of_determinism() -> None:
+    assert not parse_server_args(MODEL).deterministic
+    assert parse_server_args([*MODEL, "--deterministic"]).deterministic
+    assert parse_server_args([*MODEL, "--enable-deterministic-inference"]).deterministic
 
 
 def test_names_of_the_parallel_sizes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import logging
 import os
 import shutil
@@ -40,10 +41,11 @@ def _die_with_parent() -> None:
 
 
 class EngineProcesses:
-    """The processes of one engine. `link` is what the API uses once `start` has returned."""
+    """The processes of one engine. `link` is what the API uses once `start` has returned, and `config`
+    then has the settings that depend on the engine's device."""
 
     def __init__(self, config: ServerConfig, *, bootstrap: tuple[str, int] = ("", 0), bootstrap_key: str = "") -> None:
-        self._config = config
+        self.config = config
         self._bootstrap_key = bootstrap_key  # what its registration must show
         self._bootstrap = bootstrap  # host and port of the bootstrap service in this process
         self._processes: list[asyncio.subprocess.Process] = []
@@ -59,11 +61,11 @@ class EngineProcesses:
 
     async def start(self) -> EngineLink:
         """Spawn all ranks and wait until the engine can serve. Raises ConfigError with the engine's reason."""
-        check_fit(self._config)  # here it takes no seconds, and is said once
+        check_fit(self.config)  # here it takes no seconds, and is said once
         self._ready = asyncio.get_running_loop().create_future()
         self._directory = tempfile.mkdtemp(prefix="diptych-")
         ours, leader = socket.socketpair()
-        pairs = [socket.socketpair() for _ in range(1, self._config.num_ranks)]
+        pairs = [socket.socketpair() for _ in range(1, self.config.num_ranks)]
         store = str(Path(self._directory) / "ranks")
         with leader:
             fds = [pair[0].fileno() for pair in pairs]
@@ -79,6 +81,7 @@ class EngineProcesses:
                 ready = await self._ready
         except TimeoutError:
             raise DeadlineExceeded(f"the engine was not ready within {START_TIMEOUT_S:g} s") from None
+        self.config = dataclasses.replace(self.config, **ready.settings)
         self.link = EngineLink(self._channel.send, ready.model, ready.max_total_num_tokens)
         self._watchers.append(asyncio.create_task(self.watch_silence()))
         return self.link
@@ -92,7 +95,7 @@ class EngineProcesses:
         fds: list[int],
     ) -> None:
         spec = {
-            "config": self._config,
+            "config": self.config,
             "rank": rank,
             "store_path": store,
             "leader_fd": sock.fileno(),
@@ -117,7 +120,7 @@ class EngineProcesses:
         self._watchers.append(asyncio.create_task(self._watch(rank, process)))
 
     def _environment(self) -> dict[str, str]:
-        threads = str(self._config.cpu_threads)
+        threads = str(self.config.cpu_threads)
         return dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, GLOO_SOCKET_IFNAME="lo")
 
     async def _watch(self, rank: int, process: asyncio.subprocess.Process) -> None:
@@ -130,7 +133,7 @@ class EngineProcesses:
         something every second, whatever its model computes.
         """
         silent_s = 0
-        while silent_s < self._config.watchdog_timeout + SILENCE_S:
+        while silent_s < self.config.watchdog_timeout + SILENCE_S:
             self._heard = False
             await asyncio.sleep(1)  # counted, not measured: a time in which this process stood still too says nothing
             silent_s = 0 if self._heard else silent_s + 1

@@ -92,19 +92,20 @@ def take_gpu(spec: Spec) -> None:
 
 def load(spec: Spec) -> Runner:
     """Join the other ranks and load this rank's part of the model. What this machine lacks is said before that."""
-    config = spec.config
     take_gpu(spec)
-    if device_of(config) == "cuda" and not torch.cuda.is_available():
+    device = device_of(spec.config)
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: torch finds no GPU here that it can use; choose --device cpu, or see its driver"
         )
+    config = spec.config = spec.config.on_device(device)
     if config.disaggregation_mode != "null":
         data_transports(config.disaggregation_transfer_backend)
     torch.set_num_threads(config.cpu_threads)
     place = None
     if config.num_ranks > 1:
         meet = f"file://{spec.store_path}"
-        place = parallel.init(spec.rank, config.tp_size, config.pp_size, meet, device_of(config))
+        place = parallel.init(spec.rank, config.tp_size, config.pp_size, meet, device)
     return Runner(config, place, partial(log.info, "rank %d: %s", spec.rank))
 
 
@@ -218,7 +219,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
     engine.census = partial(census, ranks, hub)
     await channel.open(spec.leader_fd)
     pool_tokens = runner.num_pages * config.page_size
-    channel.send(Ready(runner.info, pool_tokens, config.page_size, load_s))
+    channel.send(Ready(runner.info, pool_tokens, config.of_device, load_s))
     log.info("ready: %d tokens of KV cache, %s", pool_tokens, runner.info.architecture)
 
     loop_task = asyncio.create_task(engine.run())
