@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,8 +29,11 @@ from diptych.model.sampling import sample
 from diptych.model.staging import to_device, to_host
 from diptych.types import LogprobSpec, ModelInfo, Plan, RowResult, StepResult, TokenLogprob
 
+if TYPE_CHECKING:
+    from diptych.model.graphs import DecodeGraphs
+
 LOGIT_BYTES = 32 << 20  # prompt logprobs: logits held at once
-MOST_ROWS = 1024  # of a plan, at first
+LEAST_ROWS = 64
 
 
 def device_of(config: ServerConfig) -> str:
@@ -66,7 +70,9 @@ class Runner:
     ) -> None:
         self.parallel = parallel or Parallel()
         self.device = device_of(config)
+        config = config.on_device(self.device)
         self.overlaps = self.device == "cuda"
+        self.pad: Callable[[int], int] = padded_rows if self.device == "cpu" else int  # rows to the rows computed
         loaded = load_model(config, self.parallel, self.device, progress)
         self.model, self.exact = loaded.model, loaded.exact
         self.info: ModelInfo = loaded.info
@@ -78,9 +84,19 @@ class Runner:
         progress(f"KV pool: {self.num_pages} pages of {config.page_size} tokens, {mib} MiB")
         self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.dtype, self.device)
         self.store: PageStore = PoolStore(self.pool, loaded.info.num_layers)
-        self.attention: AttentionBackend = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
-        self._last = torch.zeros(MOST_ROWS, dtype=torch.int64, device=self.device)  # tokens of the latest step, by row
+        rows = max(config.max_running_requests, LEAST_ROWS)
+        self._last = torch.zeros(rows, dtype=torch.int64, device=self.device)  # tokens of the latest step, by row
         self._collected_at = 0.0
+        self._graphs: DecodeGraphs | None = None
+        self.attention: AttentionBackend
+        if config.attention_backend == "triton":
+            from diptych.model.gpu import capture, fuse
+
+            self.model, self.attention = fuse(config, self.model, self.pool)
+            context = self.info.context_len
+            self._graphs = capture(config, self.parallel, self.model, self.attention, self._last, context, progress)
+        else:
+            self.attention = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
 
     def run(self, plan: Plan) -> StepResult:
         """Compute a step: store the KV of its tokens, sample its rows. Blocks. Ranks above 0 return no rows."""
@@ -96,9 +112,14 @@ class Runner:
         for b in targets:
             first = int(plan.q_starts[b]) + plan.rows[b].target_start
             wanted += range(first, first + len(plan.rows[b].prompt_targets or ()))
-        features = self._features(plan, wanted)
-        if features is not None:
-            self._sample(pending, features)
+        captured = None
+        if self._graphs is not None and len(wanted) == len(pending.sampling) == len(plan.rows):
+            captured = self._graphs.launch(plan)
+        if captured is not None:
+            self._sample(pending, captured.logits, captured.greedy)
+        elif (features := self._features(plan, wanted)) is not None:
+            if pending.sampling:
+                self._sample(pending, self._logits(features[: len(pending.sampling)]))
             self._read_prompts(pending, targets, features[len(pending.sampling) :])
         if self.overlaps:
             pending.done = torch.cuda.Event()
@@ -133,26 +154,23 @@ class Runner:
     def _features(self, plan: Plan, wanted: Sequence[int]) -> Tensor | None:
         """What the model says of the tokens `wanted` (places in the plan), `[len(wanted), …]`, on the first stage."""
         num_tokens = len(plan.token_ids)
-        inputs = np.zeros((2, self._padded(num_tokens)), np.int64)
+        inputs = np.zeros((2, self.pad(num_tokens)), np.int64)
         inputs[0, :num_tokens] = plan.token_ids
         inputs[1, :num_tokens] = plan.positions
         tokens, positions = to_device(inputs, np.int64, self.device)
         if plan.token_ids.min(initial=0) < 0:
             tokens = torch.where(tokens < 0, self._last[(-1 - tokens).clamp_(min=0)], tokens)
-        index = np.zeros(self._padded(len(wanted)), np.int64)
+        index = np.zeros(self.pad(len(wanted)), np.int64)
         index[: len(wanted)] = wanted
         self.attention.begin(plan)
         features = self.model.forward(tokens, positions, to_device(index, np.int64, self.device), self.attention)
         return None if features is None else features[: len(wanted)]
 
-    def _padded(self, num_rows: int) -> int:
-        return padded_rows(num_rows) if self.device == "cpu" else num_rows
-
     def _logits(self, features: Tensor) -> Tensor | None:
         """Logits of these features, `[rows, vocab]`; None on ranks above 0."""
         count = features.shape[0]
-        if self._padded(count) != count:
-            padded = features.new_zeros(self._padded(count), features.shape[1])
+        if self.pad(count) != count:
+            padded = features.new_zeros(self.pad(count), features.shape[1])
             padded[:count] = features
             features = padded
         logits = self.model.logits(features)
@@ -160,16 +178,13 @@ class Runner:
 
     # ---- what comes of it --------------------------------------------------------------------------------------------
 
-    def _sample(self, pending: Pending, features: Tensor) -> None:
-        """Enqueue the sampling of the rows that sample, whose features come first."""
+    def _sample(self, pending: Pending, logits: Tensor | None, greedy: Tensor | None = None) -> None:
+        """Enqueue the choice of a token for each row that samples. `greedy`: the argmax of `logits`, if it is known."""
         sampling, plan = pending.sampling, pending.plan
-        if not sampling:
-            return
-        logits = self._logits(features[: len(sampling)])
         if logits is None:
             return
         rows = [plan.rows[b] for b in sampling]
-        tokens = sample(rows, logits, self.info.eos_token_ids)
+        tokens = sample(rows, logits, self.info.eos_token_ids, greedy)
         self._remember(tokens, sampling, len(plan.rows))
         asked = [i for i, row in enumerate(rows) if row.logprobs is not None]
         if asked:
@@ -181,8 +196,6 @@ class Runner:
 
     def _remember(self, tokens: Tensor, sampling: Sequence[int], num_rows: int) -> None:
         """Keep the rows' tokens on the device, for the next step."""
-        if num_rows > len(self._last):
-            self._last = self._last.new_zeros(2 * num_rows)
         if len(sampling) == num_rows:
             self._last[:num_rows] = tokens
         else:

@@ -22,8 +22,9 @@ from diptych.types import Row, Sampling
 FIRST_LOOK = 256  # candidates that top_p and min_p look at before they look at all tokens
 
 
-def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int], greedy: Tensor | None = None) -> Tensor:
     """The token of each row: `[rows]` int64, on the device of `logits` `[rows, vocab]`, which are not changed.
+    `greedy`: their argmax, where it is known.
 
     Does not wait for the device, but for rows with top_p or min_p and no top_k: they may need a second look.
     """
@@ -32,7 +33,7 @@ def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int]) ->
         logits = logits.to(torch.float32, copy=True)
         for index in changed:
             change_logits(rows[index], logits[index], eos_token_ids)
-    tokens: Tensor = logits.argmax(-1)  # the lowest id among equals
+    tokens = logits.argmax(-1) if greedy is None or changed else greedy.clone()  # the lowest id among equals
     drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy]
     if drawn:
         where = to_device(drawn, np.int64, logits.device)

@@ -1,0 +1,81 @@
+"""The decoder's forward pass on a GPU: the same layers, with our kernels between the products, and for them where they
+are faster than cuBLAS. The reference is Decoder.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from diptych.model.decoder import Decoder, Layer
+from diptych.model.kernels.fused import add_norm, silu_mul
+from diptych.model.kernels.matmul import product, product_parts, wins
+from diptych.model.layers import Linear
+from diptych.model.triton_attention import TritonAttention
+
+
+class FusedDecoder:
+    """See CausalModel. Runs the weights of `decoder`; enqueues work and never waits for it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.num_heads, self.num_kv_heads = decoder.num_heads, decoder.num_kv_heads
+        self.num_layers, self.scale = decoder.num_layers, decoder.scale
+        self._eps = decoder.config.norm_eps
+        self._cos, self._sin = decoder.cos.squeeze(1), decoder.sin.squeeze(1)
+        self._alone = decoder.parallel.world == 1
+        # After its last layer a stage but the first has nothing to norm; add_norm is then done for its sum alone.
+        self._final = decoder.ends.norm if decoder.ends is not None else decoder.layers[-1].mlp_norm
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None, wanted: Tensor | None, attention: TritonAttention
+    ) -> Tensor | None:
+        """As Decoder.forward, but `attention` knows the positions already. `wanted` None: all rows."""
+        decoder = self.decoder
+        x = decoder.begin(tokens)
+        layers, place = decoder.layers, decoder.parallel
+        last = self.num_layers - 1 if place.stage == place.stages - 1 else None
+        normed = layers[0].attention_norm(x)
+        for index, layer in enumerate(layers):
+            mixed = self._attend(index, layer, normed, attention)
+            if index == last and wanted is not None:  # what follows concerns each row by itself
+                if not len(wanted):
+                    x = x[:0]
+                    break
+                x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
+            delta = self._summed(layer.o, mixed, layer.o_bias)
+            normed = add_norm(x, delta, layer.mlp_norm.weight, self._eps)
+            inner = silu_mul(self._product(layer.gate_up, normed), x.dtype)
+            delta = self._summed(layer.down, inner, layer.down_bias)
+            following = layers[index + 1].attention_norm if index + 1 < self.num_layers else self._final
+            normed = add_norm(x, delta, following.weight, self._eps)
+        if place.stages > 1:
+            return decoder.hand_on(x, len(tokens) if wanted is None else len(wanted))
+        return normed if wanted is None or len(wanted) else x
+
+    def logits(self, features: Tensor) -> Tensor | None:
+        """Logits `[rows, vocab]` in the model's type; None on ranks that have none."""
+        decoder = self.decoder
+        assert decoder.ends is not None
+        head = decoder.ends.head
+        normed = features if decoder.parallel.stages == 1 else decoder.ends.norm(features)
+        tiles = wins(normed.shape[0], *head.weight.shape)
+        mine = head(normed) if tiles is None else product(normed, head.weight, tiles)
+        joined = decoder.parallel.join(mine)
+        return None if joined is None else joined[:, : decoder.config.vocab_size]
+
+    def _attend(self, index: int, layer: Layer, x: Tensor, attention: TritonAttention) -> Tensor:
+        qkv = self._product(layer.qkv, x)
+        return attention.attend_qkv(index, qkv, layer.qk_norm, self._eps, self._cos, self._sin)
+
+    def _product(self, linear: Linear, x: Tensor) -> Tensor:
+        """A product, or its unreduced parts for the kernel that follows."""
+        tiles = None if linear.bias is not None else wins(x.shape[0], *linear.weight.shape)
+        return linear(x) if tiles is None else product_parts(x, linear.weight, tiles)
+
+    def _summed(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """A product whose inputs are split over the ranks: summed, unless one rank alone can leave it in parts."""
+        if self._alone and bias is None:
+            return self._product(linear, x)
+        tiles = wins(x.shape[0], *linear.weight.shape)
+        out = self.decoder.parallel.sum(linear(x) if tiles is None else product(x, linear.weight, tiles))
+        return out if bias is None else out + bias

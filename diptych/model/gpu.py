@@ -1,0 +1,48 @@
+"""What a runner computes with on a GPU: the decoder with fused kernels, Triton attention, CUDA graphs of decode steps.
+
+Imported only where Triton is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diptych.config import ServerConfig
+from diptych.model.decoder import Decoder
+from diptych.model.fused_decoder import FusedDecoder
+from diptych.model.graphs import DecodeGraphs
+from diptych.model.parallel import Parallel
+from diptych.model.pool import KVPool
+from diptych.model.triton_attention import TritonAttention
+
+
+def fuse(config: ServerConfig, model: Any, pool: KVPool) -> tuple[Any, TritonAttention]:
+    """The model (see CausalModel) as it runs on a GPU, and the attention that it is run with. Raises ConfigError for
+    shapes that the kernels do not take."""
+    attention = TritonAttention(pool, model.num_heads, model.scale, fixed=config.deterministic)
+    return FusedDecoder(model) if isinstance(model, Decoder) else model, attention
+
+
+@torch.inference_mode()
+def capture(
+    config: ServerConfig,
+    parallel: Parallel,
+    model: Any,
+    attention: TritonAttention,
+    last: Tensor,
+    context_len: int,
+    progress: Callable[[str], None],
+) -> DecodeGraphs | None:
+    """Graphs of the decode step, unless the settings or the model do not want them. `last`: see DecodeGraphs."""
+    if config.disable_cuda_graph or not isinstance(model, FusedDecoder) or parallel.stages > 1:
+        return None
+    pool, most = attention.pool, config.cuda_graph_max_bs
+    num_tokens = pool.pages.shape[0] * pool.page_size
+    max_splits = num_tokens // attention.tiles.split + most  # each sequence's last one may be short
+    graphs = DecodeGraphs(model, attention, last, most, -(-context_len // pool.page_size), max_splits)
+    graphs.capture(progress)
+    return graphs

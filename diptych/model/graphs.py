@@ -1,0 +1,102 @@
+"""CUDA graphs of the decode step, one for each of a few batch sizes: a step is one launch instead of hundreds.
+
+A graph reads what a step brings from places that never change: token ids here, the rest in TritonAttention's reserved
+memory. Rows beyond the batch are padding that stores nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diptych.model.fused_decoder import FusedDecoder
+from diptych.model.kernels.metadata import DeviceArrays, Uploader
+from diptych.model.triton_attention import TritonAttention
+from diptych.types import Plan
+
+WARM_UPS = 2  # runs before a capture: compile the kernels, let libraries take their workspaces
+
+
+def batch_sizes(most: int) -> list[int]:
+    """The sizes that are captured, up to `most`: the steps grow so that padding costs little."""
+    steps = chain((1, 2, 4), range(8, 64, 8), range(64, 128, 16), range(128, most + 32, 32))
+    return sorted({min(size, most) for size in steps})
+
+
+class Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor | None  # [size, vocab]: what the latest replay left; None on ranks that have none
+    greedy: Tensor | None  # [size] int64, their argmax
+
+
+class DecodeGraphs:
+    """The decode steps of `model` with up to `most` rows. `last` holds the tokens of the latest step, by row: negative
+    ids refer to it (see Plan). `max_pages` and `max_splits` bound a plan: of one sequence, of all together."""
+
+    def __init__(
+        self, model: FusedDecoder, attention: TritonAttention, last: Tensor, most: int, max_pages: int, max_splits: int
+    ) -> None:
+        self._model, self._attention, self._last = model, attention, last
+        self._ids = DeviceArrays({"ids": most}, last.device)
+        self._uploader = Uploader(last.device)
+        self._captured: dict[int, Captured] = {}
+        self.sizes = batch_sizes(most)
+        attention.reserve(most, max_pages, max_splits)
+
+    def capture(self, progress: Callable[[str], None]) -> None:
+        """Capture all sizes, the largest first: smaller ones then fit into its memory. The ranks do so together."""
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        for size in reversed(self.sizes):
+            self._attention.begin_graph(_nobody(size), size)
+            self._uploader.upload({"ids": np.zeros(size, np.int32)}, self._ids)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._step(size)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                logits, greedy = self._step(size)
+            self._captured[size] = Captured(graph, logits, greedy)
+            progress(f"graphs: decode steps of {size} rows")
+
+    def launch(self, plan: Plan) -> Captured | None:
+        """Enqueue a plan of one new token a row, all of which sample; None if it does not fit. Results have a row for
+        each of the plan, and hold until the next launch."""
+        rows = len(plan.rows)
+        size = next((size for size in self.sizes if size >= rows), None)
+        if size is None or len(plan.token_ids) != rows or not self._attention.begin_graph(plan, size):
+            return None
+        ids = np.zeros(size, np.int32)
+        ids[:rows] = plan.token_ids
+        self._uploader.upload({"ids": ids}, self._ids)
+        graph, logits, greedy = self._captured[size]
+        graph.replay()
+        return Captured(graph, None if logits is None else logits[:rows], None if greedy is None else greedy[:rows])
+
+    def _step(self, size: int) -> tuple[Tensor | None, Tensor | None]:
+        ids = self._ids["ids"][:size].long()
+        tokens = torch.where(ids < 0, self._last[(-1 - ids).clamp_(min=0)], ids)
+        features = self._model.forward(tokens, None, None, self._attention)
+        assert features is not None
+        logits = self._model.logits(features)
+        return logits, None if logits is None else logits.argmax(-1)
+
+
+def _nobody(num_rows: int) -> Plan:
+    """A decode step of rows that store nothing."""
+    return Plan(
+        step=0,
+        rows=[],
+        token_ids=np.zeros(num_rows, np.int32),
+        positions=np.zeros(num_rows, np.int32),
+        slots=np.full(num_rows, -1, np.int64),
+        q_starts=np.arange(num_rows + 1, dtype=np.int32),
+        kv_lens=np.ones(num_rows, np.int32),
+        pages=np.zeros((num_rows, 1), np.int32),
+    )
