@@ -169,8 +169,8 @@ class ServerConfig:
     )
     disaggregation_transfer_backend: str = flag(
         "auto",
-        "how KV pages travel; auto: shared memory on one host, else TCP",
-        choices=("auto", "shm", "tcp", "nixl", "fake"),
+        "how KV pages travel; auto: from GPU to GPU or through shared memory on one host, else TCP",
+        choices=("auto", "cuda", "shm", "tcp", "nixl", "fake"),
     )
     disaggregation_decode_enable_radix_cache: bool = flag(
         False, "let a decode server keep and reuse prefixes; prefill then sends only the rest"
@@ -285,7 +285,7 @@ class ServerConfig:
 
         Raises ConfigError for what this device cannot do.
         """
-        filled = {name: getattr(self, name) or value for name, value in BY_DEVICE[device].items()}
+        filled: dict[str, Any] = {name: getattr(self, name) or value for name, value in BY_DEVICE[device].items()}
         filled["device"] = device
         if self.attention_backend == "auto":
             filled["attention_backend"] = "triton" if device == "cuda" else "torch"
