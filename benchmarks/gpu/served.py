@@ -31,7 +31,7 @@ def draw(rng: np.random.Generator, lengths: Sequence[int], vocab: int) -> Prompt
 
 
 class Served:
-    """One `diptych serve` or `route`; a context manager. `ready_s`: from the start of the process until it was ready."""
+    """One `diptych serve` or `route`; a context manager. `ready_s`: from the process's start until it was ready."""
 
     def __init__(self, flags: Sequence[str], env: dict[str, str] | None = None) -> None:
         self._started = time.perf_counter()
@@ -54,9 +54,7 @@ class Served:
     def __enter__(self) -> Served:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None:
             print(self.process.tail(), flush=True)
         self.process.stop()
