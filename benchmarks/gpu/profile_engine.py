@@ -6,7 +6,8 @@ Decode steps are launched as the overlapped loop launches them: step N + 1, whos
 step N is collected. For each batch: the time of a step and of its launch on the CPU without a profiler; then, from a
 torch profile of so many steps, each kernel's calls, time and share, and the part of the time between the first and the
 last kernel in which no kernel ran. A profiler lengthens launches, so that part is an upper bound; compare the time of a
-step in both runs, and both with `busy_ms`, in which kernels ran. `--rehearse`: a tiny model on the CPU, whose operations stand for kernels.
+step in both runs, and both with `busy_ms`, in which kernels ran. `--rehearse`: a tiny model on the CPU, whose
+operations stand for kernels.
 """
 
 from __future__ import annotations
