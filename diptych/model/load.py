@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ from diptych.model.config import (
 )
 from diptych.model.decoder import Decoder
 from diptych.model.fit import context_len, is_foreign
+from diptych.model.memory import kv_dtype
+from diptych.model.layers import Linear
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
 from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
 from diptych.model.weights import open_weights
@@ -53,6 +57,10 @@ class Loaded:
     model: CausalModel
     info: ModelInfo
     dtype: torch.dtype
+    kv_dtype: torch.dtype
+    width: (
+        int  # numbers that a token has in a layer at once at most: what its products read and write, and the residual
+    )
     exact: bool  # rows do not depend on the batch, as far as the self-test can tell
 
 
@@ -80,11 +88,15 @@ def _load_native(
     longest = context_len(config.context_length, shape.max_position, shape.max_context)
     source = open_weights(folder, config.load_format, dtype, config.random_seed)
     shapes = _product_shapes(shape, parallel.world)
-    pack = products_are_exact(shapes, dtype, device, pack=True)
+    stored = kv_dtype(config, dtype)
+    pack = products_are_exact(shapes, dtype, device, partial(Linear, pack=True))
     model = Decoder(shape, source, parallel, longest, device=device, pack=pack, progress=progress)
+    plain = partial(PagedAttention, num_heads=model.num_heads, scale=model.scale)
     exact = (
-        (pack or products_are_exact(shapes, dtype, device, pack=False))
-        and attention_is_exact(model.num_heads, model.num_kv_heads, shape.head_dim, config.page_size, dtype, device)
+        (pack or products_are_exact(shapes, dtype, device, partial(Linear, pack=False)))
+        and attention_is_exact(
+            model.num_heads, model.num_kv_heads, shape.head_dim, config.page_size, dtype, device, plain
+        )
         and activations_are_exact(shape.intermediate_size // parallel.world, dtype, device)
     )
     info = ModelInfo(
@@ -93,14 +105,15 @@ def _load_native(
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        kv_dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=str(stored).removeprefix("torch."),
         context_len=longest,
         eos_token_ids=shape.eos_token_ids,
         num_parameters=source.num_parameters,
         weight_bytes=source.num_parameters * dtype.itemsize,
         fingerprint=hashlib.sha256(f"{shape} {source.fingerprint()}".encode()).hexdigest()[:16],
     )
-    return Loaded(model, info, dtype, exact)
+    width = 2 * shape.hidden_size + sum(inputs + outputs for inputs, outputs in shapes[:-1])
+    return Loaded(model, info, dtype, stored, width, exact)
 
 
 def _load_foreign(
@@ -121,8 +134,9 @@ def _load_foreign(
     progress(f"weights: {architecture_of(raw)} by transformers")
     model = TransformersModel(folder, config.load_format, dtype, device, config.random_seed)
     longest = context_len(config.context_length, model.max_position, model.max_context)
-    info = model.info(raw, longest)
-    return Loaded(model, info, dtype, model.is_exact(config.page_size))
+    stored = kv_dtype(config, dtype)
+    info = model.info(raw, longest, stored)
+    return Loaded(model, info, dtype, stored, model.width(), model.is_exact(config.page_size))
 
 
 def _dtype(asked: str, raw: dict[str, Any], device: str) -> torch.dtype:
@@ -132,7 +146,7 @@ def _dtype(asked: str, raw: dict[str, Any], device: str) -> torch.dtype:
 
 
 def _product_shapes(shape: ModelConfig, world: int) -> list[tuple[int, int]]:
-    """(inputs, outputs) of this rank's matrices."""
+    """(inputs, outputs) of this rank's matrices: a layer's, then the head's."""
     inner = shape.intermediate_size // world
     heads = shape.num_heads * shape.head_dim // world
     kv_heads = max(1, shape.num_kv_heads // world) * shape.head_dim

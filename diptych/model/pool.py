@@ -9,11 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diptych.config import ServerConfig
 from diptych.types import I64
 
-DEFAULT_POOL_BYTES = 256 << 20
-MAX_DEFAULT_CONTEXTS = 64
 MEMORY_PAGE = 4096
 KEYS, VALUES = 0, 1  # fourth dimension of the pool
 
@@ -68,7 +65,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class PoolStore:
-    """The pool's bytes, whatever the device; see diptych.kv.store.PageStore. On a CPU both calls copy once.
+    """The bytes of a pool on the CPU; see diptych.kv.store.PageStore. Both calls copy once.
 
     `model_layers`: how many layers the whole model has; the pool may hold those of one stage.
     """
@@ -84,10 +81,7 @@ class PoolStore:
     def read(self, pages: Sequence[int], head_start: int, head_stop: int, layers: range | None = None) -> memoryview:
         """See PageStore.read."""
         heads, some = slice(head_start, head_stop), self._slice(layers)
-        if self._bytes.device.type == "cpu":
-            return self._bytes.numpy()[np.asarray(pages), heads, some].reshape(-1).data
-        found = self._bytes[torch.tensor(pages, device=self._bytes.device), heads, some]
-        return found.reshape(-1).cpu().numpy().data
+        return self._bytes.numpy()[np.asarray(pages), heads, some].reshape(-1).data
 
     def write(
         self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview, layers: range | None = None
@@ -95,26 +89,7 @@ class PoolStore:
         """See PageStore.write."""
         heads, some = slice(head_start, head_stop), self._slice(layers)
         shape = (len(pages), head_stop - head_start, some.stop - some.start, self.head_bytes // self.num_layers)
-        values = np.frombuffer(data, np.uint8).reshape(shape)
-        if self._bytes.device.type == "cpu":
-            self._bytes.numpy()[np.asarray(pages), heads, some] = values
-            return
-        device = self._bytes.device
-        self._bytes[torch.tensor(pages, device=device), heads, some] = torch.tensor(values, device=device)
+        self._bytes.numpy()[np.asarray(pages), heads, some] = np.frombuffer(data, np.uint8).reshape(shape)
 
     def _slice(self, layers: range | None) -> slice:
         return slice(0, self.num_layers) if layers is None else slice(layers.start, layers.stop)
-
-
-def kv_page_bytes(num_heads: int, num_layers: int, head_dim: int, page_size: int, itemsize: int) -> int:
-    """Bytes of one page of `num_heads` KV heads."""
-    return num_heads * num_layers * 2 * page_size * head_dim * itemsize
-
-
-def pool_pages(config: ServerConfig, page_bytes: int, context_len: int) -> int:
-    """How many pages this rank's pool has: `--max-total-tokens`, or what 256 MiB hold, but one context at least and 64
-    at most."""
-    if config.max_total_tokens:
-        return config.max_total_tokens // config.page_size
-    per_context = -(-context_len // config.page_size)
-    return min(max(DEFAULT_POOL_BYTES // page_bytes, per_context), MAX_DEFAULT_CONTEXTS * per_context)

@@ -22,9 +22,10 @@ from diptych.model.attention import AttentionBackend
 from diptych.model.layers import padded_rows
 from diptych.model.load import load_model
 from diptych.model.logprobs import Reader, token_logprobs
+from diptych.model.memory import kv_page_bytes, pool_pages
 from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
-from diptych.model.pool import KVPool, PoolStore, kv_page_bytes, pool_pages
+from diptych.model.pool import KVPool
 from diptych.model.sampling import sample
 from diptych.model.staging import to_device, to_host
 from diptych.types import LogprobSpec, ModelInfo, Plan, RowResult, StepResult, TokenLogprob
@@ -78,21 +79,22 @@ class Runner:
         self.info: ModelInfo = loaded.info
         heads, layers, dim = loaded.model.num_kv_heads, loaded.model.num_layers, loaded.info.head_dim
         most_layers = len(layer_range(loaded.info.num_layers, self.parallel.stages, 0))  # page numbers hold for all
-        page_bytes = kv_page_bytes(heads, most_layers, dim, config.page_size, loaded.dtype.itemsize)
-        self.num_pages = pool_pages(config, page_bytes, self.info.context_len)
+        page_bytes = kv_page_bytes(heads, most_layers, dim, config.page_size, loaded.kv_dtype.itemsize)
+        self.num_pages = pool_pages(config, page_bytes, loaded)
         mib = self.num_pages * page_bytes >> 20
         progress(f"KV pool: {self.num_pages} pages of {config.page_size} tokens, {mib} MiB")
-        self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.dtype, self.device)
-        self.store: PageStore = PoolStore(self.pool, loaded.info.num_layers)
+        self.pool = KVPool(self.num_pages, config.page_size, heads, layers, dim, loaded.kv_dtype, self.device)
+        self.store: PageStore = make_store(self.pool, loaded.info.num_layers)
         rows = max(config.max_running_requests, LEAST_ROWS)
         self._last = torch.zeros(rows, dtype=torch.int64, device=self.device)  # tokens of the latest step, by row
         self._collected_at = 0.0
         self._graphs: DecodeGraphs | None = None
         self.attention: AttentionBackend
         if config.attention_backend == "triton":
-            from diptych.model.gpu import capture, fuse
+            from diptych.model.gpu import capture, fuse, is_exact
 
             self.model, self.attention = fuse(config, self.model, self.pool)
+            self.exact = is_exact(self.model, self.attention, loaded.dtype)
             context = self.info.context_len
             self._graphs = capture(config, self.parallel, self.model, self.attention, self._last, context, progress)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ INTERFACE = "diptych"
 # What models hand to attention besides queries, keys and values, and that changes nothing for us.
 HARMLESS = {"position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}
 TRIAL_TOKENS = 40
+LAYER = re.compile(r".*?\.\d+\.")  # what the names of one layer's parameters begin with
 
 _backend: ContextVar[AttentionBackend] = ContextVar("attention backend of the forward pass that runs")
 
@@ -139,7 +141,16 @@ class TransformersModel:
         self.num_layers = expected
         self.vocab_size = logits.shape[-1]
 
-    def info(self, raw: dict[str, Any], context_len: int) -> ModelInfo:
+    def width(self) -> int:
+        """See Loaded: inputs and outputs of the matrices of the layer that has most."""
+        sizes: dict[str, int] = {}
+        for name, parameter in self._model.named_parameters():
+            layer = LAYER.match(name)
+            if layer is not None and parameter.ndim > 1:
+                sizes[layer[0]] = sizes.get(layer[0], 0) + sum(parameter.shape[-2:])
+        return max(sizes.values())
+
+    def info(self, raw: dict[str, Any], context_len: int, kv_dtype: torch.dtype) -> ModelInfo:
         """`raw`: the model's config.json."""
         num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         identity = f"{architecture_of(raw)} {sorted(raw.items())} {self._fingerprint}"
@@ -149,7 +160,7 @@ class TransformersModel:
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            kv_dtype=str(self._dtype).removeprefix("torch."),
+            kv_dtype=str(kv_dtype).removeprefix("torch."),
             context_len=context_len,
             eos_token_ids=eos_token_ids(self._folder, raw, self.vocab_size),
             num_parameters=num_parameters,

@@ -16,7 +16,7 @@ from model_ranks import PAGE, answers, run_ranks
 from transformers import PreTrainedConfig
 
 from diptych.config import ServerConfig
-from diptych.model import pool
+from diptych.model import memory
 from diptych.model.parallel import Parallel
 from diptych.model.runner import Runner
 
@@ -86,8 +86,8 @@ def test_stages_agree_on_the_model(load_format: str, tmp_path: Path) -> None:
 def test_all_stages_have_as_many_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Page numbers are rank 0's; the first stage has the most layers, so the others have memory to spare."""
     write(tmp_path, qwen3(num_hidden_layers=3))
-    page_bytes = pool.kv_page_bytes(2, 2, 16, PAGE, 4)
-    monkeypatch.setattr(pool, "DEFAULT_POOL_BYTES", 100 * page_bytes)
+    page_bytes = memory.kv_page_bytes(2, 2, 16, PAGE, 4)
+    monkeypatch.setattr(memory, "DEFAULT_POOL_BYTES", 100 * page_bytes)
     config = ServerConfig(model_path=str(tmp_path), page_size=PAGE, pp_size=2)
     stages = [Runner(config, Parallel(stage=stage, stages=2)) for stage in range(2)]
     assert [(runner.num_pages, runner.store.num_layers) for runner in stages] == [(100, 2), (100, 1)]
