@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from diptych.kv.extents import Extent
 
 
 class PageStore(Protocol):
@@ -42,3 +44,28 @@ class PageStore(Protocol):
         self, pages: Sequence[int], head_start: int, head_stop: int, data: memoryview, layers: range | None = None
     ) -> None:
         """The inverse of read. Raises ValueError if `data` has not the size that read would give."""
+
+
+class LentPool(Protocol):
+    """Another process's pool, mapped into this one so that its pages can be copied from."""
+
+    def copy(self, extents: Sequence[Extent]) -> None:
+        """Copy these bytes into our pool; returns when they are there. From any thread; copies take turns.
+
+        Raises TransferError if the memory cannot be read, or after close.
+        """
+
+    def close(self) -> None:
+        """Unmap it as soon as no copy runs. Calling it again does nothing."""
+
+
+@runtime_checkable
+class LendingStore(PageStore, Protocol):
+    """A PageStore whose memory other processes of this host can map."""
+
+    def lend(self) -> bytes:
+        """What `borrow` of another process's store needs; at most 256 bytes. Raises TransferError if there is no way.
+        The memory stays where it is for the life of this process."""
+
+    def borrow(self, handle: bytes, num_bytes: int) -> LentPool:
+        """Map another process's pool of `num_bytes`. Raises TransferError, also for a handle that leads to less."""

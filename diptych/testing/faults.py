@@ -94,7 +94,7 @@ class FaultyTransport:
     """`inner`, with faults on the links that this side opens."""
 
     def __init__(self, inner: Transport, faults: Faults) -> None:
-        self.scheme = inner.scheme
+        self.scheme, self.pulls = inner.scheme, inner.pulls
         self._inner = inner
         self._faults = faults
 

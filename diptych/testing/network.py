@@ -80,8 +80,8 @@ class MemoryNetwork:
         self._kept: dict[str, deque[Parcel]] = {}
         self._relaxed = asyncio.Event()  # a stall has ended, or an endpoint is back
 
-    def transport(self, endpoint: str) -> MemoryTransport:
-        return MemoryTransport(self, endpoint)
+    def transport(self, endpoint: str, *, pulls: bool = False) -> MemoryTransport:
+        return MemoryTransport(self, endpoint, pulls)
 
     @property
     def num_links(self) -> int:
@@ -182,7 +182,8 @@ class MemoryNetwork:
 class MemoryTransport:
     scheme = "mem"
 
-    def __init__(self, network: MemoryNetwork, endpoint: str) -> None:
+    def __init__(self, network: MemoryNetwork, endpoint: str, pulls: bool = False) -> None:
+        self.pulls = pulls
         self._network = network
         self._endpoint = endpoint
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+
+from diptych.errors import TransferError
+from diptych.kv.extents import Extent
 
 
 class ArrayStore:
@@ -47,3 +54,67 @@ class ArrayStore:
     def _bytes_of(self, layers: range | None) -> slice:
         layer_bytes = self.head_bytes // self.num_layers
         return slice(None) if layers is None else slice(layers.start * layer_bytes, layers.stop * layer_bytes)
+
+
+class SharedStore(ArrayStore):
+    """An ArrayStore in shared memory, which other processes of this user can map: a LendingStore without a GPU.
+
+    Pages are copied as a GPU's are, extent by extent. `before_copy` is called with the extents before each copy, in
+    the thread that copies, and may raise.
+    """
+
+    def __init__(self, *shape: int, **options: int) -> None:
+        super().__init__(*shape, **options)
+        self._fd = os.memfd_create("diptych-pool")
+        os.ftruncate(self._fd, max(1, self.data.nbytes))
+        self._memory = mmap.mmap(self._fd, max(1, self.data.nbytes))
+        self.data = np.frombuffer(self._memory, np.uint8, self.data.size).reshape(self.data.shape)
+        self.before_copy: Callable[[Sequence[Extent]], None] = lambda extents: None
+        self.refuses = ""  # why nothing can be lent or borrowed
+        self.num_mapped = 0  # pools of others, now
+
+    def lend(self) -> bytes:
+        if self.refuses:
+            raise TransferError(self.refuses)
+        return f"/proc/{os.getpid()}/fd/{self._fd}".encode()
+
+    def borrow(self, handle: bytes, num_bytes: int) -> MappedArray:
+        if self.refuses:
+            raise TransferError(self.refuses)
+        try:
+            with Path(handle.decode()).open("rb") as file:
+                memory = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):
+            raise TransferError("no such memory, or less of it") from None
+        self.num_mapped += 1
+        return MappedArray(self, memory)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class MappedArray:
+    """A LentPool of a SharedStore's."""
+
+    def __init__(self, store: SharedStore, memory: mmap.mmap) -> None:
+        self._store = store
+        self._memory = memory
+        self._turn = threading.Lock()
+
+    def copy(self, extents: Sequence[Extent]) -> None:
+        with self._turn:
+            if self._memory.closed:
+                raise TransferError("the other side's memory is not mapped any more")
+            self._store.before_copy(extents)
+            to, source = self._store.data.reshape(-1), np.frombuffer(self._memory, np.uint8)
+            for extent in extents:
+                for row in range(extent.rows):
+                    here, there = extent.to + row * extent.to_pitch, extent.source + row * extent.source_pitch
+                    to[here : here + extent.width] = source[there : there + extent.width]
+            del source
+
+    def close(self) -> None:
+        with self._turn:
+            if not self._memory.closed:
+                self._memory.close()
+                self._store.num_mapped -= 1

@@ -44,6 +44,7 @@ class Listener(Protocol):
 
 class Transport(Protocol):
     scheme: str
+    pulls: bool  # the side that listens copies pages out of the caller's memory: only messages travel
 
     async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
         """Accept links; the kernel chooses the port. `on_link` owns each link. Raises ConfigError."""

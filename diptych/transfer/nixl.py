@@ -46,6 +46,7 @@ class NixlTransport:
     """Raises ConfigError if the package is not installed."""
 
     scheme = "nixl"
+    pulls = False
 
     def __init__(self) -> None:
         os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, NamedTuple
 
 from diptych.errors import DiptychError, TransferError
+from diptych.kv.store import LendingStore
 from diptych.transfer import wire
 from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Connect, Send, Sent, TransferFailed
 from diptych.transfer.heads import Piece, pieces_to_send
@@ -84,6 +85,7 @@ class Outgoing:
             secret,
             rng,
             self._link_broke,
+            self._lend,
             connect_timeout_s=send_timeout_s,
             idle_timeout_s=idle_timeout_s,
         )
@@ -147,6 +149,17 @@ class Outgoing:
             if room := self._rooms.get(number):
                 self._fail(number, room, why, TransferError.code)
 
+    def _lend(self) -> wire.Lend:
+        """Raises LinkClosed if the pool's memory cannot be lent."""
+        store = self._store
+        if not isinstance(store, LendingStore):
+            raise LinkClosed("this pool's memory is not to be lent")
+        try:
+            handle = store.lend()
+        except TransferError as error:
+            raise LinkClosed(error.message) from None
+        return wire.Lend(handle, store.num_pages, store.num_heads, store.num_layers)
+
     # ---- one room ----
 
     async def _run(self, number: int, room: _Room) -> None:
@@ -178,18 +191,22 @@ class Outgoing:
         """One frame is gathered while the one before it is on its way."""
         link = await self._pool.use(tuple(command.peers[piece.rank]), command.room)
         head_bytes = self._store.head_bytes // self._store.num_layers * len(piece.layers)
+        frame_bytes = wire.LENT_FRAME_BYTES if link.lent else wire.FRAME_BYTES
         delivery: asyncio.Task[None] | None = None
-        for cut in cuts(len(command.src_pages), piece.heads, head_bytes, wire.FRAME_BYTES):
+        for cut in cuts(len(command.src_pages), piece.heads, head_bytes, frame_bytes):
             await link.turn.acquire()
             try:
-                header, payload = await self._frame(room, command, piece, cut)
+                frame, payload = await self._frame(room, command, piece, cut, link.lent)
                 await self._delivered(link, delivery)
             except BaseException:
                 link.turn.release()
                 raise
-            delivery = self._tasks.spawn(link.deliver(header, payload, self._send_timeout_s), "frame")
-            room.num_bytes += len(payload)
-            self._counters.bytes_sent += len(payload)
+            name = wire.Taken(frame.room, frame.epoch, frame.sequence)
+            sending = link.deliver(wire.pack_frame(frame), payload, name, self._send_timeout_s)
+            delivery = self._tasks.spawn(sending, "frame")
+            num_bytes = (cut.stop - cut.start) * (cut.head_stop - cut.head_start) * head_bytes
+            room.num_bytes += num_bytes
+            self._counters.bytes_sent += num_bytes
             await asyncio.sleep(0)  # it begins, and others have their turn
         await self._delivered(link, delivery)
 
@@ -200,10 +217,17 @@ class Outgoing:
         if link.broken:
             raise LinkClosed(link.broken)
 
-    async def _frame(self, room: _Room, command: Send, piece: Piece, cut: Cut) -> tuple[bytes, memoryview]:
-        payload, crc = await offload(
-            self._executor, self._gather, command.src_pages[cut.start : cut.stop], cut, piece.layers
-        )
+    async def _frame(
+        self, room: _Room, command: Send, piece: Piece, cut: Cut, lent: bool
+    ) -> tuple[wire.Frame, memoryview]:
+        """A frame and its payload: none if the pages are lent."""
+        src_pages = command.src_pages[cut.start : cut.stop]
+        source, payload, crc = None, memoryview(b""), 0
+        if lent:
+            head, layer = cut.head_start - self._first_head, piece.layers.start - self._first_layer
+            source = wire.Source(src_pages, head, layer)
+        else:
+            payload, crc = await offload(self._executor, self._gather, src_pages, cut, piece.layers)
         frame = wire.Frame(
             room=command.room,
             epoch=command.epoch,
@@ -216,9 +240,10 @@ class Outgoing:
             layer_start=piece.layers.start,
             layer_stop=piece.layers.stop,
             payload_crc=crc,
+            lent=source,
         )
         room.frames[piece.rank] += 1
-        return wire.pack_frame(frame), payload
+        return frame, payload
 
     def _gather(self, pages: list[int], cut: Cut, layers: range) -> tuple[memoryview, int]:
         heads = cut.head_start - self._first_head, cut.head_stop - self._first_head

@@ -6,23 +6,29 @@ The same object sends (on a prefill rank) and receives (on a decode rank).
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import TYPE_CHECKING
 
-from diptych.errors import ConfigError, DiptychError, ProtocolError
+from diptych.errors import ConfigError, DiptychError, ProtocolError, TransferError
+from diptych.kv.store import LendingStore
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import AnyCommand, AnyEvent, Cancel, Cancelled, Connect, Expect, Send
-from diptych.transfer.incoming import Counters, Incoming
+from diptych.transfer.incoming import Counters, Incoming, Lender, offload, shape_of
 from diptych.transfer.link import Link, LinkClosed, Listener, Transport
 from diptych.transfer.outgoing import Outgoing
 from diptych.transfer.pool import DATA_PURPOSE
+from diptych.transfer.stream import StreamLink
 from diptych.transfer.tasks import Tasks
 
 if TYPE_CHECKING:
     from diptych.kv.share import Grid
-    from diptych.kv.store import PageStore
+    from diptych.kv.store import LentPool, PageStore
+
+log = logging.getLogger(__name__)
 
 MAX_LINKS = 1024  # taken from others; beyond that a caller is turned away
 
@@ -31,7 +37,8 @@ class DataPlane:
     """Moves pages between `store`, which is what `rank` of `grid` holds, and other servers.
 
     `executor` runs gathering, checksums and scattering; without one they run on the event loop, 2 MiB at a time.
-    `transports` are in order of preference. Raises ConfigError if the store cannot be sent.
+    `transports` are in order of preference; those that pull need a LendingStore on both sides. Raises ConfigError if
+    the store cannot be sent.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class DataPlane:
         if store.head_bytes > wire.MAX_PAYLOAD_BYTES:
             raise ConfigError(f"one kv head of a page has {store.head_bytes} bytes; choose a smaller --page-size")
         self.counters = Counters()
+        self._store, self._executor = store, executor
         self._transports = transports
         self._secret = secret
         self._rng = rng or random.SystemRandom()
@@ -83,7 +91,7 @@ class DataPlane:
     async def start(self, host: str) -> list[str]:
         """Listen (decode). Returns the addresses at which this rank receives, in order of preference."""
         for transport in self._transports:
-            self._listeners.append(await transport.listen(host, self._on_link))
+            self._listeners.append(await transport.listen(host, partial(self._on_link, transport.pulls)))
         return [listener.address for listener in self._listeners]
 
     def execute(self, command: AnyCommand) -> None:
@@ -117,19 +125,25 @@ class DataPlane:
             link.close()
         self._links.clear()
 
-    def _on_link(self, link: Link) -> None:
+    def _on_link(self, pulls: bool, link: Link) -> None:
         if len(self._links) >= MAX_LINKS:
             link.close()
             return
         self._links[link] = None
-        self._tasks.spawn(self._take_frames(link), "data-link-in")
+        self._tasks.spawn(self._take_frames(link, pulls), "data-link-in")
 
-    async def _take_frames(self, link: Link) -> None:
+    async def _take_frames(self, link: Link, pulls: bool) -> None:
+        lender: Lender | None = None
         try:
             await auth.answer(link, DATA_PURPOSE, self._secret, self._rng, self._timeout_s)
+            lender = await self._borrow(link) if pulls else None
             while True:
                 header, payload = await link.recv()
-                await self._incoming.take(header, payload)
+                if lender is not None and isinstance(link, StreamLink) and link.hung_up():
+                    return  # a frame that was still on its way: the memory it speaks of may be gone
+                frame = await self._incoming.take(header, payload, lender)
+                if lender is not None:
+                    await link.send(wire.encode(wire.Taken(frame.room, frame.epoch, frame.sequence)))
                 await asyncio.sleep(0)  # a sender that never pauses must not keep the loop from others
         except LinkClosed:
             return
@@ -140,3 +154,52 @@ class DataPlane:
         finally:
             self._links.pop(link, None)
             link.close()
+            if lender is not None:
+                self._unmap(lender.pool)
+
+    async def _borrow(self, link: Link) -> Lender:
+        """Map the pool of the rank that has called. Raises ProtocolError, or LinkClosed if it cannot be mapped."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                lend = wire.decode_loan((await link.recv())[0])
+        except TimeoutError:
+            raise LinkClosed(f"nothing was lent within {self._timeout_s:g} s") from None
+        if not isinstance(lend, wire.Lend):
+            raise ProtocolError("a link over which nothing is lent")
+        shape = shape_of(self._store)._replace(
+            num_pages=lend.num_pages, num_heads=lend.num_heads, num_layers=lend.num_layers
+        )
+        try:
+            pool = await self._map(lend.handle, shape.num_bytes)
+        except TransferError as error:
+            log.warning("pages will not come straight from the prefill server's memory: %s", error.message)
+            await link.send(wire.encode(wire.Lent(mapped=False)))
+            raise LinkClosed(error.message) from None
+        try:
+            await link.send(wire.encode(wire.Lent(mapped=True)))
+        except BaseException:
+            self._unmap(pool)
+            raise
+        return Lender(pool, shape)
+
+    async def _map(self, handle: bytes, num_bytes: int) -> LentPool:
+        """Raises TransferError."""
+        if not isinstance(self._store, LendingStore):
+            raise TransferError("this pool cannot be copied into")
+        mapping = asyncio.ensure_future(offload(self._executor, self._store.borrow, handle, num_bytes))
+        try:
+            return await asyncio.shield(mapping)
+        except asyncio.CancelledError:
+            mapping.add_done_callback(self._mapped_in_vain)
+            raise
+
+    def _mapped_in_vain(self, mapping: asyncio.Future[LentPool]) -> None:
+        if mapping.exception() is None:
+            self._unmap(mapping.result())
+
+    def _unmap(self, pool: LentPool) -> None:
+        """Not on the event loop: it waits for a copy that runs, and may wait for the device."""
+        if self._executor is None:
+            pool.close()
+        else:
+            self._executor.submit(pool.close)

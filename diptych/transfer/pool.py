@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from diptych.errors import ProtocolError
-from diptych.transfer import auth
+from diptych.transfer import auth, wire
 from diptych.transfer.auth import AuthError
 from diptych.transfer.link import Link, LinkClosed, Transport
 from diptych.transfer.tasks import Tasks
@@ -19,33 +19,64 @@ Addresses = tuple[str, ...]  # of one rank, in order of preference
 
 
 class DataLink:
-    """One open link and the rooms that have frames on it. `turn` is taken before a frame is gathered."""
+    """One open link and the rooms that have frames on it. `turn` is taken before a frame is gathered.
 
-    def __init__(self, link: Link, opening: asyncio.Future[DataLink]) -> None:
+    `lent`: the other side copies out of our pool, and says of each frame when it has.
+    """
+
+    def __init__(self, link: Link, lent: bool, opening: asyncio.Future[DataLink]) -> None:
         self.link = link
+        self.lent = lent
         self.opening = opening  # what the pool knows it by
         self.turn = asyncio.Semaphore(_FRAMES_IN_HAND)
         self.rooms: set[int] = set()
         self.idle: asyncio.TimerHandle | None = None
         self.broken = ""  # why
+        self._untaken: dict[wire.Taken, asyncio.Future[None]] = {}  # frames that the other side is still to copy
 
-    async def deliver(self, header: bytes, payload: memoryview, timeout_s: float) -> None:
-        """Send a frame and give its turn back. Never cancelled for one room's sake: half a frame would end the link
-        for all. A link that takes nothing for `timeout_s` is closed."""
+    async def deliver(self, header: bytes, payload: memoryview, frame: wire.Taken, timeout_s: float) -> None:
+        """Send a frame, wait until lent pages have been copied, give the frame's turn back.
+
+        Never cancelled for one room's sake: half a frame would end the link for all. A link that takes nothing for
+        `timeout_s` is closed.
+        """
         try:
             async with asyncio.timeout(timeout_s):
+                if self.lent:
+                    taken = self._untaken[frame] = asyncio.get_running_loop().create_future()
                 await self.link.send(header, payload)
+                if self.lent:
+                    await taken
         except TimeoutError:
             self.broken = f"the decode server took no KV pages for {timeout_s:g} s"
             self.link.close()
         except LinkClosed as error:
             self.broken = self.broken or error.message
         finally:
+            self._untaken.pop(frame, None)
             self.turn.release()
+
+    async def listen(self) -> None:
+        """Hear what has been taken, until the link breaks. Raises LinkClosed or ProtocolError."""
+        try:
+            while True:
+                header, _ = await self.link.recv()
+                message = wire.decode_loan(header) if self.lent else None
+                if not isinstance(message, wire.Taken):
+                    raise ProtocolError("a message on a link that only takes frames")
+                taken = self._untaken.get(message)
+                if taken is not None and not taken.done():
+                    taken.set_result(None)
+        except (LinkClosed, ProtocolError) as error:
+            for taken in self._untaken.values():
+                if not taken.done():
+                    taken.set_exception(LinkClosed(error.message))
+            raise
 
 
 class LinkPool:
-    """`on_broken(rooms, why)` is called when a link breaks while rooms use it."""
+    """`on_broken(rooms, why)` is called when a link breaks while rooms use it. `lend`: our pool, for transports that
+    pull."""
 
     def __init__(
         self,
@@ -53,6 +84,7 @@ class LinkPool:
         secret: str,
         rng: random.Random,
         on_broken: Callable[[list[int], str], None],
+        lend: Callable[[], wire.Lend],
         *,
         connect_timeout_s: float,
         idle_timeout_s: float,
@@ -61,6 +93,7 @@ class LinkPool:
         self._secret = secret
         self._rng = rng
         self._on_broken = on_broken
+        self._lend = lend
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._links: dict[Addresses, asyncio.Future[DataLink]] = {}
@@ -97,14 +130,14 @@ class LinkPool:
         self._links.clear()
 
     async def _keep(self, addresses: Addresses, opening: asyncio.Future[DataLink]) -> None:
-        """Open the link, hand it to whoever waits, notice when it breaks. The other side says nothing on it."""
+        """Open the link, hand it to whoever waits, notice when it breaks."""
         found: DataLink | None = None
         try:
-            found = DataLink(await self._dial(addresses), opening)
+            link, lent = await self._dial(addresses)
+            found = DataLink(link, lent, opening)
             opening.set_result(found)
             self._rest(found)
-            await found.link.recv()
-            raise ProtocolError("a message on a link that only takes frames")
+            await found.listen()
         except (LinkClosed, AuthError, ProtocolError) as error:
             if not opening.done():
                 opening.set_exception(error)
@@ -122,8 +155,8 @@ class LinkPool:
                     found.idle.cancel()
 
     def _rest(self, link: DataLink) -> None:
-        """Retire the link later, unless a room uses it again."""
-        if not link.rooms and link.idle is None:
+        """Retire the link later, unless a room uses it again. A mapped pool stays: it costs nothing but its making."""
+        if not link.rooms and link.idle is None and not link.lent:
             link.idle = asyncio.get_running_loop().call_later(self._idle_timeout_s, self._retire, link)
 
     def _retire(self, link: DataLink) -> None:
@@ -131,8 +164,8 @@ class LinkPool:
         self._links = {to: opening for to, opening in self._links.items() if opening is not link.opening}
         link.link.close()
 
-    async def _dial(self, addresses: Addresses) -> Link:
-        """The first address that answers. Raises what the last one raised."""
+    async def _dial(self, addresses: Addresses) -> tuple[Link, bool]:
+        """The first address that answers, and whether our pool is lent over it. Raises what the last one raised."""
         error: LinkClosed | AuthError | ProtocolError = LinkClosed("no transport in common")
         for address in addresses:
             transport = self._transports.get(address.partition("://")[0])
@@ -141,7 +174,23 @@ class LinkPool:
             try:
                 link = await transport.connect(address, self._connect_timeout_s)
                 await auth.call(link, DATA_PURPOSE, self._secret, self._rng, self._connect_timeout_s)
-                return link
+                if transport.pulls:
+                    await self._lend_over(link)
+                return link, transport.pulls
             except (LinkClosed, AuthError, ProtocolError) as failure:
                 error = failure
         raise error
+
+    async def _lend_over(self, link: Link) -> None:
+        """Have the other side map our pool. Closes the link and raises LinkClosed or ProtocolError if it cannot."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await link.send(wire.encode(self._lend()))
+                answer = wire.decode_loan((await link.recv())[0])
+            if answer != wire.Lent(mapped=True):
+                raise LinkClosed("the decode server cannot map this server's memory")
+        except BaseException as error:
+            link.close()
+            if isinstance(error, TimeoutError):
+                raise LinkClosed(f"pool not mapped within {self._connect_timeout_s:g} s") from None
+            raise

@@ -11,20 +11,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import functools
 import mmap
 import os
 import select
 import socket
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 from diptych.errors import ProtocolError
 from diptych.transfer.link import Link, LinkClosed, Listener
 from diptych.transfer.ring import RingSpace
 from diptych.transfer.stream import StreamLink, wake
 from diptych.transfer.tcp import SocketListener
+from diptych.transfer.unix import check_same_user, connect_unix, listen_unix
 from diptych.transfer.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
 RING_BYTES = 32 << 20  # an address range: memory is used only where payloads have been
@@ -32,45 +31,29 @@ _GREETING = b"diptych shm 1\n\0\0"
 _GREETING_TIMEOUT_S = 5.0
 _PLACE = struct.Struct("<QII")  # before each header: offset in the ring, length, how many bytes to give back
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # shrinking the file would kill its reader
-_CREDENTIALS = struct.Struct("3i")
-
-
-@functools.cache
-def machine_id() -> str:
-    """The same for two processes only if one kernel runs both."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class ShmTransport:
     scheme = "shm"
+    pulls = False
 
     async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
         """`host` plays no part: the address is a random name."""
-        name = f"diptych-{os.urandom(16).hex()}"
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind("\0" + name)
-        sock.listen(128)
-        sock.setblocking(False)
-        return _ShmListener(sock, f"shm://{machine_id()}/{name}", on_link)
+        return _ShmListener(*listen_unix(self.scheme), on_link)
 
     async def connect(self, address: str, timeout_s: float) -> Link:
-        machine, _, name = address.removeprefix("shm://").partition("/")
-        if machine != machine_id():
-            raise LinkClosed("the other side is on another machine")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock: socket.socket | None = None
         try:
-            sock.setblocking(False)
             async with asyncio.timeout(timeout_s):
-                await asyncio.get_running_loop().sock_connect(sock, "\0" + name)
+                sock = await connect_unix(address)
                 return await _greet(sock)
-        except TimeoutError:
-            sock.close()
-            raise LinkClosed(f"no answer within {timeout_s:g} s") from None
-        except OSError as error:  # another network namespace, or gone
-            sock.close()
-            raise LinkClosed(f"cannot connect ({error.strerror})") from None
-        except BaseException:
-            sock.close()
+        except BaseException as error:
+            if sock is not None:
+                sock.close()
+            if isinstance(error, TimeoutError):
+                raise LinkClosed(f"no answer within {timeout_s:g} s") from None
+            if isinstance(error, OSError):  # another network namespace, or gone
+                raise LinkClosed(f"cannot connect ({error.strerror})") from None
             raise
 
 
@@ -111,7 +94,7 @@ class _ShmListener(SocketListener):
 
 async def _greet(sock: socket.socket) -> ShmLink:
     """Give the other side our ring and our eventfd, take theirs. On LinkClosed only `sock` is left to be closed."""
-    _check_same_user(sock)
+    check_same_user(sock)
     with contextlib.ExitStack() as always, contextlib.ExitStack() as on_error:
         ring_fd = _new_ring()
         always.callback(os.close, ring_fd)
@@ -129,12 +112,6 @@ async def _greet(sock: socket.socket) -> ShmLink:
         link = ShmLink(sock, news, ours, freed_fd, theirs, fds[1])
         on_error.pop_all()
         return link
-
-
-def _check_same_user(sock: socket.socket) -> None:
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    if _CREDENTIALS.unpack(credentials)[1] != os.geteuid():
-        raise LinkClosed("the other side belongs to another user")
 
 
 def _new_ring() -> int:

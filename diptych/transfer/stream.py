@@ -8,6 +8,7 @@ buffer and writes into the receiver's, which is reused from message to message.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 
@@ -59,6 +60,14 @@ class StreamLink:
 
     def fileno(self) -> int:
         return self._sock.fileno()
+
+    def hung_up(self) -> bool:
+        """The other side is gone, whatever it said before that is still to be read."""
+        if self._closed is not None:
+            return True
+        news = select.poll()
+        news.register(self._sock, select.POLLRDHUP)
+        return bool(news.poll(0))
 
     # ---- sending ----
 

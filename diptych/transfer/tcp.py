@@ -17,6 +17,7 @@ _ACCEPT_PAUSE_S = 0.1  # when the process has no file descriptors left
 
 class TcpTransport:
     scheme = "tcp"
+    pulls = False
 
     async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
         sock = listen_socket(host, 0)

@@ -19,13 +19,14 @@ from msgspec import Meta
 from diptych.errors import CorruptTransfer, ProtocolError
 from diptych.types import FirstToken
 
-VERSION = 2
+VERSION = 3
 MAX_PAGES = 1 << 17  # of one room
 MAX_RANKS = 1024
 MAX_HEADER_BYTES = 4 << 20  # a Reserve of MAX_PAGES fits
 MAX_PAYLOAD_BYTES = 16 << 20
 HANDSHAKE_HEADER_BYTES = 4096  # before the peer has proved that it knows the secret; payloads are refused until then
 FRAME_BYTES = 2 << 20  # pages are sent in frames of about this size: one frame holds the event loop for about 3 ms
+LENT_FRAME_BYTES = 4 << 30  # of pages that the receiver copies itself: a chunk is one frame, without a pause in it
 
 Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -156,10 +157,42 @@ ControlMessage = Attach | Welcome | Open | Reserve | Final | Done | Abort | Ping
 # ---- data links: each prefill rank -> each decode rank that shares kv heads and layers with it ---------------------
 
 
+class Lend(Message, frozen=True):
+    """prefill -> decode, first on a link over which decode copies pages itself: my pool, and how to map it."""
+
+    handle: Annotated[bytes, Meta(max_length=256)]
+    num_pages: Count
+    num_heads: Count  # of this rank, as num_layers
+    num_layers: Count
+
+
+class Lent(Message, frozen=True):
+    """decode -> prefill, the answer to Lend. Not mapped: take another transport."""
+
+    mapped: bool
+
+
+class Taken(Message, frozen=True):
+    """decode -> prefill: this frame's pages have been copied, or refused; nothing reads them for it any more."""
+
+    room: Room
+    epoch: Epoch
+    sequence: Count
+
+
+class Source(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a frame's bytes lie in the sender's pool: pages, first head and first layer, counted within its rank."""
+
+    pages: Pages
+    head: Count
+    layer: Count
+
+
 class Frame(Message, frozen=True):
     """Header of some pages' bytes, `[page, head, layer, 2, slot, dim]`, contiguous.
 
-    Heads and layers are numbered over the whole model; index 0 of the fourth dimension are keys.
+    Heads and layers are numbered over the whole model; index 0 of the fourth dimension are keys. With `lent`, no bytes
+    follow, and there is no checksum: the receiver copies them out of the sender's pool.
     """
 
     room: Room
@@ -173,11 +206,13 @@ class Frame(Message, frozen=True):
     layer_start: Count
     layer_stop: Count
     payload_crc: Crc
+    lent: Source | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _auth = msgspec.msgpack.Decoder(Auth)
 _control = msgspec.msgpack.Decoder(ControlMessage)
+_loan = msgspec.msgpack.Decoder(Lend | Lent | Taken)
 _frame = msgspec.msgpack.Decoder(Frame)
 _CRC = struct.Struct("<I")
 
@@ -200,6 +235,14 @@ def decode_control(data: bytes) -> ControlMessage:
         return _control.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise ProtocolError("not a control message") from None
+
+
+def decode_loan(data: bytes) -> Lend | Lent | Taken:
+    """Raises ProtocolError for anything else."""
+    try:
+        return _loan.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise ProtocolError("not a message about lent memory") from None
 
 
 def crc(payload: memoryview) -> int:
@@ -226,4 +269,6 @@ def unpack_frame(header: bytes) -> Frame:
         raise ProtocolError("a data frame that names no pages, or not one generation a page")
     if frame.head_stop <= frame.head_start or frame.layer_stop <= frame.layer_start:
         raise ProtocolError("a data frame of no heads, or of no layers")
+    if frame.lent is not None and len(frame.lent.pages) != len(frame.pages):
+        raise ProtocolError("a data frame that does not name one lent page a page")
     return frame

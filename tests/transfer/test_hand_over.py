@@ -14,8 +14,9 @@ from transfer_pair import Pair
 
 from diptych.transfer.link import LinkClosed
 from diptych.transfer.room import KVPoll
-from diptych.transfer.shm import ShmTransport, machine_id
+from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport, advertised_host, join_host_port, split_host_port
+from diptych.transfer.unix import machine_id
 from diptych.types import FirstToken
 
 SRC, DST = [3, 9, 1, 20, 7, 5, 11], [30, 2, 17, 4, 0, 31, 8]
