@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from diptych.model.decoder import Decoder, Layer
+from diptych.model.kernels.fixed import fixed_product
 from diptych.model.kernels.fused import add_norm, silu_mul
 from diptych.model.kernels.matmul import product, product_parts, wins
 from diptych.model.layers import Linear
@@ -14,10 +15,11 @@ from diptych.model.triton_attention import TritonAttention
 
 
 class FusedDecoder:
-    """See CausalModel. Runs the weights of `decoder`; enqueues work and never waits for it."""
+    """See CausalModel. Runs the weights of `decoder`; enqueues work and never waits for it. `fixed`: by products whose
+    rows do not depend on one another."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, *, fixed: bool = False) -> None:
+        self.decoder, self._fixed = decoder, fixed
         self.num_heads, self.num_kv_heads = decoder.num_heads, decoder.num_kv_heads
         self.num_layers, self.scale = decoder.num_layers, decoder.scale
         self._eps = decoder.config.norm_eps
@@ -56,26 +58,26 @@ class FusedDecoder:
         """Logits `[rows, vocab]` in the model's type; None on ranks that have none."""
         decoder = self.decoder
         assert decoder.ends is not None
-        head = decoder.ends.head
         normed = features if decoder.parallel.stages == 1 else decoder.ends.norm(features)
-        tiles = wins(normed.shape[0], *head.weight.shape)
-        mine = head(normed) if tiles is None else product(normed, head.weight, tiles)
-        joined = decoder.parallel.join(mine)
+        joined = decoder.parallel.join(self._product(decoder.ends.head, normed, whole=True))
         return None if joined is None else joined[:, : decoder.config.vocab_size]
 
     def _attend(self, index: int, layer: Layer, x: Tensor, attention: TritonAttention) -> Tensor:
         qkv = self._product(layer.qkv, x)
         return attention.attend_qkv(index, qkv, layer.qk_norm, self._eps, self._cos, self._sin)
 
-    def _product(self, linear: Linear, x: Tensor) -> Tensor:
-        """A product, or its unreduced parts for the kernel that follows."""
+    def _product(self, linear: Linear, x: Tensor, *, whole: bool = False) -> Tensor:
+        """A product, or, unless it must be `whole`, its unreduced parts for the kernel that follows."""
+        if self._fixed:
+            out = fixed_product(x, linear.weight)
+            return out if linear.bias is None else out + linear.bias
         tiles = None if linear.bias is not None else wins(x.shape[0], *linear.weight.shape)
-        return linear(x) if tiles is None else product_parts(x, linear.weight, tiles)
+        if tiles is None:
+            return linear(x)
+        return (product if whole else product_parts)(x, linear.weight, tiles)
 
     def _summed(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """A product whose inputs are split over the ranks: summed, unless one rank alone can leave it in parts."""
-        if self._alone and bias is None:
-            return self._product(linear, x)
-        tiles = wins(x.shape[0], *linear.weight.shape)
-        out = self.decoder.parallel.sum(linear(x) if tiles is None else product(x, linear.weight, tiles))
+        """A product whose inputs are split over the ranks; one rank alone can leave it in parts."""
+        out = self._product(linear, x, whole=not self._alone or bias is not None)
+        out = self.decoder.parallel.sum(out)
         return out if bias is None else out + bias

@@ -6,6 +6,7 @@ Imported only where Triton is used.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,34 @@ from diptych.config import ServerConfig
 from diptych.model.decoder import Decoder
 from diptych.model.fused_decoder import FusedDecoder
 from diptych.model.graphs import DecodeGraphs
+from diptych.model.kernels.fixed import fixed_product
 from diptych.model.parallel import Parallel
 from diptych.model.pool import KVPool
+from diptych.model.selftest import attention_is_exact, products_are_exact
 from diptych.model.triton_attention import TritonAttention
 
 
 def fuse(config: ServerConfig, model: Any, pool: KVPool) -> tuple[Any, TritonAttention]:
     """The model (see CausalModel) as it runs on a GPU, and the attention that it is run with. Raises ConfigError for
     shapes that the kernels do not take."""
-    attention = TritonAttention(pool, model.num_heads, model.scale, fixed=config.deterministic)
-    return FusedDecoder(model) if isinstance(model, Decoder) else model, attention
+    fixed = config.deterministic
+    attention = TritonAttention(pool, model.num_heads, model.scale, fixed=fixed)
+    return FusedDecoder(model, fixed=fixed) if isinstance(model, Decoder) else model, attention
+
+
+@torch.inference_mode()
+def is_exact(model: Any, attention: TritonAttention, dtype: torch.dtype) -> bool:
+    """Whether rows do not depend on the batch, as far as the self-test can tell: only ever in deterministic mode."""
+    if not attention.fixed or not isinstance(model, FusedDecoder):
+        return False
+    layer, pool = model.decoder.layers[0], attention.pool
+    weights = [linear.weight.shape for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    backend = partial(TritonAttention, num_heads=model.num_heads, scale=model.scale, fixed=True)
+    device = pool.pages.device.type
+    shape = (model.num_heads, model.num_kv_heads, pool.head_dim, pool.page_size)
+    return products_are_exact(
+        [(k, n) for n, k in weights], dtype, device, lambda weight: partial(fixed_product, weight=weight), int
+    ) and attention_is_exact(*shape, dtype, device, backend)
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from diptych.config import ServerConfig
 from diptych.kv.share import layer_range
 from diptych.kv.store import PageStore
 from diptych.model.attention import AttentionBackend
+from diptych.model.gpu_store import make_store
 from diptych.model.layers import padded_rows
 from diptych.model.load import load_model
 from diptych.model.logprobs import Reader, token_logprobs

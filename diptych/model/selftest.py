@@ -6,14 +6,15 @@ a second, and the answer is shown in /server_info and the metrics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from diptych.model.layers import Linear, padded_rows
-from diptych.model.paged_attention import PagedAttention
+from diptych.model.attention import AttentionBackend
+from diptych.model.layers import padded_rows
 from diptych.model.pool import KVPool
 from diptych.types import Plan
 
@@ -23,16 +24,25 @@ ROWS_OF_LOOPS = (4, 100, 516)
 TOKENS = 150  # of the attention's test: two key blocks, several tiles
 
 
-def products_are_exact(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: str, *, pack: bool) -> bool:
-    """Whether a row of `x @ weight.T` is the same among any ROWS (padded). `shapes`: (inputs, outputs) of weights."""
+Product = Callable[[Tensor], Tensor]
+
+
+def products_are_exact(
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: str,
+    product_of: Callable[[Tensor], Product],
+    rows_of: Callable[[int], int] = padded_rows,
+) -> bool:
+    """Whether a row of `product_of(weight)(x)` is the same among any ROWS. `shapes`: (inputs, outputs) of weights."""
     generator = torch.Generator().manual_seed(0)
     for width, outputs in set(shapes):
         weight = torch.randn(min(outputs, MAX_WIDTH), width, generator=generator).to(device, dtype)
-        x = torch.randn(padded_rows(max(ROWS)), width, generator=generator).to(device, dtype)
-        linear = Linear(weight, pack=pack)
-        whole = linear(x)
-        for rows in map(padded_rows, ROWS):
-            first, last = linear(x[:rows].clone()), linear(x[-rows:].clone())
+        x = torch.randn(rows_of(max(ROWS)), width, generator=generator).to(device, dtype)
+        product = product_of(weight)
+        whole = product(x)
+        for rows in map(rows_of, ROWS):
+            first, last = product(x[:rows].clone()), product(x[-rows:].clone())
             if not (torch.equal(first, whole[:rows]) and torch.equal(last, whole[-rows:])):
                 return False
     return True
@@ -48,12 +58,17 @@ def activations_are_exact(width: int, dtype: torch.dtype, device: str) -> bool:
 
 
 def attention_is_exact(
-    heads: int, kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype, device: str
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: str,
+    backend_of: Callable[[KVPool], AttentionBackend],
 ) -> bool:
     """Whether a token attends the same as one of a long prompt, and alone."""
     num_pages = -(-TOKENS // page_size)
-    pool = KVPool(num_pages, page_size, kv_heads, 1, head_dim, dtype, device)
-    attention = PagedAttention(pool, heads, head_dim**-0.5)
+    attention = backend_of(KVPool(num_pages, page_size, kv_heads, 1, head_dim, dtype, device))
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, kv_heads, kv_heads)
     q, k, v = (torch.randn(TOKENS, n, head_dim, generator=generator).to(device, dtype) for n in sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from model_driver import GREEDY, VOCAB, Driver, Sequence, prompt_of
 
 from diptych.config import ServerConfig
 from diptych.model.layers import Linear, padded_rows
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.runner import Runner
 from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
 from diptych.types import LogprobSpec, Sampling
@@ -182,10 +184,10 @@ def test_the_self_test_passes_with_one_thread_and_with_two(threads: int) -> None
     torch.set_num_threads(threads)
     try:
         shapes = [(256, 1024), (768, 256), (100, 33)]
-        assert products_are_exact(shapes, torch.float32, "cpu", pack=True)
-        assert products_are_exact(shapes, torch.float32, "cpu", pack=False)
-        assert attention_is_exact(8, 4, 64, 16, torch.float32, "cpu")
-        assert attention_is_exact(5, 1, 40, 12, torch.float32, "cpu")
+        assert products_are_exact(shapes, torch.float32, "cpu", partial(Linear, pack=True))
+        assert products_are_exact(shapes, torch.float32, "cpu", partial(Linear, pack=False))
+        assert attention_is_exact(8, 4, 64, 16, torch.float32, "cpu", partial(PagedAttention, num_heads=8, scale=0.1))
+        assert attention_is_exact(5, 1, 40, 12, torch.float32, "cpu", partial(PagedAttention, num_heads=5, scale=0.1))
         assert activations_are_exact(300, torch.float32, "cpu")
     finally:
         torch.set_num_threads(before)
@@ -196,7 +198,7 @@ def test_the_self_test_notices_rows_that_depend_on_their_number(monkeypatch: pyt
         return x * (1 + 1e-7 * (x.shape[0] > 40))
 
     monkeypatch.setattr(Linear, "__call__", shaky)
-    assert not products_are_exact([(64, 64)], torch.float32, "cpu", pack=False)
+    assert not products_are_exact([(64, 64)], torch.float32, "cpu", partial(Linear, pack=False))
 
 
 def test_row_counts_are_padded_to_multiples_of_four_in_few_sizes() -> None:

@@ -1,0 +1,119 @@
+"""The runner on a GPU: CUDA graphs against launches one by one, overlapped steps against steps in turn, deterministic
+mode with `==`. Everything here needs a GPU; without one the kernels' tests run in Triton's interpreter instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_checkpoints import qwen3, write
+from model_driver import Driver, Sequence, prompt_of
+
+from diptych.config import ServerConfig
+from diptych.model.runner import Runner
+from diptych.types import LogprobSpec, Sampling
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "initializer_range": 0.05,
+}
+LENGTHS = (70, 21, 34, 300, 5)
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    write(path, qwen3(**SHAPE))
+    return path
+
+
+def runner_of(folder: Path, **settings: object) -> Runner:
+    config = ServerConfig(model_path=str(folder), page_size=16, max_total_tokens=4096, cuda_graph_max_bs=8)
+    return Runner(ServerConfig(**{**{name: getattr(config, name) for name in config.__slots__}, **settings}))  # type: ignore[arg-type]
+
+
+def sequences(count: int = len(LENGTHS), **values: object) -> list[Sequence]:
+    return [Sequence(prompt_of(n, n), logprobs=LogprobSpec(top=2), rid=str(n), **values) for n in LENGTHS[:count]]  # type: ignore[arg-type]
+
+
+def generate(runner: Runner, seqs: list[Sequence]) -> list[list[int]]:
+    """Prompts in one step, then decode steps of all together."""
+    driver = Driver(runner, 16)
+    driver.run([(seq, len(seq.prompt)) for seq in seqs])
+    for _ in range(STEPS):
+        driver.run([(seq, 1) for seq in seqs])
+    return [seq.outputs for seq in seqs]
+
+
+def logprobs_of(seqs: list[Sequence]) -> torch.Tensor:
+    return torch.tensor([item.logprob for seq in seqs for item in seq.output_logprobs])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_give_what_launches_one_by_one_give(folder: Path, dtype: str) -> None:
+    with_graphs, without = sequences(), sequences()
+    tokens = generate(runner_of(folder, dtype=dtype), with_graphs)
+    assert tokens == generate(runner_of(folder, dtype=dtype, disable_cuda_graph=True, cuda_graph_max_bs=0), without)
+    torch.testing.assert_close(logprobs_of(with_graphs), logprobs_of(without), rtol=0, atol=1e-5)
+
+
+def test_the_kernels_say_what_torch_says(folder: Path) -> None:
+    ours, plain = sequences(), sequences()
+    generate(runner_of(folder, dtype="float32"), ours)
+    generate(runner_of(folder, dtype="float32", attention_backend="torch"), plain)
+    assert [seq.outputs for seq in ours] == [seq.outputs for seq in plain]
+    torch.testing.assert_close(logprobs_of(ours), logprobs_of(plain), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(seed=5, top_k=20, top_p=0.95)])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_step_can_be_launched_behind_another(folder: Path, sampling: Sampling, graphs: bool) -> None:
+    """Each step is launched before the tokens of the one before are known on the host."""
+    settings = {} if graphs else {"disable_cuda_graph": True, "cuda_graph_max_bs": 0}
+    runner = runner_of(folder, **settings)
+    expected = generate(runner, sequences(sampling=sampling))
+    seqs = sequences(sampling=sampling)
+    driver = Driver(runner, 16)
+    pending = runner.launch(driver.plan([(seq, len(seq.prompt)) for seq in seqs]))
+    for _ in range(STEPS):
+        for seq in seqs:  # a place for the token that is not known yet
+            seq.num_cached = len(seq.tokens)
+            seq.outputs.append(0)
+        plan = driver.plan([(seq, 1) for seq in seqs])
+        plan.token_ids[:] = [-1 - row for row in range(len(seqs))]
+        behind = runner.launch(plan)
+        take(runner.collect(pending).rows, seqs)
+        pending = behind
+    for seq in seqs:
+        seq.outputs.append(0)
+    take(runner.collect(pending).rows, seqs)
+    assert [seq.outputs for seq in seqs] == expected
+
+
+def take(rows: list, seqs: list[Sequence]) -> None:  # type: ignore[type-arg]
+    for seq, row in zip(seqs, rows, strict=True):
+        seq.outputs[-1] = row.token
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_mode_gives_the_same_bits_alone_in_company_and_in_chunks(folder: Path, dtype: str) -> None:
+    runner = runner_of(folder, dtype=dtype, deterministic=True)
+    assert runner.exact
+    together = sequences()
+    generate(runner, together)
+    for seq in sequences():
+        alone = Sequence(seq.prompt, logprobs=seq.logprobs)
+        driver = Driver(runner, 16, seed=3)
+        driver.generate(alone, STEPS + 1, chunk=33)
+        same = next(other for other in together if other.rid == seq.rid)
+        assert alone.outputs == same.outputs
+        assert alone.output_logprobs == same.output_logprobs
+        driver.release(alone)
