@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ from diptych.model.config import (
 from diptych.model.decoder import Decoder
 from diptych.model.fit import context_len, is_foreign
 from diptych.model.memory import kv_dtype
+from diptych.model.layers import Linear
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.layers import Linear
 from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
@@ -91,6 +94,7 @@ def _load_native(
     stored = kv_dtype(config, dtype)
     pack = products_are_exact(shapes, dtype, device, partial(Linear, pack=True))
     model = Decoder(shape, source, parallel, longest, device=device, pack=pack, progress=progress)
+    plain = partial(PagedAttention, num_heads=model.num_heads, scale=model.scale)
     plain = partial(PagedAttention, num_heads=model.num_heads, scale=model.scale)
     exact = (
         (pack or products_are_exact(shapes, dtype, device, partial(Linear, pack=False)))

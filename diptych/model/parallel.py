@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,34 +19,83 @@ from torch.distributed import ProcessGroup
 from diptych.kv.share import layer_range
 from diptych.model.fit import kv_part, part
 
+if TYPE_CHECKING:
+    from diptych.model.allreduce import DeviceGroup
+
+if TYPE_CHECKING:
+    from diptych.model.allreduce import DeviceGroup
+
 EXCHANGE_TIMEOUT_S = 300.0  # a rank that is later than this is lost; a dead one is noticed at once
 
 
 def init(rank: int, tp: int, pp: int, init_method: str, device: str = "cpu") -> Parallel:
     """Join the `pp` stages of `tp` ranks that meet at `init_method` (file://… or tcp://…). Blocks until all are there.
 
-    Raises torch's DistError after EXCHANGE_TIMEOUT_S. All ranks are on one host, so gloo stays on the loopback.
+    On a GPU each process has one device, the current one. Raises torch's DistError after EXCHANGE_TIMEOUT_S. All ranks
+    are on one host, so gloo stays on the loopback.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = timedelta(seconds=EXCHANGE_TIMEOUT_S)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", init_method=init_method, rank=rank, world_size=tp * pp, timeout=timeout
-    )
-    group = None
-    if tp > 1:  # every rank takes part in making every group
-        groups = [dist.new_group(list(range(stage * tp, (stage + 1) * tp)), timeout) for stage in range(pp)]
-        group = groups[rank // tp]
-    return Parallel(rank % tp, tp, group, rank // tp, pp)
+    timeout, world = timedelta(seconds=EXCHANGE_TIMEOUT_S), tp * pp
+    if device == "cuda":
+        # A program that fails while it uses NVLink multicast (NVLS) can put all GPUs of the host out of service.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group(
+            "nccl", init_method=init_method, rank=rank, world_size=world, timeout=timeout, device_id=gpu
+        )
+    else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world, timeout=timeout)
+    if tp == 1:
+        return Parallel(stage=rank, stages=pp)
+    # Every rank takes part in making every group.
+    groups = [dist.new_group(list(range(stage * tp, (stage + 1) * tp)), timeout) for stage in range(pp)]
+    group = groups[rank // tp]
+    return Parallel(rank % tp, tp, _on_device(group) if device == "cuda" else HostGroup(group), rank // tp, pp)
+
+
+def _on_device(group: ProcessGroup) -> DeviceGroup:
+    from diptych.model.allreduce import DeviceGroup  # has kernels: nothing that a CPU could import
+
+    return DeviceGroup(group)
+
+
+class HostGroup:
+    """The ranks of a stage on CPUs: exchanges over gloo, each of which blocks."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group, self._rank, self._world = group, group.rank(), group.size()
+
+    def sum(self, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(self._world)]
+        dist.all_gather(parts, x.contiguous(), group=self._group)
+        total = parts[0]
+        for other in parts[1:]:
+            total += other
+        return total
+
+    def join(self, x: Tensor) -> Tensor | None:
+        parts = [torch.empty_like(x) for _ in range(self._world)] if self._rank == 0 else None
+        dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
+        return torch.cat(parts, -1) if parts is not None else None
+
+    def share_tokens(self, tokens: Tensor) -> None:
+        dist.broadcast(tokens, group=self._group, group_src=0)
 
 
 class Parallel:
     """This process's place: `rank` of the `world` of one stage, and `stage` of `stages`.
 
-    With a world of 1 there is no group and the collectives do nothing.
+    With a world of 1 there is no group and the collectives do nothing. On a GPU they are enqueued on the current stream
+    and can be captured in a CUDA graph; all ranks enqueue, capture and replay them in the same order.
     """
 
     def __init__(
-        self, rank: int = 0, world: int = 1, group: ProcessGroup | None = None, stage: int = 0, stages: int = 1
+        self,
+        rank: int = 0,
+        world: int = 1,
+        group: HostGroup | DeviceGroup | None = None,
+        stage: int = 0,
+        stages: int = 1,
     ) -> None:
         if (world > 1) != (group is not None):
             raise ValueError("a group is needed exactly when there is more than one rank")
@@ -68,22 +118,17 @@ class Parallel:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, added in rank order; the same bits on each rank. May reuse `x`."""
-        if self.group is None:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        total = parts[0]
-        for other in parts[1:]:
-            total += other
-        return total
+        return x if self.group is None else self.group.sum(x)
 
     def join(self, x: Tensor) -> Tensor | None:
         """Every rank's `x` side by side along the last dimension: on rank 0 of the stage, elsewhere None."""
-        if self.group is None:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.world)] if self.rank == 0 else None
-        dist.gather(x.contiguous(), parts, group=self.group, group_dst=0)
-        return torch.cat(parts, -1) if parts is not None else None
+        return x if self.group is None else self.group.join(x)
+
+    def share_tokens(self, tokens: Tensor) -> Tensor:
+        """What rank 0 of the stage sampled, int64 `[rows]`, on each of its ranks: fills `tokens` of the others."""
+        if self.group is not None:
+            self.group.share_tokens(tokens)
+        return tokens
 
     def share(self, total: int, what: str) -> tuple[int, int]:
         """This rank's equal part [start, stop) of `total` things. Raises ConfigError if they do not divide evenly."""
