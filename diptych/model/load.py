@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,10 +26,8 @@ from diptych.model.config import (
 )
 from diptych.model.decoder import Decoder
 from diptych.model.fit import context_len, is_foreign
+from diptych.model.layers import Linear
 from diptych.model.memory import kv_dtype
-from diptych.model.layers import Linear
-from diptych.model.paged_attention import PagedAttention
-from diptych.model.layers import Linear
 from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
 from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
@@ -61,9 +58,7 @@ class Loaded:
     info: ModelInfo
     dtype: torch.dtype
     kv_dtype: torch.dtype
-    width: (
-        int  # numbers that a token has in a layer at once at most: what its products read and write, and the residual
-    )
+    width: int  # numbers that a token has in a layer at once at most: what its products read and write, and more
     exact: bool  # rows do not depend on the batch, as far as the self-test can tell
 
 
@@ -94,7 +89,6 @@ def _load_native(
     stored = kv_dtype(config, dtype)
     pack = products_are_exact(shapes, dtype, device, partial(Linear, pack=True))
     model = Decoder(shape, source, parallel, longest, device=device, pack=pack, progress=progress)
-    plain = partial(PagedAttention, num_heads=model.num_heads, scale=model.scale)
     plain = partial(PagedAttention, num_heads=model.num_heads, scale=model.scale)
     exact = (
         (pack or products_are_exact(shapes, dtype, device, partial(Linear, pack=False)))

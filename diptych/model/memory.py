@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 DEFAULT_POOL_BYTES = 256 << 20  # on a CPU
 MAX_DEFAULT_CONTEXTS = 64
-# Of a row and a token of the vocabulary while rows are drawn: logits in 2 bytes (twice when ranks' parts are joined) and
-# in 4, scaled logits and a selection of them in 4 each, three 8-byte numbers while noise is hashed.
+# Of a row and a token of the vocabulary while rows are drawn: logits in 2 bytes (twice when ranks' parts are joined)
+# and in 4, scaled logits and a selection of them in 4 each, three 8-byte numbers while noise is hashed.
 SAMPLING_BYTES = 2 + 2 + 4 + 4 + 4 + 3 * 8
 GRAPH_BYTES = 16 << 20
 REST_BYTES = 1 * GIB

@@ -71,9 +71,7 @@ def test_too_few_pages_are_refused_with_what_to_change() -> None:
     check(256)
     check(9, max_running_requests=9)
     check(3, max_total_tokens=3 * 64)  # as many as were asked for
-    with pytest.raises(
-        ConfigError, match=r"room for 255 KV pages of 16384 KiB.*256 requests.*a step needs 4\.0.*lower"
-    ):
+    with pytest.raises(ConfigError, match=r"room for 255 KV pages of 16384 KiB.*256 requests.*needs 4\.0.*lower"):
         check(255)
     with pytest.raises(ConfigError, match="raise --mem-fraction-static, or lower --max-running-requests"):
         check(8, max_running_requests=9, mem_fraction_static=0.4)
