@@ -1,7 +1,8 @@
 """The engine loop: plan, run, commit, publish. One asyncio task; everything between two steps happens here.
 
-What arrives while a step runs (new requests, aborts, control) waits in the inbox until the step is committed, so no
-page changes its owner under a running forward pass. The three roles differ only in the hooks of `Role`.
+Where the device can, a step is planned and launched while the one before it runs, so that it never waits for us: at
+most two are in flight. What arrives meanwhile waits in the inbox until a step is committed, and a page that a step in
+flight uses keeps its owner until that one is. The three roles differ only in the hooks of `Role`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from diptych.engine.step import Compute, run_step
+from diptych.engine.step import Device, Step, collect, run_rows
 from diptych.errors import Aborted, AuditError, BadRequest, DiptychError
 from diptych.sched import audit as ledger
-from diptych.sched.commit import commit
+from diptych.sched.commit import cancel, commit
 from diptych.sched.events import ChunkDone, Event, Sampled
-from diptych.sched.plan import schedule
+from diptych.sched.plan import MAX_IN_FLIGHT, schedule
 from diptych.sched.queue import abort, complete, release, retract
+from diptych.sched.rows import split
 from diptych.sched.state import SchedState, Seq
 from diptych.sched.stats import stats
 from diptych.text.grammar import GrammarCompiler, GrammarState
@@ -34,7 +36,6 @@ from diptych.types import (
     Plan,
     Request,
     Stats,
-    StepResult,
     Submit,
     ToEngine,
     TokenLogprob,
@@ -77,16 +78,16 @@ class Role(Protocol):
 
 
 class Engine:
-    """Runs one scheduler over one runner.
+    """Runs one scheduler over one device.
 
-    `compute` runs a plan and returns its result; `emit` takes messages for the API process; `disturb`, if given, may
-    change the scheduler's state before each step (fault injection in tests).
+    `emit` takes messages for the API process; `disturb`, if given, may change the scheduler's state before each step
+    (fault injection in tests).
     """
 
     def __init__(
         self,
         state: SchedState,
-        compute: Compute,
+        device: Device,
         emit: Callable[[FromEngine], None],
         *,
         grammars: GrammarCompiler | None,
@@ -98,12 +99,13 @@ class Engine:
         self.wake = asyncio.Event()
         self.facts: dict[str, Any] = {}  # what the worker adds to the `state` report
         self.census: Callable[[], dict[str, Any]] = dict  # and to the `audit` report
-        self._compute = compute
+        self._device = device
         self._emit = emit
         self._grammars = grammars
         self._watchdog_s = watchdog_s
         self._disturb = disturb
         self._inbox: deque[ToEngine] = deque()
+        self._flight: deque[Step] = deque()
         self._outputs: list[Output] = []
         self._grammar_of: dict[str, GrammarState] = {}
         self._last_report = Stats()
@@ -118,32 +120,27 @@ class Engine:
         self.wake.set()
 
     def stop(self) -> None:
-        """Let `run` return after the current step."""
+        """Let `run` return after the steps in flight."""
         self._stopping = True
         self.wake.set()
 
     async def run(self) -> None:
         """Serve until `stop`. Raises only when the engine cannot go on."""
-        loop = asyncio.get_running_loop()
-        while not self._stopping:
+        most = MAX_IN_FLIGHT if self._device.overlaps else 1
+        while not self._stopping or self._flight:
             # 1) take in what has arrived, and move the hand-overs on
-            self.wake.clear()
-            while self._inbox:
-                self._handle(self._inbox.popleft(), loop.time())
-            self.role.advance(loop.time())
-            # 2) decide what runs next
-            if self._disturb is not None:
-                self._disturb(self.state, loop.time())
-            plan = schedule(self.state, loop.time())
-            if plan is None:
-                self._publish(loop.time(), idle=True)
+            self._take_in()
+            self.role.advance(self.now())
+            # 2) decide what runs next, and hand it to the device
+            begun = len(self._flight) < most and self._begin()
+            # 3) while that runs, tell the API process what the step before did
+            self._publish(self.now(), idle=not self._flight)
+            if not self._flight:
                 await self._sleep()
-                continue
-            # 3) run it, 4) write down what it did, 5) tell the API process
-            result = await self._step(plan)
-            for event in commit(self.state, plan, result, loop.time()):
-                self.on_event(event)
-            self._publish(loop.time(), idle=False)
+            elif not begun or len(self._flight) == most:
+                # 4) wait for the oldest step, and write down what it did
+                await self._finish()
+        self._publish(self.now(), idle=False)
 
     async def _sleep(self) -> None:
         try:
@@ -152,17 +149,46 @@ class Engine:
         except TimeoutError:
             pass
 
+    def _take_in(self) -> None:
+        """Handle what has arrived. A control message, and what came after it, waits until no step is in flight."""
+        self.wake.clear()
+        while self._inbox and not (self._flight and isinstance(self._inbox[0], Control)):
+            self._handle(self._inbox.popleft(), self.now())
+
     # ---- one step ----
 
-    async def _step(self, plan: Plan) -> StepResult:
-        """Run the plan; requests that cannot be computed end with an error."""
+    def _begin(self) -> bool:
+        """Plan a step and launch it, if there is one. None is planned ahead of a control message."""
+        if self._stopping or self._inbox:
+            return False
+        if self._disturb is not None:
+            self._disturb(self.state, self.now())
+        plan = schedule(self.state, self.now())
+        if plan is None:
+            return False
         refused = self._fill_masks(plan)
-        result, failed = await run_step(self._compute, plan, self._watchdog_s)
+        self._flight.append(Step(plan, self._device.launch(plan), refused))
+        return True
+
+    async def _finish(self) -> None:
+        """Wait for the oldest step, and commit it. If it failed, what was launched behind it is void, and its rows are
+        run one by one; requests that cannot be computed end with an error."""
+        step = self._flight.popleft()
+        plan = step.plan
+        result = await collect(self._device, step, self._watchdog_s)
+        failed: list[str] = []
+        if result is None:
+            while self._flight:
+                void = self._flight.pop()
+                await collect(self._device, void, self._watchdog_s)
+                cancel(self.state, void.plan, self.now())
+            result, failed = await run_rows(self._device, plan, split(plan, self.state.seqs), self._watchdog_s)
         for rid in failed:
             self._fail(rid, STEP_FAILED)
-        for rid, error in refused:
+        for rid, error in step.refused:
             self._fail(rid, _ended_by(error))
-        return result
+        for event in commit(self.state, plan, result, self.now()):
+            self.on_event(event)
 
     def _fill_masks(self, plan: Plan) -> list[tuple[str, DiptychError]]:
         """Put each constrained row's allowed tokens into the plan. Returns the requests whose grammar gave up."""

@@ -100,7 +100,7 @@ def load(spec: Spec) -> Runner:
         )
     config = spec.config = spec.config.on_device(device)
     if config.disaggregation_mode != "null":
-        data_transports(config.disaggregation_transfer_backend)
+        data_transports(config.disaggregation_transfer_backend, device_of(config))
     torch.set_num_threads(config.cpu_threads)
     place = None
     if config.num_ranks > 1:
@@ -126,7 +126,7 @@ async def follow(spec: Spec, runner: Runner) -> None:
         assert plane is not None
         plane.execute(command)
 
-    follower = Follower(runner.run, move)
+    follower = Follower(runner, move)
     channel = Channel(ToRank, follower.hear, gone.set)
     plane = make_plane(spec, runner, lambda event: channel.send(PagesMoved(event)), load_faults(spec))
     addresses = await plane.start(spec.config.host) if plane else []
@@ -149,7 +149,7 @@ def make_plane(
     """This rank's data plane, or None on a server that hands nothing over."""
     if spec.config.disaggregation_mode == "null":
         return None
-    transports = data_transports(spec.config.disaggregation_transfer_backend)
+    transports = data_transports(spec.config.disaggregation_transfer_backend, device_of(spec.config))
     if faults is not None:
         transports, on_event = faults.transports(transports), faults.events(on_event)
     return DataPlane(
@@ -181,7 +181,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
         ended.set()
 
     faults = load_faults(spec)
-    ranks = Ranks(runner, on_event, on_death)
+    ranks = Ranks(runner, on_event, on_death, overlap=not config.disable_overlap_schedule)
     ranks.plane = make_plane(spec, runner, partial(on_event, 0), faults)
     state = new_state(
         SchedConfig(
@@ -204,7 +204,7 @@ async def lead(spec: Spec, runner: Runner, load_s: float) -> None:
         grammars = GrammarCompiler(tokenizer, runner.info.vocab_size, runner.info.eos_token_ids)
     engine = Engine(
         state,
-        ranks.compute,
+        ranks,
         channel.send,
         grammars=grammars,
         watchdog_s=config.watchdog_timeout,

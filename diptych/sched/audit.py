@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from diptych.errors import AuditError
@@ -15,6 +16,7 @@ def audit(state: SchedState) -> None:
     """Raise AuditError if queues, sequences and page ledger disagree. Changes nothing; costs O(pages + tokens)."""
     _audit_queues(state)
     expected: dict[Holder, set[int]] = {}
+    _audit_flight(state)
     for seq in state.seqs.values():
         _audit_seq(state, seq)
         expected[seq.holder] = set(seq.pages)
@@ -42,6 +44,26 @@ def _audit_queues(state: SchedState) -> None:
         raise AuditError(f"{len(state.seqs)} requests are known, {queued} queued and {ended} ended")
 
 
+def _audit_flight(state: SchedState) -> None:
+    """What sequences know of the steps in flight is what is in them."""
+    rows = [(row, index) for plan in state.flight for index, row in enumerate(plan.rows)]
+    known = Counter(row.rid for row, _ in rows)
+    sampled = Counter(row.rid for row, _ in rows if row.samples)
+    last = {row.rid: (row.num_cached + row.num_new, index) for row, index in rows}
+    gone = known.keys() - state.seqs.keys()
+    if gone:
+        raise AuditError(f"a step in flight computes requests that are gone: {', '.join(sorted(gone))}")
+    for rid, seq in state.seqs.items():
+        if (seq.in_flight, seq.num_pending) != (known[rid], sampled[rid]):
+            raise AuditError(
+                f"request {rid} counts {seq.in_flight} steps in flight that sample {seq.num_pending} tokens; there are "
+                f"{known[rid]} that sample {sampled[rid]}"
+            )
+        ended = seq.status in (Status.FINISHED, Status.ABORTED)
+        if not ended and (seq.num_planned, seq.row) != last.get(rid, (seq.num_computed, seq.row)):
+            raise AuditError(f"request {rid} expects {seq.num_planned} computed tokens of the steps in flight")
+
+
 def _audit_seq(state: SchedState, seq: Seq) -> None:
     page_size = state.config.page_size
     if seq.table[: len(seq.pages)].tolist() != seq.pages:
@@ -50,5 +72,5 @@ def _audit_seq(state: SchedState, seq: Seq) -> None:
         raise AuditError(f"request {seq.rid} waits but holds {len(seq.pages)} pages")
     if pages_for(seq.num_computed, page_size) > len(seq.pages) or seq.num_computed > len(seq.tokens):
         raise AuditError(f"request {seq.rid} has computed {seq.num_computed} tokens in {len(seq.pages)} pages")
-    if seq.in_flight and not state.computing:
-        raise AuditError(f"request {seq.rid} is in flight, but no step is")
+    if pages_for(seq.num_planned, page_size) > len(seq.pages) or seq.num_planned > len(seq.tokens) + seq.num_pending:
+        raise AuditError(f"request {seq.rid} is to have computed {seq.num_planned} tokens in {len(seq.pages)} pages")

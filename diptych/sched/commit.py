@@ -9,35 +9,60 @@ from diptych.sched.queue import release, retract
 from diptych.sched.state import After, SchedState, Seq, Status
 from diptych.types import Plan, Row, RowResult, StepResult
 
-__all__ = ["ChunkDone", "Event", "Sampled", "commit"]
+__all__ = ["ChunkDone", "Event", "Sampled", "cancel", "commit"]
 
 THROUGHPUT_WINDOW_S = 1.0
 
 
 def commit(state: SchedState, plan: Plan, result: StepResult, now: float) -> list[Event]:
-    """Take the result of `plan` into the state. Returns what happened, in the plan's order; ChunkDone before Sampled.
+    """Take the result of `plan`, the oldest in flight, into the state. Returns what happened, in the plan's order;
+    ChunkDone before Sampled.
 
-    Rows of sequences aborted meanwhile are dropped. What was asked for while the step ran (release, retract) is done
-    now. Finished sequences keep their pages until released. Raises AuditError if `plan` is not the one being computed
-    or the result is not its.
+    Rows of sequences that ended meanwhile are dropped: those aborted, and those that a later step computes though this
+    one's token is their last. What was asked for while a sequence was in flight (release, retract) is done once it no
+    longer is. Finished sequences keep their pages until released. Raises AuditError if `plan` is not the oldest in
+    flight or the result is not its.
     """
-    if not state.computing or plan.step != state.step or len(result.rows) != len(plan.rows):
-        raise AuditError(f"the result of step {plan.step} does not belong to the step being computed, {state.step}")
+    if not state.flight or plan.step != state.flight[0].step or len(result.rows) != len(plan.rows):
+        raise AuditError(f"the result of step {plan.step} does not belong to the oldest step in flight")
+    del state.flight[0]
     events: list[Event] = []
+    seqs = state.seqs
+    after: list[Seq] = []
     for row, row_result in zip(plan.rows, result.rows, strict=True):
-        seq = state.seqs[row.rid]
+        seq = seqs[row.rid]
+        seq.in_flight -= 1
+        seq.num_pending -= row.samples
         if seq.status is Status.RUNNING:
             _commit_row(state, seq, row, row_result, events)
+        if seq.after_step is not After.NOTHING and not seq.in_flight:
+            after.append(seq)
     state.counters.steps += 1
     state.counters.forward_s += result.duration_s
     _measure(state, sum(isinstance(event, Sampled) for event in events), now)
-    state.computing = False
+    for seq in after:
+        _do_after_step(state, seq, now)
+    return events
+
+
+def cancel(state: SchedState, plan: Plan, now: float) -> None:
+    """Give up `plan`, the newest in flight: it is not run, or what it did is void. Its sequences will be planned again.
+
+    Those it admitted stay in the batch. Raises AuditError for any other plan.
+    """
+    if not state.flight or plan.step != state.flight[-1].step:
+        raise AuditError(f"step {plan.step} cannot be cancelled: it is not the newest in flight")
+    state.flight.pop()
     for row in plan.rows:
         seq = state.seqs[row.rid]
-        seq.in_flight = False
-        if seq.after_step is not After.NOTHING:
+        seq.in_flight -= 1
+        seq.num_pending -= row.samples
+        seq.num_planned -= row.num_new
+        if seq.after_step is not After.NOTHING and not seq.in_flight:
             _do_after_step(state, seq, now)
-    return events
+    for earlier in state.flight:
+        for index, row in enumerate(earlier.rows):
+            state.seqs[row.rid].row = index
 
 
 def _commit_row(state: SchedState, seq: Seq, row: Row, result: RowResult, events: list[Event]) -> None:

@@ -27,7 +27,7 @@ def headroom(state: SchedState) -> int:
     total = 0
     for group in (state.running, state.transferring):
         for seq in group:
-            length = len(seq.tokens) + reserved
+            length = len(seq.tokens) + seq.num_pending + reserved
             if length >= seq.max_tokens:
                 length = seq.max_tokens - 1
             missing = -(-length // page_size) - len(seq.pages)
@@ -71,7 +71,7 @@ def take(state: SchedState, seq: Seq) -> list[int]:
         state.pool.share(seq.match.pages, seq.holder)
         seq.add_pages(seq.match.pages)
         seq.prefix_tokens = seq.match.num_tokens
-    seq.num_computed = seq.prefix_tokens
+    seq.num_computed = seq.num_planned = seq.prefix_tokens
     needed = pages_for(len(seq.tokens), state.config.page_size) - len(seq.pages)
     make_room(state, needed)
     fresh = state.pool.alloc(needed, seq.holder)
@@ -118,7 +118,7 @@ def give_back(state: SchedState, seq: Seq, *, keep: bool) -> None:
     _unlock(state, seq)
     state.pool.release(seq.pages, seq.holder)
     seq.pages = []
-    seq.num_computed = seq.prefix_tokens = 0
+    seq.num_computed = seq.num_planned = seq.prefix_tokens = 0
     seq.prefix_cached = False
 
 

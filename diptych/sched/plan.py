@@ -9,9 +9,11 @@ from diptych.errors import AuditError
 from diptych.sched.pages import fits, headroom, make_room, peek
 from diptych.sched.queue import admit, retract
 from diptych.sched.rows import build
-from diptych.sched.state import SchedState, Seq
+from diptych.sched.state import After, SchedState, Seq
 from diptych.types import Plan
 
+MAX_IN_FLIGHT = 2
+NOTHING = After.NOTHING
 LPM_WINDOW = 32  # waiting requests whose cached prefixes are compared
 LPM_PATIENCE = 16  # admissions the first of the queue lets pass before it is next itself
 
@@ -27,15 +29,23 @@ def schedule(state: SchedState, now: float) -> Plan | None:
     never retracted; alone, it can run out of pages only because of pages that are being transferred or not yet
     released, and then sits out the step. In a step that retracts nobody is admitted.
 
-    None while paused, or when all that runs waits for pages of others: then call again after a join or a release.
-    Raises AuditError if the last plan has not been committed.
+    While one step is in flight, the next is planned ahead of its result: what it computes counts as computed, and a
+    token that it samples has the id -1 - r, r being its row there. A sequence whose last token that surely is, by
+    length, is left out; one that it ends otherwise computes a token in vain. Nothing is planned ahead if a page is
+    missing (nobody is retracted), or if a sampled token is needed at once (`needs_tokens`): those would else wait while
+    the others go on.
+
+    None while paused, if nothing is to be planned ahead, or when all that runs waits for pages of others: then call
+    again after a commit, a join or a release. Raises AuditError if two steps are in flight.
     """
-    if state.computing:
-        raise AuditError(f"step {state.step} has not been committed")
+    if len(state.flight) == MAX_IN_FLIGHT:
+        raise AuditError(f"step {state.flight[0].step} has not been committed")
     if state.paused or not (state.running or state.waiting):
         return None
     retractions = state.counters.retractions
     decoding = _decode(state, now)
+    if decoding is None:
+        return None
     budget = _prefill_budget(state, len(decoding))
     chunks: list[tuple[Seq, int]] = []
     if len(decoding) < len(state.running):
@@ -45,28 +55,40 @@ def schedule(state: SchedState, now: float) -> Plan | None:
     if not decoding and not chunks:
         return None
     state.step += 1
-    state.computing = True
-    return build(state.step, state.config.page_size, decoding, chunks)
+    plan = build(state.step, state.config.page_size, decoding, chunks)
+    state.flight.append(plan)
+    return plan
 
 
-def _decode(state: SchedState, now: float) -> list[Seq]:
-    """The running sequences with one token to compute, each with a page for it."""
+def _decode(state: SchedState, now: float) -> list[Seq] | None:
+    """The running sequences with one token to compute, each with a page for it. None: no step can be planned ahead."""
     page_size = state.config.page_size
+    ahead = bool(state.flight)
     running = state.running
     decoding: list[Seq] = []
     index = 0
-    while index < len(running):  # retracting takes from the end, never from before `index`
+    while index < len(running):  # retracting takes from the end, never from those already seen
         seq = running[index]
-        length = len(seq.tokens)
-        if length - seq.num_computed == 1 and (length <= len(seq.pages) * page_size or _grow(state, seq, now)):
-            decoding.append(seq)
         index += 1
+        pending = seq.num_pending
+        length = len(seq.tokens) + pending
+        if length - seq.num_planned != 1 or length >= seq.max_tokens or seq.after_step is not NOTHING:
+            continue
+        if pending and seq.needs_tokens:
+            return None
+        if length <= len(seq.pages) * page_size or _grow(state, seq, now):
+            decoding.append(seq)
+        elif ahead:
+            return None
     return decoding
 
 
 def _grow(state: SchedState, seq: Seq, now: float) -> bool:
-    """One more page for `seq`, whatever it costs the younger ones. False if it was retracted itself or has to wait."""
+    """One more page for `seq`, whatever it costs the younger ones. False if it was retracted itself or has to wait, as
+    it has if a step is in flight."""
     while not make_room(state, 1):
+        if state.flight:
+            return False
         victim = state.running[-1]
         if victim is state.running[0]:
             return False
@@ -88,7 +110,7 @@ def _continue_prompts(state: SchedState, budget: int, chunks: list[tuple[Seq, in
     for seq in state.running:
         if budget < state.config.page_size:
             break
-        if len(seq.tokens) - seq.num_computed > 1:
+        if len(seq.tokens) + seq.num_pending - seq.num_planned > 1 and seq.after_step is NOTHING:
             budget -= _add_chunk(state, seq, budget, chunks)
     return budget
 
@@ -128,10 +150,11 @@ def _next(state: SchedState) -> Seq:
 def _add_chunk(state: SchedState, seq: Seq, budget: int, chunks: list[tuple[Seq, int]]) -> int:
     """Add the next chunk of `seq`, at most `budget` tokens (at least a page). Returns its length."""
     page_size = state.config.page_size
-    end = seq.num_computed + budget
+    start = seq.num_planned
+    end = start + budget
     if end >= len(seq.tokens):
         end = len(seq.tokens)
     else:
         end -= end % page_size
-    chunks.append((seq, end - seq.num_computed))
-    return end - seq.num_computed
+    chunks.append((seq, end - start))
+    return end - start

@@ -95,7 +95,7 @@ def join(state: SchedState, seq: Seq, first: FirstToken, now: float) -> list[Eve
     drop_writer(state, seq)
     seq.move(Status.RUNNING)
     state.running.append(seq)
-    seq.num_computed = seq.num_prompt
+    seq.num_computed = seq.num_planned = seq.num_prompt
     seq.cached_tokens = first.cached_tokens
     _admitted(state, seq, now)
     offer(state, seq)
@@ -136,8 +136,8 @@ def release(state: SchedState, seq: Seq, *, keep: bool) -> None:
     """Give back the pages of a sequence that has finished or was aborted, and forget it. Raises AuditError for any
     other.
 
-    With `keep`, full pages go to the tree first. While a step computes the sequence, this happens when that step is
-    committed. It ends the remote writer's lease too: for one that has not stopped see `leave_to_writer`.
+    With `keep`, full pages go to the tree first. While steps in flight compute the sequence, this happens when the last
+    of them is committed. It ends the remote writer's lease too: for one that has not stopped see `leave_to_writer`.
     """
     if seq.status not in (Status.FINISHED, Status.ABORTED) or state.seqs.get(seq.rid) is not seq:
         raise AuditError(f"request {seq.rid} cannot be released: it is {seq.status.value}")
@@ -168,8 +168,8 @@ def writer_stopped(state: SchedState, room: int) -> None:
 def retract(state: SchedState, seq: Seq, now: float) -> None:
     """Take the pages of a running sequence away: it waits at the front of the queue with all its tokens.
 
-    What it has computed goes to the tree, so that computing it again is cheap if memory lasts. While a step computes
-    the sequence, this happens when that step is committed. Raises AuditError if it is not running.
+    What it has computed goes to the tree, so that computing it again is cheap if memory lasts. While steps in flight
+    compute the sequence, this happens when the last of them is committed. Raises AuditError if it is not running.
     """
     if seq.status is not Status.RUNNING:
         raise AuditError(f"request {seq.rid} cannot be retracted: it is {seq.status.value}, not running")
@@ -202,13 +202,15 @@ def _admitted(state: SchedState, seq: Seq, now: float) -> None:
 
 def _new_seq(state: SchedState, request: Request, now: float) -> Seq:
     num_prompt = len(request.prompt)
+    sampling = request.sampling
     return Seq(
         request=request,
         tokens=list(request.prompt),
         num_prompt=num_prompt,
-        max_tokens=min(num_prompt + request.sampling.max_new_tokens, state.max_len),
+        max_tokens=min(num_prompt + sampling.max_new_tokens, state.max_len),
         arrival_at=now,
-        needs_history=request.sampling.penalized,
+        needs_history=sampling.penalized,
+        needs_tokens=sampling.penalized or sampling.grammar is not None,
         next_target=num_prompt,
     )
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from diptych.sched.state import Seq
+from diptych.sched.state import Seq, Status
 from diptych.types import I32, I64, Plan, Row
 
 
 def build(step: int, page_size: int, decoding: list[Seq], chunks: list[tuple[Seq, int]]) -> Plan:
     """The plan of a step: a row for each of `decoding` (one token), then for each of `chunks` (sequence, tokens).
 
-    Marks them in flight. Decode rows cost a few list reads each; everything of a token's size is done by numpy.
+    Marks them in flight. A token that the step in flight samples has the id -1 - r, r being its row there. Decode rows
+    cost a few list reads each; everything of a token's size is done by numpy.
     """
     num_decode = len(decoding)
     num_rows = num_decode + len(chunks)
     seqs = decoding + [seq for seq, _ in chunks]
     lengths = [1] * num_decode + [length for _, length in chunks]
-    cached = [seq.num_computed for seq in seqs]
+    cached = [seq.num_planned for seq in seqs]
     rows = [_row(seq, start, length) for seq, start, length in zip(seqs, cached, lengths, strict=True)]
 
     q_starts = np.zeros(num_rows + 1, np.int32)
@@ -26,25 +27,29 @@ def build(step: int, page_size: int, decoding: list[Seq], chunks: list[tuple[Seq
     kv_lens = starts + np.array(lengths, np.int32)
     pages = np.zeros((num_rows, max(len(seq.pages) for seq in seqs)), np.int32)
     for index, seq in enumerate(seqs):
-        seq.in_flight = True
         pages[index, : len(seq.pages)] = seq.table[: len(seq.pages)]
 
     total = int(q_starts[-1])
     token_ids: I32 = np.empty(total, np.int32)
     positions: I32 = np.empty(total, np.int32)
     slots: I64 = np.empty(total, np.int64)
-    token_ids[:num_decode] = [seq.tokens[-1] for seq in decoding]
+    token_ids[:num_decode] = [-1 - seq.row if seq.num_pending else seq.tokens[-1] for seq in decoding]
     positions[:num_decode] = starts[:num_decode]
     last = pages[np.arange(num_decode), positions[:num_decode] // page_size]
     slots[:num_decode] = last.astype(np.int64) * page_size + positions[:num_decode] % page_size
     at = num_decode
     for seq, length in chunks:
-        start, stop = seq.num_computed, seq.num_computed + length
+        start, stop = seq.num_planned, seq.num_planned + length
         token_ids[at : at + length] = seq.tokens[start:stop]
         span = np.arange(start, stop)
         positions[at : at + length] = span
         slots[at : at + length] = seq.table[span // page_size].astype(np.int64) * page_size + span % page_size
         at += length
+    for index, (seq, row) in enumerate(zip(seqs, rows, strict=True)):
+        seq.in_flight += 1
+        seq.num_planned = row.num_cached + row.num_new
+        seq.num_pending += row.samples
+        seq.row = index
     return Plan(
         step=step,
         rows=rows,
@@ -57,21 +62,26 @@ def build(step: int, page_size: int, decoding: list[Seq], chunks: list[tuple[Seq
     )
 
 
-def split(plan: Plan) -> list[Plan]:
-    """The rows of `plan` as plans of one row, in order, each with views of its arrays.
+def split(plan: Plan, seqs: dict[str, Seq]) -> list[Plan | None]:
+    """The rows of `plan`, the oldest in flight, as plans of one row, in order. None: its sequence has ended since.
 
     A row writes only the slots of its own tokens and reads only pages that no other row writes, so they can be run
-    after `plan` was, wholly or in part, and give what it would have given.
+    after `plan` was, wholly or in part, and give what it would have given. Tokens that the step before has sampled are
+    filled in.
     """
-    return [_only(plan, index) for index in range(len(plan.rows))]
+    return [
+        _only(plan, index, seqs[row.rid].tokens) if seqs[row.rid].status is Status.RUNNING else None
+        for index, row in enumerate(plan.rows)
+    ]
 
 
-def _only(plan: Plan, index: int) -> Plan:
+def _only(plan: Plan, index: int, tokens: list[int]) -> Plan:
     start, stop = int(plan.q_starts[index]), int(plan.q_starts[index + 1])
+    first = plan.rows[index].num_cached
     return Plan(
         step=plan.step,
         rows=[plan.rows[index]],
-        token_ids=plan.token_ids[start:stop],
+        token_ids=np.array(tokens[first : first + stop - start], np.int32),
         positions=plan.positions[start:stop],
         slots=plan.slots[start:stop],
         q_starts=np.array([0, stop - start], np.int32),
@@ -82,7 +92,8 @@ def _only(plan: Plan, index: int) -> Plan:
 
 def _row(seq: Seq, start: int, length: int) -> Row:
     stop = start + length
-    samples = stop == len(seq.tokens)
+    num_tokens = len(seq.tokens) + seq.num_pending
+    samples = stop == num_tokens
     request = seq.request
     row = Row(
         rid=request.rid,
@@ -92,7 +103,7 @@ def _row(seq: Seq, start: int, length: int) -> Row:
         sampling=request.sampling,
         position=stop,
         num_prompt=seq.num_prompt,
-        num_output=len(seq.tokens) - seq.num_prompt,
+        num_output=num_tokens - seq.num_prompt,
         logprobs=request.logprobs,
     )
     if samples and seq.needs_history:
@@ -104,7 +115,8 @@ def _row(seq: Seq, start: int, length: int) -> Row:
 
 def _add_targets(row: Row, seq: Seq, stop: int) -> None:
     """Ask for the logprobs of prompt tokens that this row's inputs predict and that are still to come."""
-    targets = seq.tokens[seq.next_target : min(stop + 1, seq.num_prompt)]
+    first = max(seq.next_target, row.num_cached + 1)  # a step in flight brings those before
+    targets = seq.tokens[first : min(stop + 1, seq.num_prompt)]
     if targets:
         row.prompt_targets = targets
-        row.target_start = seq.next_target - 1 - row.num_cached
+        row.target_start = first - 1 - row.num_cached

@@ -12,7 +12,7 @@ import numpy as np
 from diptych.errors import AuditError
 from diptych.kv.pool import Holder, PagePool
 from diptych.kv.radix import Match, RadixTree
-from diptych.types import I32, Request, TokenLogprob
+from diptych.types import I32, Plan, Request, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ _MOVES: dict[Status, tuple[Status, ...]] = {
 
 
 class After(Enum):
-    """What to do with a sequence once the step that is computing it has been committed."""
+    """What to do with a sequence once no step that computes it is in flight."""
 
     NOTHING = 0
     RETRACT = 1
@@ -63,7 +63,8 @@ class Seq:
     """One request on its way. `tokens` is prompt and output; the KV of the first `num_computed` is in `pages`.
 
     While decoding, num_computed == len(tokens) - 1: the KV of the last sampled token is written by the step that
-    follows.
+    follows. What steps in flight do to it is ahead of that: once they are done it has len(tokens) + num_pending tokens,
+    and the KV of num_planned.
     """
 
     request: Request
@@ -71,11 +72,16 @@ class Seq:
     num_prompt: int
     max_tokens: int  # length at which the sequence ends
     arrival_at: float
-    needs_history: bool
+    needs_history: bool  # sampling looks at all its tokens
+    needs_tokens: bool  # so it does, or a grammar: no step can be planned while its last token is not known
     next_target: int  # first prompt position whose logprob is still to come; num_prompt: none is
     prompt_logprobs: list[TokenLogprob] | None = None  # collected so far; None: not wanted, or handed out
     status: Status = Status.WAITING
     num_computed: int = 0
+    num_planned: int = 0  # num_computed when all steps in flight are done
+    num_pending: int = 0  # tokens that steps in flight sample
+    in_flight: int = 0  # how many of those steps compute it
+    row: int = 0  # its row in the last of them
     pages: list[int] = field(default_factory=list)
     remote_pages: list[int] = field(default_factory=list)  # those a remote side may still write
     match: Match | None = None  # lock on those of our pages that the tree has too
@@ -86,7 +92,6 @@ class Seq:
     num_retractions: int = 0
     num_passed_over: int = 0  # times another one was admitted while this one was first in the queue
     first_admitted_at: float | None = None
-    in_flight: bool = False  # part of the step that is being computed
     after_step: After = After.NOTHING
     peeked: tuple[int, int, int] = (-1, 0, 0)  # tree version, and what peek said then
     table: I32 = field(default_factory=lambda: np.empty(16, np.int32))  # `pages` as an array, with room to grow
@@ -170,7 +175,7 @@ class SchedState:
     draining: dict[Holder, list[int]] = field(default_factory=dict)  # writers whose sequences are gone, and their pages
     paused: bool = False
     step: int = 0  # number of the last plan
-    computing: bool = False  # that plan has not been committed yet
+    flight: list[Plan] = field(default_factory=list)  # plans neither committed nor cancelled, the oldest first
     counters: Counters = field(default_factory=Counters)
 
 

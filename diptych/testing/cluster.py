@@ -19,7 +19,7 @@ import msgspec
 from diptych.engine.client import EngineLink
 from diptych.engine.handover import Site, attach_decode, attach_prefill
 from diptych.engine.loop import Engine
-from diptych.engine.ranks import Follower, Ranks
+from diptych.engine.ranks import Follower, Launched, Ranks
 from diptych.errors import Unavailable
 from diptych.kv.share import Grid
 from diptych.router.config import RouterConfig, ServerAddress
@@ -32,7 +32,7 @@ from diptych.testing.exchange import SimUpstream, serve
 from diptych.testing.mock_model import U64, MockRunner, contents_of, num_cached
 from diptych.testing.network import MemoryNetwork
 from diptych.testing.pipe import PipeChannel, Pipes
-from diptych.testing.ranks import Lockstep, SimFollower, SimRank
+from diptych.testing.ranks import Lockstep, SimFollower, SimRank, SimThread
 from diptych.testing.virtual import LateExecutor
 from diptych.transfer.bootstrap import Registration, Route, RouteTable
 from diptych.transfer.commands import AnyEvent
@@ -58,7 +58,7 @@ class SimServer:
         self.ended = asyncio.Event()
         self._cluster = cluster
         self._rng = random.Random(cluster.rng.getrandbits(64))
-        self.runner = MockRunner(num_pages, PAGE_SIZE, context_len=CONTEXT_LEN, world=tp)
+        self.runner = MockRunner(num_pages, PAGE_SIZE, context_len=CONTEXT_LEN, world=tp, overlaps=cluster.overlaps)
         config = SchedConfig(
             page_size=PAGE_SIZE,
             context_len=CONTEXT_LEN,
@@ -70,7 +70,7 @@ class SimServer:
         )
         self.state = new_state(config, num_pages)
         self.link = EngineLink(lambda message: self.engine.deliver(message), self.runner.info, num_pages * PAGE_SIZE)
-        self.engine = Engine(self.state, self._compute, self.link.receive, grammars=None)
+        self.engine: Engine = Engine(self.state, self, self.link.receive, grammars=None)
         self.hub: Any = None
         self.routes = RouteTable(asyncio.get_running_loop().time)
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order of creation: a run must replay exactly
@@ -83,7 +83,10 @@ class SimServer:
         self._pipes = Pipes(self._rng)
         self._lockstep = Lockstep(self.tp)
         leader: Any = self._sim_rank(0)
-        self.ranks = Ranks(leader, self._on_event, self._on_death, partial(PipeChannel, self._pipes))
+        self._leader: SimRank = leader
+        self.overlaps = leader.overlaps
+        channel = partial(PipeChannel, self._pipes)
+        self.ranks = Ranks(leader, self._on_event, self._on_death, channel=channel, thread=SimThread())
         self.plane = self.ranks.plane = self._make_plane(0, partial(self._on_event, 0))
         self._fds: list[int] = []
         self.followers: list[SimFollower] = []
@@ -155,6 +158,7 @@ class SimServer:
             task.cancel()
         self._closing = [asyncio.ensure_future(self.hub.close()), asyncio.ensure_future(self.plane.close())]
         self.ranks.close()
+        self._leader.kill()
 
     def kill_rank(self, rank: int) -> None:
         """A rank is gone; its server follows (`ended`)."""
@@ -184,6 +188,15 @@ class SimServer:
     def planes(self) -> list[DataPlane]:
         return [self.plane, *(follower.plane for follower in self.followers)]
 
+    # ---- the engine's device ----
+
+    def launch(self, plan: Plan) -> Launched:
+        self._demand(plan)
+        return self.ranks.launch(plan)
+
+    async def collect(self, launched: Launched) -> StepResult:
+        return await self.ranks.collect(launched)
+
     # ---- inside ----
 
     def _spawn(self, work: Any) -> None:
@@ -197,10 +210,6 @@ class SimServer:
         except Exception as error:
             self._cluster.defects.append(f"the engine of {self.name} stopped: {error!r}")
             self._on_death(0)
-
-    async def _compute(self, plan: Plan) -> StepResult:
-        self._demand(plan)
-        return await self.ranks.compute(plan)
 
     def _demand(self, plan: Plan) -> None:
         """Note what each rank must find in the pages of requests that begin or join in this step."""
@@ -274,8 +283,8 @@ class SimServer:
 class Cluster:
     """`prefill` and `decode` servers behind a router; all randomness comes from `seed`.
 
-    `tp`: ranks of each prefill and of each decode server. `follower`: what leads a rank above 0. `defects` collects
-    what must never be: pages that are not what a prompt demands.
+    `tp`: ranks of each prefill and of each decode server. `overlaps`: they plan ahead. `follower`: what leads a rank
+    above 0. `defects` collects what must never be: pages that are not what a prompt demands.
     """
 
     def __init__(
@@ -285,8 +294,10 @@ class Cluster:
         prefill: int = 2,
         decode: int = 1,
         tp: tuple[int, int] = (1, 1),
+        overlaps: bool = False,
         follower: type[Follower] = Follower,
     ) -> None:
+        self.overlaps = overlaps
         self.rng = random.Random(seed)
         self.network = MemoryNetwork(self.rng.getrandbits(64))
         self.follower = follower

@@ -8,11 +8,13 @@ request, changes what comes out. `expected` generates the same thing without pag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from diptych.types import (
@@ -128,8 +130,10 @@ class MockRunner:
     """All ranks of a mock model in one object: `ranks[r]` holds `num_kv_heads / world` heads, `stores[r]` is its pages,
     `store` rank 0's.
 
-    Fresh pages are full of garbage, as real ones are. `run` is a function of the plan and of the pages' contents alone.
-    Whoever simulates ranks that are not at the same place at the same time calls its parts instead.
+    Fresh pages are full of garbage, as real ones are. A step is a function of the plan, of the pages' contents and of
+    the last step's tokens alone. With `overlaps` it is computed as late as a device may, when it is collected, so that
+    whatever is changed under it shows. Whoever simulates ranks that are not at the same place at the same time calls
+    its parts instead.
     """
 
     def __init__(
@@ -142,10 +146,14 @@ class MockRunner:
         vocab_size: int = 101,
         eos_token_ids: tuple[int, ...] = (0,),
         context_len: int = 4096,
+        overlaps: bool = False,
     ) -> None:
         if num_kv_heads % world:
             raise ValueError(f"{num_kv_heads} heads cannot be split over {world} ranks")
         self.num_pages, self.page_size = num_pages, page_size
+        self.overlaps = overlaps
+        self._launched: deque[Plan] = deque()
+        self._sampled: list[int] = []  # tokens of the last step, by row
         shape = (num_pages, num_kv_heads, NUM_LAYERS, 2, page_size, HEAD_DIM)
         pool: U64 = _mix_all(np.arange(int(np.prod(shape)), dtype=np.uint64)).reshape(shape)
         entries = (num_kv_heads, NUM_LAYERS, 2, HEAD_DIM)
@@ -171,12 +179,32 @@ class MockRunner:
             fingerprint=f"mock:{vocab_size}:{num_kv_heads}",
         )
 
+    def launch(self, plan: Plan) -> Plan | StepResult:
+        """See Runner.launch. Raises ValueError for a third step at once."""
+        if not self.overlaps:
+            return self.run(plan)
+        if len(self._launched) == 2:
+            raise ValueError("two steps have not been collected")
+        self._launched.append(plan)
+        return plan
+
+    def collect(self, pending: Plan | StepResult) -> StepResult:
+        """See Runner.collect. Raises ValueError for a step that is not the oldest."""
+        if isinstance(pending, StepResult):
+            return pending
+        if self._launched.popleft() is not pending:
+            raise ValueError(f"step {pending.step} is not the oldest")
+        return self.run(pending)
+
     def run(self, plan: Plan) -> StepResult:
         """Compute one step. `duration_s` is 0: whoever simulates time adds it."""
+        plan = resolve(plan, self._sampled)
         inputs = self.begin(plan, self._read(plan, num_cached(plan)))
         for rank in self.ranks:
             rank.write(plan, inputs.contents)
-        return self.end(plan, inputs, self._read(plan, plan.kv_lens))
+        result = self.end(plan, inputs, self._read(plan, plan.kv_lens))
+        self._sampled = [row.token for row in result.rows]
+        return result
 
     def begin(self, plan: Plan, cached: U64) -> Inputs:
         """`cached`: what the slots before the step's inputs say, added up over the ranks."""
@@ -198,6 +226,18 @@ class MockRunner:
 
     def _read(self, plan: Plan, lengths: NDArray[np.int32]) -> U64:
         return np.sum([rank.read(plan, lengths) for rank in self.ranks], axis=0, dtype=np.uint64)
+
+
+def resolve(plan: Plan, sampled: Sequence[int]) -> Plan:
+    """`plan` with the tokens that the step before sampled, by row, in their places."""
+    missing = plan.token_ids < 0
+    if not missing.any():
+        return plan
+    token_ids = plan.token_ids.copy()
+    token_ids[missing] = [sampled[-1 - token] for token in token_ids[missing]]
+    if (token_ids < 0).any():
+        raise ValueError(f"step {plan.step} wants tokens of rows that sampled none")
+    return replace(plan, token_ids=token_ids)
 
 
 def num_cached(plan: Plan) -> NDArray[np.int32]:
@@ -289,8 +329,13 @@ class Expected:
     prompt_logprobs: list[TokenLogprob] | None = field(default=None)
 
 
-def expected(request: Request, info: ModelInfo, max_len: int) -> Expected:
-    """Generate for `request` without pages, plans or batches: token by token, up to `max_len` tokens in all."""
+def expected(
+    request: Request, info: ModelInfo, max_len: int, mask: Callable[[Sequence[int]], bytes] | None = None
+) -> Expected:
+    """Generate for `request` without pages, plans or batches: token by token, up to `max_len` tokens in all.
+
+    `mask`: what may follow some tokens, for a request with a grammar.
+    """
     sampling = request.sampling
     tokens: list[int] = []
     states: list[int] = []
@@ -309,6 +354,7 @@ def expected(request: Request, info: ModelInfo, max_len: int) -> Expected:
     finish = Finish("length")
     while len(tokens) < end:
         row = _sampling_row(request, tokens)
+        row.mask = mask(tokens) if mask is not None else None
         result = result_of_row(row, states[-1], [], info)
         stops = () if sampling.ignore_eos else (*info.eos_token_ids, *sampling.stop_token_ids)
         stopped = result.token in stops and row.num_output >= sampling.min_new_tokens

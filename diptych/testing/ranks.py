@@ -2,20 +2,23 @@
 
 As in the real model, ranks wait for each other where attention adds up what all heads say, and where logits are
 gathered if a row is sampled; in between each goes at its own pace. So a rank that leads can be done with a chunk before
-another has stored the last layer's keys and values.
+another has stored the last layer's keys and values. Where steps overlap, a rank begins one when the one before it is
+done, whatever its process does meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
 
 from diptych.engine.ranks import Follower, PagesMoved, RankReady, ToRank
-from diptych.testing.mock_model import NUM_LAYERS, U64, Inputs, MockRunner, num_cached
+from diptych.testing.mock_model import NUM_LAYERS, U64, Inputs, MockRunner, num_cached, resolve
 from diptych.testing.pipe import PipeChannel, Pipes
 from diptych.transfer.commands import AnyEvent
 from diptych.transfer.plane import DataPlane
@@ -28,11 +31,44 @@ LATE_P, LATE_S = 0.1, (0.01, 0.1)  # a rank whose processor is taken away in the
 _FIRST_LAYERS, _LAST_LAYER = slice(0, NUM_LAYERS - 1), slice(NUM_LAYERS - 1, NUM_LAYERS)
 
 
+class SimThread(Executor):
+    """A thread on a VirtualLoop: does what it is given one after the other; a coroutine takes its own time."""
+
+    def __init__(self) -> None:
+        self._last: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last.set_result(None)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        self._last = asyncio.ensure_future(self._carry_out(self._last, done, fn, args))
+        return done
+
+    async def _carry_out(
+        self, before: asyncio.Future[None], done: Future[Any], fn: Callable[..., Any], args: tuple[Any, ...]
+    ) -> None:
+        await before
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            result = fn(*args)
+            if inspect.isawaitable(result):
+                result = await result
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._last.cancel()
+
+
 class Lockstep:
-    """Where the ranks of one server wait for each other: the collectives of its steps, counted by each rank."""
+    """Where the ranks of one server wait for each other: the collectives of its steps, counted by each rank; and for
+    the tokens that rank 0 samples."""
 
     def __init__(self, world: int) -> None:
         self._world = world
+        self._tokens: dict[int, asyncio.Future[list[int]]] = {}
         self._parts: dict[int, list[U64]] = {}
         self._sums: dict[int, asyncio.Future[U64]] = {}
 
@@ -49,24 +85,62 @@ class Lockstep:
             total.set_result(np.sum(parts, axis=0, dtype=np.uint64))
         return await asyncio.shield(total)
 
+    def tokens(self, number: int) -> asyncio.Future[list[int]]:
+        """What step `number` samples, by row; -1: nothing."""
+        return self._tokens.setdefault(number, asyncio.get_running_loop().create_future())
+
+    def sampled(self, number: int, result: StepResult) -> None:
+        """Step `number` is done. No rank is still before the one before it."""
+        self.tokens(number).set_result([row.token for row in result.rows])
+        self._tokens.pop(number - 2, None)
+
 
 class SimRank:
-    """Stands where a rank's Runner stands. `inspect(plan)` is called when this rank begins a step."""
+    """Stands where a rank's Runner stands, its calls being coroutines. `inspect(plan)` is called when this rank begins
+    a step."""
 
     def __init__(
         self, runner: MockRunner, rank: int, lockstep: Lockstep, rng: random.Random, inspect: Callable[[Plan], None]
     ) -> None:
+        self.overlaps = runner.overlaps
         self._runner, self._share = runner, runner.ranks[rank]
         self._leads = rank == 0
         self._lockstep = lockstep
         self._rng = rng
         self._inspect = inspect
         self._num_collectives = 0
+        self._steps: list[asyncio.Task[StepResult]] = []
 
-    async def run(self, plan: Plan) -> StepResult:
-        """One step. Rows that sample nothing need no logits: then this rank is done without the others."""
+    async def launch(self, plan: Plan) -> asyncio.Task[StepResult]:
+        before = self._steps[-1] if self._steps else None
+        task = asyncio.ensure_future(self._run(len(self._steps) + 1, before, plan))
+        self._steps.append(task)
+        if not self.overlaps:
+            await task
+        return task
+
+    async def collect(self, launched: asyncio.Task[StepResult]) -> StepResult:
+        return await launched
+
+    def kill(self) -> None:
+        """Nothing of it runs on."""
+        for task in self._steps:
+            task.cancel()
+
+    async def _run(self, number: int, before: asyncio.Task[StepResult] | None, plan: Plan) -> StepResult:
+        if before is not None:
+            await before
         await asyncio.sleep(self._rng.uniform(*STEP_S))
         self._inspect(plan)
+        if (plan.token_ids < 0).any():
+            plan = resolve(plan, await asyncio.shield(self._lockstep.tokens(number - 1)))
+        result = await self._compute(plan)
+        if self._leads:
+            self._lockstep.sampled(number, result)
+        return result
+
+    async def _compute(self, plan: Plan) -> StepResult:
+        """One step. Rows that sample nothing need no logits: then this rank is done without the others."""
         inputs = self._runner.begin(plan, await self._add(self._share.read(plan, num_cached(plan))))
         self._share.write(plan, inputs.contents, _FIRST_LAYERS)
         late = LATE_S if self._rng.random() < LATE_P else LAG_S
@@ -97,9 +171,10 @@ class SimFollower:
         make_plane: Callable[[Callable[[AnyEvent], None]], DataPlane],
         on_end: Callable[[], None],
     ) -> None:
-        run: Any = rank.run
+        runner: Any = rank
+        self._rank = rank
         self.plane = make_plane(lambda event: self._channel.send(PagesMoved(event)))
-        self._follower = kind(run, self.plane.execute)
+        self._follower = kind(runner, self.plane.execute)
         self._pipes, self._fd = pipes, fd
         self._on_end = on_end
         self._channel = PipeChannel(pipes, ToRank, self._follower.hear, self.kill)
@@ -118,5 +193,6 @@ class SimFollower:
             self._on_end()
             self._pipes[self._fd].die()
             self._obeying.cancel()
+            self._rank.kill()
             self._closing = asyncio.ensure_future(self.plane.close())
             self._follower.close()

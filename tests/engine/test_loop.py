@@ -1,4 +1,4 @@
-"""The engine loop alone: steps that fail or hang, and requests under an id that is taken."""
+"""The engine loop alone: steps that fail or hang, requests under an id that is taken, what is planned ahead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 
 from diptych.engine.channel import Channel
@@ -35,32 +36,44 @@ from diptych.types import (
     TokenLogprob,
 )
 
-Compute = Callable[[Plan], Awaitable[StepResult]]
-
 
 class Server:
-    """A server of both phases. `broken`: what happens at each step instead of computing, by step number.
+    """A server of both phases, and its device. `broken`: what happens at a step instead of computing, by its number.
 
     A pass with one of the `poisonous` requests fails after it has filled the slots it was to write with something else.
     """
 
-    def __init__(self, broken: dict[int, Callable[[], Awaitable[Any]]], watchdog_s: float = 300.0) -> None:
+    def __init__(
+        self, broken: dict[int, Callable[[], Awaitable[Any]]], watchdog_s: float = 300.0, *, overlaps: bool = False
+    ) -> None:
         self.runner = MockRunner(16, 4, context_len=64)
+        self.overlaps = overlaps
+        self._turn = asyncio.Lock()
         self.state = make_state()
         self.outputs: dict[str, list[Output]] = {}
         self.poisonous: set[str] = set()
         self.passes: list[list[str]] = []
         self._broken = broken
-        self.engine = Engine(self.state, self._compute, self._emit, grammars=None, watchdog_s=watchdog_s)
+        self.engine = Engine(self.state, self, self._emit, grammars=None, watchdog_s=watchdog_s)
         UnifiedRole(self.engine)
 
+    def launch(self, plan: Plan) -> asyncio.Task[StepResult]:
+        return asyncio.ensure_future(self._compute(plan))
+
+    async def collect(self, launched: asyncio.Task[StepResult]) -> StepResult:
+        return await launched
+
     async def _compute(self, plan: Plan) -> StepResult:
+        async with self._turn:
+            return await self._run(plan)
+
+    async def _run(self, plan: Plan) -> StepResult:
         await asyncio.sleep(0.01)
         if plan.step in self._broken:
             await self._broken[plan.step]()
         self.passes.append([row.rid for row in plan.rows])
         if self.poisonous.intersection(self.passes[-1]):
-            self.runner.run(msgspec.structs.replace(plan, token_ids=plan.token_ids + 1))
+            self.runner.run(msgspec.structs.replace(plan, token_ids=np.abs(plan.token_ids) + 1))
             raise ValueError("cannot compute this")
         return self.runner.run(plan)
 
@@ -92,13 +105,14 @@ def make_state() -> SchedState:
     return new_state(SchedConfig(page_size=4, context_len=64, reserved_decode_tokens=4), 16)
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("decoding", [False, True])
 @pytest.mark.parametrize("poisonous", ["", "a", "b", "bc", "abcd"])
-def test_a_request_that_makes_a_pass_fail_ends_alone(poisonous: str, decoding: bool) -> None:
+def test_a_request_that_makes_a_pass_fail_ends_alone(poisonous: str, decoding: bool, overlaps: bool) -> None:
     """The others of the step go on with the same tokens and logprobs, and leave nothing wrong in the cache."""
 
     async def story() -> None:
-        server = Server({})
+        server = Server({}, overlaps=overlaps)
         running = asyncio.ensure_future(server.engine.run())
         requests = {rid: server.submit(rid, [*range(1, 2 * at + 3), ord(rid)]) for at, rid in enumerate("abcd")}
         await asyncio.sleep(0.015 if decoding else 0)  # 10 ms a step; the first takes all the prompts
@@ -109,7 +123,8 @@ def test_a_request_that_makes_a_pass_fail_ends_alone(poisonous: str, decoding: b
             if rid not in poisonous:
                 assert server.tokens(rid) == server.right(request)
         if poisonous:
-            assert server.passes[decoding : decoding + 5] == [[*"abcd"], ["a"], ["b"], ["c"], ["d"]]
+            void = [[*"abcd"]] * overlaps  # launched behind the one that fails
+            assert server.passes[decoding : decoding + 5 + overlaps] == [[*"abcd"], *void, ["a"], ["b"], ["c"], ["d"]]
         server.poisonous.clear()
         server.outputs.clear()
         again = [server.submit(rid, list(request.prompt)) for rid, request in requests.items()]
@@ -123,15 +138,16 @@ def test_a_request_that_makes_a_pass_fail_ends_alone(poisonous: str, decoding: b
     run_virtual(story())
 
 
-def test_what_comes_while_a_failed_step_is_repaired_waits_for_its_end() -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_comes_while_a_failed_step_is_repaired_waits_for_its_end(overlaps: bool) -> None:
     """An abort of a request of that step, between two of its rows: its pages come back after all of them."""
 
     async def story() -> None:
-        server = Server({})
+        server = Server({}, overlaps=overlaps)
         running = asyncio.ensure_future(server.engine.run())
         first, _, third = (server.submit(rid, [1, 2, 3]) for rid in "abc")
         server.poisonous.add("b")
-        await asyncio.sleep(0.015)
+        await asyncio.sleep(0.015 + 0.01 * overlaps)
         server.engine.deliver(Abort("a"))
         await asyncio.sleep(1)
         assert [server.codes(rid) for rid in "abc"] == [["aborted"], ["step_failed"], [""]]
@@ -145,8 +161,9 @@ def test_what_comes_while_a_failed_step_is_repaired_waits_for_its_end() -> None:
     run_virtual(story())
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("hangs", [False, True])
-def test_a_broken_engine_ends(hangs: bool) -> None:
+def test_a_broken_engine_ends(hangs: bool, overlaps: bool) -> None:
     async def part() -> None:
         raise EngineBroken("rank 1 went another way")
 
@@ -154,7 +171,7 @@ def test_a_broken_engine_ends(hangs: bool) -> None:
         await asyncio.sleep(1000)
 
     async def story() -> None:
-        server = Server({1: hang if hangs else part}, watchdog_s=30)
+        server = Server({1: hang if hangs else part}, watchdog_s=30, overlaps=overlaps)
         server.submit("a", [1])
         with pytest.raises(EngineBroken, match="watchdog" if hangs else "another way"):
             await server.engine.run()
@@ -181,8 +198,13 @@ async def test_a_step_that_fails_on_rank_0_of_several_breaks_the_engine() -> Non
     """The other ranks are somewhere in that step: their next sums would mix two steps."""
 
     class Failing:
-        def run(self, plan: Plan) -> StepResult:
+        overlaps = False
+
+        def launch(self, plan: Plan) -> None:
             raise ValueError("out of memory")
+
+        def collect(self, launched: None) -> StepResult:
+            raise AssertionError("it was not launched")
 
     near, far = socket.socketpair()
     told: asyncio.Queue[Any] = asyncio.Queue()
@@ -197,12 +219,12 @@ async def test_a_step_that_fails_on_rank_0_of_several_breaks_the_engine() -> Non
     alone, leader = (Ranks(cast(Any, Failing()), lambda *_: None, lambda _: None) for _ in range(2))
     await leader.connect([near.detach()], 5)
     with pytest.raises(EngineBroken, match="step 1 failed on rank 0 of 2"):
-        await leader.compute(plan)
+        await leader.collect(leader.launch(plan))
     heard = await asyncio.wait_for(told.get(), 5)
     assert isinstance(heard, RunPlan) and [row.mask for row in heard.plan.rows] == [None]  # followers do not sample
     assert plan.rows[0].mask is not None
     with pytest.raises(ValueError):
-        await alone.compute(plan)
+        await alone.collect(alone.launch(plan))
     for ranks in (alone, leader):
         ranks.close()
     follower.close()

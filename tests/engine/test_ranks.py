@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any, cast
 
 import pytest
 
 from diptych.engine.ranks import Follower, MovePages, RunPlan
 from diptych.model.selftest import plan_of_one
 from diptych.transfer.commands import AnyCommand, Send
+from diptych.types import Plan
 
 PLAN = plan_of_one(0, 4, 1)
 SEND = Send(1, 1, [["tcp://127.0.0.1:1"]], 1, [0], [0], [0])
@@ -19,19 +21,25 @@ async def test_pages_are_sent_after_the_plan_that_fills_them() -> None:
     done: list[str] = []
     computing, proceed, moved = threading.Event(), threading.Event(), asyncio.Event()
 
-    def run(_: object) -> None:
-        computing.set()
-        assert proceed.wait(10)
-        done.append("computed")
+    class Slow:
+        overlaps = False
+
+        def launch(self, plan: Plan) -> None:
+            computing.set()
+            assert proceed.wait(10)
+            done.append("computed")
+
+        def collect(self, launched: None) -> None:
+            pass
 
     def move(_: AnyCommand) -> None:
         done.append("sent")
         moved.set()
 
-    follower = Follower(run, move)
+    follower = Follower(cast(Any, Slow()), move)
     obeying = asyncio.create_task(follower.obey())
     follower.hear(RunPlan(PLAN))
-    follower.hear(MovePages(SEND))
+    follower.hear(MovePages(SEND, PLAN.step))
     assert await asyncio.to_thread(computing.wait, 10)
     for _ in range(10):
         await asyncio.sleep(0)
@@ -45,10 +53,11 @@ async def test_pages_are_sent_after_the_plan_that_fills_them() -> None:
 
 
 async def test_a_failed_plan_ends_the_follower() -> None:
-    def run(_: object) -> None:
-        raise RuntimeError("no memory")
+    class Failing:
+        def launch(self, plan: Plan) -> None:
+            raise RuntimeError("no memory")
 
-    follower = Follower(run, lambda _: None)
+    follower = Follower(cast(Any, Failing()), lambda _: None)
     follower.hear(RunPlan(PLAN))
     async with asyncio.timeout(10):
         with pytest.raises(RuntimeError, match="no memory"):

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from diptych.sched.audit import audit
-from diptych.sched.commit import ChunkDone, Event, Sampled, commit
+from diptych.sched.commit import ChunkDone, Event, Sampled, cancel, commit
 from diptych.sched.plan import schedule
 from diptych.sched.queue import abort, add, check_request, join, release, reserve, retract
+from diptych.sched.rows import split
 from diptych.sched.state import Counters, SchedConfig, Seq, Status, new_state
 from diptych.testing.mock_model import MockRunner, expected
-from diptych.types import Finish, FirstToken, LogprobSpec, Plan, Request, Sampling, TokenLogprob
+from diptych.types import (
+    Finish,
+    FirstToken,
+    Grammar,
+    LogprobSpec,
+    Plan,
+    Request,
+    RowResult,
+    Sampling,
+    StepResult,
+    TokenLogprob,
+)
 
 CONTEXT = 64
 
@@ -50,18 +65,31 @@ def request(rid: str, prompt: Iterable[int], max_new: int = 8, **changes: object
 
 
 class Server:
-    """The engine's loop by hand: `submit`, `step` until `done`, `check`. Time is the number of steps."""
+    """The engine's loop by hand: `submit`, `step` until `done`, `check`. Time is the number of steps.
 
-    def __init__(self, num_pages: int = 64, *, world: int = 1, keep: bool = True, **changes: object) -> None:
+    With `overlaps` a step plans ahead of the one in flight.
+    """
+
+    def __init__(
+        self, num_pages: int = 64, *, world: int = 1, keep: bool = True, overlaps: bool = False, **changes: object
+    ) -> None:
         settings = config(**changes)
-        self.runner = MockRunner(num_pages, settings.page_size, world=world, context_len=settings.context_len)
+        self.runner = MockRunner(
+            num_pages, settings.page_size, world=world, context_len=settings.context_len, overlaps=overlaps
+        )
+        self.num_ahead = 0  # steps planned ahead
         self.state = new_state(settings, num_pages)
         self.requests: dict[str, Request] = {}
         self.got: dict[str, Got] = {}
         self.keep = keep  # finished sequences' pages go to the tree
         self.hold = False  # finished sequences are not released
         self.now = 0.0
-        self.plan: Plan | None = None
+        self.flight: deque[tuple[Plan, Plan | StepResult]] = deque()
+
+    @property
+    def plan(self) -> Plan | None:
+        """The oldest in flight."""
+        return self.flight[0][0] if self.flight else None
 
     def submit(self, *requests: Request) -> None:
         for one in requests:
@@ -72,30 +100,62 @@ class Server:
             audit(self.state)
 
     def begin(self) -> Plan | None:
-        self.plan = schedule(self.state, self.now)
+        plan = schedule(self.state, self.now)
         audit(self.state)
-        return self.plan
+        if plan is not None:
+            self.num_ahead += bool(self.flight)
+            self._fill_masks(plan)
+            self.flight.append((plan, self.runner.launch(plan)))
+        return plan
 
     def finish(self) -> list[Event]:
-        assert self.plan is not None
-        plan, self.plan = self.plan, None
+        plan, pending = self.flight.popleft()
         self.now += 1
-        events = commit(self.state, plan, self.runner.run(plan), self.now)
+        events = commit(self.state, plan, self.runner.collect(pending), self.now)
         audit(self.state)
         self.take(events)
         return events
 
     def step(self) -> list[Event] | None:
-        """One step. None if there was nothing to compute."""
-        if self.begin() is None:
+        """One step, and the next begun if that can be. None if there was nothing to compute."""
+        if not self.flight and self.begin() is None:
             self.now += 1
             return None
+        if self.runner.overlaps and len(self.flight) == 1:
+            self.begin()
         return self.finish()
+
+    def fail(self, poison: int) -> None:
+        """The oldest step is lost after it has written into its pages, and so is what was begun behind it; its rows are
+        run again, and row `poison` fails alone."""
+        steps, self.flight = list(self.flight), deque()
+        for _, pending in steps:
+            self.runner.collect(pending)
+        for plan, _ in reversed(steps[1:]):
+            cancel(self.state, plan, self.now)
+            audit(self.state)
+        plan = steps[0][0]
+        rows = [
+            RowResult(-1) if part is None else self.runner.run(part).rows[0] for part in split(plan, self.state.seqs)
+        ]
+        if poison < len(rows):
+            self.abort(plan.rows[poison].rid, keep=False)
+            rows[poison] = RowResult(-1)
+        events = commit(self.state, plan, StepResult(rows=rows), self.now)
+        audit(self.state)
+        self.take(events)
+
+    def _fill_masks(self, plan: Plan) -> None:
+        """Of those with a grammar: it allows what follows from all tokens so far."""
+        for row in plan.rows:
+            grammar = self.requests[row.rid].sampling.grammar
+            if grammar is not None and row.samples:
+                row.mask = mask_after(self.state.seqs[row.rid].tokens)
 
     def run(self, most: int = 2000) -> int:
         """Step until everything has ended. Returns the number of steps; fails if there are more than `most`."""
         steps = 0
-        while self.state.waiting or self.state.running:
+        while self.state.waiting or self.state.running or self.flight:
             assert steps < most, f"{len(self.state.waiting)} waiting, {len(self.state.running)} running"
             self.step()
             steps += 1
@@ -110,9 +170,7 @@ class Server:
         raise AssertionError(f"{len(self.state.running)} running")
 
     def run_to_end(self) -> Counters:
-        """Finish the step if one is under way, run, and check everything. Returns the counters."""
-        if self.plan is not None:
-            self.finish()
+        """Run, and check everything. Returns the counters."""
         self.run()
         self.check()
         self.check_empty()
@@ -169,7 +227,9 @@ class Server:
     def check(self) -> None:
         """Every request that ended has got exactly what it should; those that were aborted a beginning of it."""
         for rid, got in self.got.items():
-            should = expected(self.requests[rid], self.runner.info, self.state.max_len)
+            one = self.requests[rid]
+            mask = mask_after if one.sampling.grammar is not None else None
+            should = expected(one, self.runner.info, self.state.max_len, mask)
             if got.aborted or got.finish is None:
                 assert got.tokens == should.tokens[: len(got.tokens)], rid
                 assert got.logprobs == should.logprobs[: len(got.logprobs)], rid
@@ -186,6 +246,12 @@ class Server:
         assert self.state.pool.num_free + self.state.tree.evictable_pages == self.state.pool.num_pages
         self.state.tree.flush()
         assert self.state.pool.num_free == self.state.pool.num_pages
+
+
+def mask_after(tokens: Sequence[int]) -> bytes:
+    """A grammar: two of three tokens are allowed; which, depends on all before."""
+    allowed = (np.arange(101) + sum(tokens)) % 3 != 0
+    return np.packbits(allowed, bitorder="little").tobytes()
 
 
 def hand_over(prefill: Server, decode: Server, rid: str, seq: Seq) -> FirstToken:
@@ -211,7 +277,8 @@ def _local(server: Server, head: int) -> tuple[int, int]:
 
 
 def mixed(rid: str, prompt: list[int], seed: int, max_new: int) -> Request:
-    """A request whose settings follow from its seed: sampled or not, penalties, logprobs, namespaces, stop tokens."""
+    """A request whose settings follow from its seed: sampled or not, penalties, a grammar, logprobs, namespaces, stop
+    tokens."""
     spec = [
         None,
         None,
@@ -229,6 +296,7 @@ def mixed(rid: str, prompt: list[int], seed: int, max_new: int) -> Request:
         min_new_tokens=3 * (seed % 7 == 2),
         ignore_eos=seed % 11 == 3,
         stop_token_ids=(1, 2) if seed % 6 == 4 else (),
+        grammar=Grammar("regex", "x") if seed % 13 == 5 else None,
         namespace="b" if seed % 4 == 3 else "",
         logprobs=spec,
     )

@@ -16,7 +16,7 @@ def commit_tokens(server: Server, *tokens: int) -> list[Event]:
     """Plan a step and commit the given tokens as its result."""
     plan = server.begin()
     assert plan is not None
-    server.plan = None
+    server.flight.clear()
     server.now += 0.5
     return commit(
         server.state, plan, StepResult(rows=[RowResult(token) for token in tokens], duration_s=0.25), server.now

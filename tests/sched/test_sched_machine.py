@@ -8,11 +8,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from sched_server import Server, hand_over, mixed, request
 
 from diptych.sched.audit import audit
-from diptych.sched.commit import commit
 from diptych.sched.queue import abort, leave_to_writer, writer_stopped
-from diptych.sched.rows import split
 from diptych.sched.state import Seq, Status
-from diptych.types import Bootstrap, FirstToken, Request, RowResult, StepResult
+from diptych.types import Bootstrap, FirstToken, Request
 
 TRUNK = [1 + index * 37 % 100 for index in range(32)]  # what most prompts begin with
 prompts = st.tuples(st.integers(0, 28), st.lists(st.integers(1, 3), min_size=1, max_size=4)).map(
@@ -38,9 +36,17 @@ class SchedMachine(RuleBasedStateMachine):
         radix=st.booleans(),
         policy=st.sampled_from(["fcfs", "lpm"]),
         reserved=st.sampled_from([0, 4, 512]),
+        overlaps=st.booleans(),
     )
     def start(
-        self, num_pages: int, chunk_tokens: int, max_running: int, radix: bool, policy: str, reserved: int
+        self,
+        num_pages: int,
+        chunk_tokens: int,
+        max_running: int,
+        radix: bool,
+        policy: str,
+        reserved: int,
+        overlaps: bool,
     ) -> None:
         self.server = Server(
             num_pages,
@@ -50,6 +56,7 @@ class SchedMachine(RuleBasedStateMachine):
             radix=radix,
             policy=policy,
             reserved_decode_tokens=reserved,
+            overlaps=overlaps,
         )
 
     @property
@@ -76,7 +83,7 @@ class SchedMachine(RuleBasedStateMachine):
 
     # ---- what the engine does ----
 
-    @precondition(lambda self: self.server.plan is None)
+    @precondition(lambda self: len(self.server.flight) <= self.server.runner.overlaps)
     @rule()
     def begin(self) -> None:
         self.server.begin()
@@ -86,7 +93,6 @@ class SchedMachine(RuleBasedStateMachine):
     def finish(self) -> None:
         self.server.finish()
 
-    @precondition(lambda self: self.server.plan is None)
     @rule(steps=st.integers(1, 20))
     def steps(self, steps: int) -> None:
         for _ in range(steps):
@@ -95,23 +101,14 @@ class SchedMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.server.plan is not None)
     @rule(poison=st.integers(0, 12))
     def fail(self, poison: int) -> None:
-        """The step is lost after it has written into its pages; its rows are run again, and one may fail alone."""
-        plan, self.server.plan = self.server.plan, None
-        self.server.runner.run(plan)
-        rows = [self.server.runner.run(part).rows[0] for part in split(plan)]
-        if poison < len(rows):
-            self.server.abort(plan.rows[poison].rid, keep=False)
-            rows[poison] = RowResult(-1)
-        events = commit(self.state, plan, StepResult(rows=rows), self.server.now)
-        audit(self.state)
-        self.server.take(events)
+        self.server.fail(poison)
 
     @precondition(lambda self: self.state.running)
     @rule(data=st.data())
     def retract(self, data: st.DataObject) -> None:
         self.server.retract(self.state.running[data.draw(st.integers(0, len(self.state.running) - 1))])
 
-    @precondition(lambda self: self.server.plan is None)
+    @precondition(lambda self: len(self.server.flight) < 2)
     @rule()
     def pause(self) -> None:
         self.state.paused = True
@@ -174,8 +171,6 @@ class SchedMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "server"):
             return
-        if self.server.plan is not None:
-            self.server.finish()
         while self.transferring:
             self.server.join(*self.transferring.pop())
         while self.dying:

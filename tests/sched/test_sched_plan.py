@@ -8,7 +8,7 @@ import pytest
 from sched_server import Server, request
 
 from diptych.errors import AuditError
-from diptych.sched.commit import Sampled, commit
+from diptych.sched.commit import Sampled, cancel, commit
 from diptych.sched.plan import LPM_PATIENCE, schedule
 from diptych.sched.queue import add, reserve
 from diptych.sched.rows import split
@@ -62,7 +62,7 @@ def test_the_rows_of_a_plan_run_one_by_one_give_what_the_plan_gives() -> None:
     server.submit(request("p", range(10, 20)))
     plan = server.begin()
     assert plan is not None
-    parts = split(plan)
+    parts = split(plan, server.state.seqs)
     assert [shape(part) for part in parts] == [[row] for row in shape(plan)]
     p = parts[2]
     assert (p.q_starts.tolist(), p.kv_lens.tolist(), p.token_ids.tolist()) == ([0, 10], [10], [*range(10, 20)])
@@ -109,13 +109,15 @@ def test_history_comes_only_with_penalties(changes: dict[str, object], needed: b
 def test_steps_are_numbered_and_committed_one_by_one() -> None:
     server = decoding_server(1)
     first = server.begin()
-    assert first is not None
+    second = server.begin()
+    assert first is not None and second is not None
+    assert second.step == first.step + 1
     with pytest.raises(AuditError, match=f"step {first.step} has not been committed"):
         schedule(server.state, 0.0)
-    server.finish()
-    second = server.begin()
-    assert second is not None
-    assert second.step == first.step + 1
+    with pytest.raises(AuditError, match=f"step {second.step} does not belong to the oldest"):
+        commit(server.state, second, StepResult(rows=[RowResult(5)]), 0.0)
+    with pytest.raises(AuditError, match=f"step {first.step} cannot be cancelled"):
+        cancel(server.state, first, 0.0)
 
 
 def test_nothing_to_do_and_paused_give_no_plan() -> None:

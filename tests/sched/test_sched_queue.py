@@ -469,9 +469,12 @@ def test_the_audit_sees_sequences_in_wrong_places() -> None:
     seq.num_computed = 9
     fails("has computed 9 tokens in 2 pages")
     seq.num_computed = 0
-    state.computing = False
-    fails("in flight, but no step is")
-    state.computing = True
+    plan = state.flight.pop()
+    fails("counts 1 steps in flight that sample 1 tokens; there are 0 that sample 0")
+    state.flight.append(plan)
+    seq.row += 1
+    fails("request a expects 8 computed tokens")
+    seq.row -= 1
     state.waiting.append(seq)
     fails("is running but queued as waiting")
     state.waiting.pop()

@@ -70,10 +70,11 @@ class Listener(Client):
 
 
 class Scenario:
-    """One seed's story. `follower` is what leads the ranks above 0."""
+    """One seed's story; with odd ones the servers plan ahead. `follower` is what leads the ranks above 0."""
 
     def __init__(self, seed: int, follower: type[Follower] = Follower) -> None:
         self.rng = random.Random(seed)
+        self.overlaps = seed % 2 == 1
         self.tp = self.rng.choice([1, 2, 4]), self.rng.choice([1, 2, 4])  # of prefill and decode servers
         self.follower = follower
         self.trace: list[str] = []
@@ -86,7 +87,14 @@ class Scenario:
     async def run(self) -> None:
         rng = self.rng
         decode = rng.choice([1, 2])
-        cluster = Cluster(rng.getrandbits(64), prefill=2, decode=decode, tp=self.tp, follower=self.follower)
+        cluster = Cluster(
+            rng.getrandbits(64),
+            prefill=2,
+            decode=decode,
+            tp=self.tp,
+            overlaps=self.overlaps,
+            follower=self.follower,
+        )
         await cluster.start()
         cluster.network.faults = Faults(
             delay_s=(0.0001, rng.choice([0.002, 0.02, 0.2])),
@@ -261,11 +269,12 @@ def test_pages_sent_before_their_rank_has_computed_them_show() -> None:
     assert all("finds wrong KV" in message or "got wrong tokens" in message for message in found)
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("tp", [(1, 1), (4, 2), (2, 4), (4, 4)])
-def test_without_faults_every_request_completes_at_once(tp: tuple[int, int]) -> None:
+def test_without_faults_every_request_completes_at_once(tp: tuple[int, int], overlaps: bool) -> None:
     async def calm() -> Scenario:
         scenario = Scenario(5)
-        cluster = Cluster(5, tp=tp)
+        cluster = Cluster(5, tp=tp, overlaps=overlaps)
         await cluster.start()
         await asyncio.gather(*(scenario.request(cluster, i) for i in range(NUM_REQUESTS)))
         await scenario.settle(cluster)
