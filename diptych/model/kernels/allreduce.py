@@ -1,7 +1,7 @@
 """One-shot sums over the GPUs of a host: each writes its part straight into the memory of all others, and adds.
 
-A part travels in lines of eight bytes: four of data, and the number of the call, which is how the reader knows that the
-data is there. No barrier and no fence is needed, as an aligned store of eight bytes is never seen by halves; the price is
+A part travels in lines of eight bytes: four of data, and the number of the call, by which the reader knows that the data
+is there. That needs no barrier and no fence, as an aligned store of eight bytes is never seen by halves; the price is
 twice the bytes. (NCCL's protocol "LL" does the same.) A call thus costs one way over NVLink.
 
 Memory of a rank: int64 lines `[2, WORLD, LIMIT]`: by the call's number, even or odd, and by sender. A sender may
@@ -82,7 +82,7 @@ def _sum(  # type: ignore[no-untyped-def]
     LIMIT: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """All ranks' numbers at `lines`, of which `x` are ours; float32, rounded to x's type. Waits until they are there."""
+    """The sum of all ranks' numbers at `lines`, of which `x` are ours, in x's type. Waits until they are there."""
     memory = tl.multiple_of(tl.load(memories + RANK).to(tl.pointer_type(tl.int64)), 16)
     total = x.to(tl.float32)
     for source in tl.static_range(WORLD):
