@@ -183,12 +183,19 @@ class Runner:
 
     def _sample(self, pending: Pending, logits: Tensor | None, greedy: Tensor | None = None) -> None:
         """Enqueue the choice of a token for each row that samples. `greedy`: the argmax of `logits`, if it is known."""
-        sampling, plan = pending.sampling, pending.plan
+        sampling = pending.sampling
+        rows = [pending.plan.rows[b] for b in sampling]
+        if logits is not None:
+            tokens = sample(rows, logits, self.info.eos_token_ids, greedy)
+        elif self.overlaps:
+            tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        else:
+            return  # this rank's plans never refer to tokens
+        if self.overlaps:
+            self.parallel.share_tokens(tokens)
+        self._remember(tokens, sampling, len(pending.plan.rows))
         if logits is None:
             return
-        rows = [plan.rows[b] for b in sampling]
-        tokens = sample(rows, logits, self.info.eos_token_ids, greedy)
-        self._remember(tokens, sampling, len(plan.rows))
         asked = [i for i, row in enumerate(rows) if row.logprobs is not None]
         if asked:
             index = to_device(asked, np.int64, self.device)
