@@ -8,7 +8,7 @@ one graph serves any lengths.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,25 +25,30 @@ from diptych.types import I32, Plan
 
 LOG2E = math.log2(math.e)
 MIN_ROWS = 16  # of a tile: what tensor cores take
+FIRST_PROGRAMS = 3  # for each multiprocessor, while it is not known how many are there at once
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """How attention is cut. Splits and blocks decide the bits of results, the rest only their speed. Not tuned yet."""
+    """How attention is cut. Splits and blocks decide the bits of results, the rest only their speed."""
 
-    split: int = 256  # keys of a split, a multiple of the blocks
+    split: int = 256  # keys of a split, a multiple of the blocks; twice as many, and so on, for
+    max_splits: int = 32  # at most in a sequence
     decode_m: int = 16  # least rows of a decode tile
     decode_n: int = 64  # keys of a block
     decode_warps: int = 4
-    decode_stages: int = 3
-    programs: int = 4  # of the decode kernel, for each multiprocessor
+    decode_stages: int = 2
+    programs: int = 0  # of the decode kernel, for each multiprocessor; 0: as many as are there at once
+    fused: bool = True  # the decode kernel combines the splits itself
     prefill_m: int = 128
     prefill_n: int = 64
     prefill_warps: int = 8
     prefill_stages: int = 3
 
 
-FIXED_TILES = AttentionTiles(decode_m=64, prefill_m=64, prefill_warps=4)  # decode and prefill alike
+FIXED_TILES = AttentionTiles(  # decode and prefill alike, and splits of one size
+    max_splits=1 << 30, decode_m=64, decode_stages=3, prefill_m=64, prefill_warps=4
+)
 
 
 @dataclass(slots=True)
@@ -55,8 +60,10 @@ class _Step:
     decode_rows: int
     prefill_tiles: int
     table_stride: int
+    num_items: int  # at most
     parts: Tensor  # see decode_kernel
     stats: Tensor
+    arrivals: Tensor
 
 
 class TritonAttention:
@@ -77,10 +84,7 @@ class TritonAttention:
         self._check()
         self._device = pool.pages.device
         self._uploader = Uploader(self._device)
-        processors = 1
-        if self._device.type == "cuda":
-            processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        self._programs = processors * self.tiles.programs
+        self._programs: dict[tuple[bool, bool, torch.dtype], int] = {}
         self._scratch = self._new_scratch(0)
         self._reserved: _Step | None = None
         self._step: _Step | None = None
@@ -102,16 +106,16 @@ class TritonAttention:
         if self._scratch[1].shape[0] < items:
             self._scratch = self._new_scratch(2 * items)
         decode, prefill = (len(arrays[name]) // TILE_FIELDS for name in ("decode_tiles", "prefill_tiles"))
-        self._step = _Step(target, len(plan.slots), decode, prefill, plan.pages.shape[1], *self._scratch)
+        self._step = _Step(target, len(plan.slots), decode, prefill, plan.pages.shape[1], items, *self._scratch)
 
     def reserve(self, rows: int, pages: int, items: int) -> None:
         """Memory for decode steps in CUDA graphs: up to `rows` sequences of up to `pages` pages each, and `items`
         splits in all. Graphs captured before are void."""
-        sizes = {"sizes": 1, "slots": rows, "positions": rows, "first_items": rows + 1}
+        sizes = {"sizes": 2, "slots": rows, "positions": rows, "first_items": rows + 1}
         sizes |= {"decode_tiles": rows * TILE_FIELDS, "prefill_tiles": 0}
         sizes |= {"items": items * ITEM_FIELDS, "table": rows * pages}
         target = DeviceArrays(sizes, self._device)
-        self._reserved = _Step(target, rows, rows, 0, pages, *self._new_scratch(items))
+        self._reserved = _Step(target, rows, rows, 0, pages, items, *self._new_scratch(items))
 
     def begin_graph(self, plan: Plan, num_rows: int) -> bool:
         """As `begin`, but into the reserved memory and for `num_rows` rows, those past the plan's being padding. False,
@@ -130,14 +134,14 @@ class TritonAttention:
         if not reserved.arrays.holds(arrays):
             return False
         self._uploader.upload(arrays, reserved.arrays)
-        stride, parts, stats = reserved.table_stride, reserved.parts, reserved.stats
-        self._step = _Step(reserved.arrays, num_rows, num_rows, 0, stride, parts, stats)
+        self._step = replace(reserved, num_tokens=num_rows, decode_rows=num_rows)
         return True
 
     def _arrays(self, plan: Plan) -> dict[str, I32]:
-        schedule = make_schedule(plan, self.tiles.split, self.tiles.prefill_m // self.padded_group)
+        tiles = self.tiles
+        schedule = make_schedule(plan, tiles.split, tiles.max_splits, tiles.prefill_m // self.padded_group)
         return {
-            "sizes": np.array([len(schedule.decode_tiles)], np.int32),
+            "sizes": np.array([len(schedule.decode_tiles), len(schedule.items)], np.int32),
             "slots": plan.slots.astype(np.int32),
             "positions": plan.positions,
             "first_items": schedule.first_items,
@@ -147,10 +151,11 @@ class TritonAttention:
             "table": plan.pages.reshape(-1),
         }
 
-    def _new_scratch(self, items: int) -> tuple[Tensor, Tensor]:
+    def _new_scratch(self, items: int) -> tuple[Tensor, Tensor, Tensor]:
         heads, rows = self.pool.num_heads, self.padded_group
         parts = torch.empty(items, heads, rows, self.pool.head_dim, dtype=torch.float32, device=self._device)
-        return parts, torch.empty(items, heads, 2, rows, dtype=torch.float32, device=self._device)
+        stats = torch.empty(items, heads, 2, rows, dtype=torch.float32, device=self._device)
+        return parts, stats, torch.zeros(items, heads, dtype=torch.int32, device=self._device)
 
     # ---- once a layer --------------------------------------------------------------------------------------------
 
@@ -195,19 +200,21 @@ class TritonAttention:
 
     def _decode(self, step: _Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
         arrays, tiles = step.arrays, self.tiles
-        decode_tiles, first_items, sizes = arrays["decode_tiles"], arrays["first_items"], arrays["sizes"]
-        decode_kernel[(self._programs,)](
+        kind = (window > 0, softcap > 0, q.dtype)
+        programs = self._programs.get(kind, _processors(self._device) * (tiles.programs or FIRST_PROGRAMS))
+        compiled = decode_kernel[(max(1, min(programs, step.num_items * self.pool.num_heads)),)](
             q,
+            out,
             pages,
             arrays["table"],
-            decode_tiles,
             arrays["items"],
-            first_items,
-            sizes,
+            arrays["sizes"],
             step.parts,
             step.stats,
+            step.arrivals,
             step.table_stride,
             q.stride(0),
+            out.stride(0),
             pages.stride(0),
             pages.stride(1),
             window,
@@ -218,20 +225,26 @@ class TritonAttention:
             KV_HEADS=self.pool.num_heads,
             GROUP=self.group,
             PAD=self.padded_group,
-            SPLIT=tiles.split,
             BLOCK_M=max(tiles.decode_m, self.padded_group),
             BLOCK_N=tiles.decode_n,
             PAGE=self.pool.page_size,
             DIM=self.pool.head_dim,
+            FUSED=tiles.fused,
             **launch.options(),
             num_warps=tiles.decode_warps,
             num_stages=tiles.decode_stages,
         )
+        if kind not in self._programs and compiled is not None:  # None: interpreted
+            self._programs[kind] = _processors(self._device) * (tiles.programs or launch.resident(compiled))
+        if not tiles.fused:
+            self._combine(step, out)
+
+    def _combine(self, step: _Step, out: Tensor) -> None:
         combine_kernel[(step.decode_rows, self.pool.num_heads)](
             out,
-            decode_tiles,
-            first_items,
-            sizes,
+            step.arrays["decode_tiles"],
+            step.arrays["first_items"],
+            step.arrays["sizes"],
             step.parts,
             step.stats,
             out.stride(0),
@@ -273,3 +286,7 @@ class TritonAttention:
             num_warps=tiles.prefill_warps,
             num_stages=tiles.prefill_stages,
         )
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from diptych.model.kernels.launch import wait_for_previous
+from diptych.model.kernels.launch import prefetch, wait_for_previous
+from diptych.model.kernels.schedule import ITEM_FIELDS
+
+ITEM = tl.constexpr(ITEM_FIELDS)
 
 
 @triton.jit
@@ -43,6 +47,16 @@ def _pages(table, block, offsets, stop, BLOCK_N: tl.constexpr, PAGE: tl.constexp
 
 
 @triton.jit
+def _places(keys, page, block, page_stride, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a block's keys `[BLOCK_N]` start. Those past the sequence's end are somewhere in the pool, whose numbers
+    are all finite: a weight of 0 is enough."""
+    offsets = tl.arange(0, BLOCK_N)
+    if PAGE % BLOCK_N == 0:
+        return keys + page.to(tl.int64) * page_stride + block % PAGE * DIM + offsets * DIM
+    return keys + page.to(tl.int64) * page_stride + (block + offsets) % PAGE * DIM
+
+
+@triton.jit
 def _span(  # type: ignore[no-untyped-def]
     q,
     m,
@@ -65,39 +79,42 @@ def _span(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
 ):
     """Online softmax over the keys [start, stop), `start` a multiple of BLOCK_N. Not MASKED: all queries see all keys,
-    and `stop` is a multiple too."""
+    and `stop` is a multiple too. Roundings are spelled out (fma), so that masked and unmasked code gives the same bits:
+    that."""
     offsets, dims = tl.arange(0, BLOCK_N), tl.arange(0, DIM)
     page = _pages(table, start, offsets, stop, BLOCK_N, PAGE)
     for block in range(start, stop, BLOCK_N):
-        at = block + offsets
-        inside = at < stop
-        places = page.to(tl.int64) * page_stride + at % PAGE * DIM
+        places = _places(keys, page, block, page_stride, BLOCK_N, PAGE, DIM)
         page = _pages(table, block + BLOCK_N, offsets, stop, BLOCK_N, PAGE)  # one block ahead: see _pages
-        if MASKED:
-            k = tl.load(keys + places[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
-        else:
-            k = tl.load(keys + places[None, :] + dims[:, None])
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        k = tl.load(places[None, :] + dims[:, None])
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
         if SOFTCAP:  # softcap * tanh(scores / softcap)
-            scores = softcap - 2.0 * softcap / (1.0 + tl.exp2(scores * (2.8853900817779268 / softcap)))
+            scores = softcap - 2.0 * softcap / (1.0 + tl.exp2(scores * scale * (2.8853900817779268 / softcap)))
+            factor = 1.0
+        else:
+            factor = scale
         if MASKED:
-            seen = (at[None, :] <= positions[:, None]) & inside[None, :]
+            at = block + offsets
+            seen = (at[None, :] <= positions[:, None]) & (at < stop)[None, :]
             if WINDOW:
                 seen = seen & (at[None, :] > positions[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
-        new = tl.maximum(m, tl.max(scores, 1))
+        new = tl.maximum(m, tl.max(scores, 1) * factor)
         base = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(_scaled(scores, factor, -base))
         decay = tl.exp2(m - base)
-        l = l * decay + tl.sum(weights, 1)
-        values = keys + PAGE * DIM
-        if MASKED:
-            v = tl.load(values + places[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
-        else:
-            v = tl.load(values + places[:, None] + dims[None, :])
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        l = tl.fma(l, decay, tl.sum(weights, 1))
+        v = tl.load(places[:, None] + PAGE * DIM + dims[None, :])
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
         m = new
     return m, l, acc
+
+
+@triton.jit
+def _scaled(scores, factor, base):  # type: ignore[no-untyped-def]
+    """scores * factor + base (one for each row), rounded once."""
+    scores, base = tl.broadcast(scores, base[:, None])
+    return tl.fma(scores, tl.zeros_like(scores) + factor, base)
 
 
 @triton.jit
@@ -120,19 +137,84 @@ def _first_key(position, window, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):  
     return position * 0
 
 
+@triton.jit
+def _part(  # type: ignore[no-untyped-def]
+    parts, stats, item, real, head, KV_HEADS: tl.constexpr, PAD: tl.constexpr, DIM: tl.constexpr
+):
+    """An item's maxima, sums of weights and weighted sums; of one that is not `real`, what changes nothing."""
+    rows, dims = tl.arange(0, PAD), tl.arange(0, DIM)
+    base = (item * KV_HEADS + head) * PAD
+    m = tl.load(stats + base * 2 + rows, mask=real, other=float("-inf"), cache_modifier=".cg")
+    l = tl.load(stats + base * 2 + PAD + rows, mask=real, other=0.0, cache_modifier=".cg")
+    places = parts + (base + rows).to(tl.int64)[:, None] * DIM + dims[None, :]
+    return m, l, tl.load(places, mask=real, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _combine(  # type: ignore[no-untyped-def]
+    parts, stats, first, count, head, KV_HEADS: tl.constexpr, PAD: tl.constexpr, DIM: tl.constexpr
+):
+    """The items [first, first + count) of a kv head in their order: averages `[PAD, DIM]`. Four are read at once."""
+    high = tl.full([PAD], float("-inf"), tl.float32)
+    total = tl.zeros([PAD], tl.float32)
+    acc = tl.zeros([PAD, DIM], tl.float32)
+    for at in range(0, count, 4):
+        m0, l0, part0 = _part(parts, stats, first + at, True, head, KV_HEADS, PAD, DIM)
+        m1, l1, part1 = _part(parts, stats, first + at + 1, at + 1 < count, head, KV_HEADS, PAD, DIM)
+        m2, l2, part2 = _part(parts, stats, first + at + 2, at + 2 < count, head, KV_HEADS, PAD, DIM)
+        m3, l3, part3 = _part(parts, stats, first + at + 3, at + 3 < count, head, KV_HEADS, PAD, DIM)
+        high, total, acc = _fold(high, total, acc, m0, l0, part0)
+        high, total, acc = _fold(high, total, acc, m1, l1, part1)
+        high, total, acc = _fold(high, total, acc, m2, l2, part2)
+        high, total, acc = _fold(high, total, acc, m3, l3, part3)
+    return acc / total[:, None]
+
+
+@triton.jit
+def _prefetch_keys(  # type: ignore[no-untyped-def]
+    layer_pages,
+    table,
+    items,
+    work,
+    keys,
+    table_stride,
+    page_stride,
+    head_stride,
+    KV_HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Ask for the first `keys` keys and values of a piece of work. The new token's are not there yet, which does no
+    harm: the second-level cache is where they are written, too."""
+    item = items + work // KV_HEADS * ITEM
+    start, stop = tl.load(item + 3), tl.load(item + 4)
+    offsets = tl.arange(0, BLOCK_N)
+    bits: tl.constexpr = layer_pages.dtype.element_ty.primitive_bitwidth
+    lines: tl.constexpr = max(DIM * bits // 1024, 1)  # of 128 bytes
+    line = tl.arange(0, lines) * (DIM // lines)
+    for block in range(start, tl.minimum(start + keys, stop), BLOCK_N):
+        page = _pages(table + tl.load(item) * table_stride, block, offsets, stop, BLOCK_N, PAGE)
+        places = _places(layer_pages + work % KV_HEADS * head_stride, page, block, page_stride, BLOCK_N, PAGE, DIM)
+        prefetch(places[:, None] + line[None, :], OVERLAP)
+        prefetch(places[:, None] + PAGE * DIM + line[None, :], OVERLAP)
+
+
 @triton.jit(do_not_specialize=["window", "table_stride"])
 def decode_kernel(  # type: ignore[no-untyped-def]
     q,
+    out,
     layer_pages,
     table,
-    tiles,
     items,
-    first_items,
     sizes,
     parts,
     stats,
+    arrivals,
     table_stride,
     q_stride,
+    out_stride,
     page_stride,
     head_stride,
     window,
@@ -143,26 +225,43 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAD: tl.constexpr,
-    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    FUSED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Each program takes every num_programs-th of the (item, kv head) pairs, whose number is read on the device: one
     captured launch serves any lengths. Leaves weighted sums in `parts` `[item, kv_head, PAD, DIM]`, maxima and sums of
-    weights in `stats` `[item, kv_head, 2, PAD]`, float32."""
-    wait_for_previous(OVERLAP)
-    num_tiles = tl.load(sizes)
-    for work in range(tl.program_id(0), tl.load(first_items + num_tiles) * KV_HEADS, tl.num_programs(0)):
+    weights in `stats` `[item, kv_head, 2, PAD]`, float32.
+
+    FUSED: the program that is the last to arrive at a (tile, kv head) combines its items, in their order whoever that
+    is. `arrivals` `[item, kv_head]` is 0 before and after. Its increment releases what all threads of the program have
+    stored (they have met at a barrier) and acquires what the others' have (PTX memory model: causality is transitive).
+    """
+    program = tl.program_id(0)
+    works = tl.load(sizes + 1) * KV_HEADS
+    once = works <= tl.num_programs(0)  # then memory has time for what follows
+    if OVERLAP:
+        if once:
+            gdc_launch_dependents()
+        if program < works:
+            keys = tl.where(once, 1 << 30, BLOCK_N)
+            _prefetch_keys(
+                layer_pages, table, items, program, keys, table_stride, page_stride, head_stride,
+                KV_HEADS, BLOCK_N, PAGE, DIM, OVERLAP,
+            )  # fmt: skip
+        if (program < works) | (program == 0):  # a kernel of which no program waits would let the next one overtake
+            gdc_wait()
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
+    for work in range(program, works, tl.num_programs(0)):
         item, head = work // KV_HEADS, work % KV_HEADS
-        tile = tiles + tl.load(items + item * 2) * 4
-        split = tl.load(items + item * 2 + 1)
-        row, token, position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 3)
+        fields = items + item * ITEM
+        row, token, position = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
+        first, stop = tl.load(fields + 3), tl.load(fields + 4)
+        split, count = tl.load(fields + 5), tl.load(fields + 6)
         places, real, index = _queries(q, token, 1, head, q_stride, GROUP, PAD, BLOCK_M, DIM)
-        start = tl.maximum(split * SPLIT, _first_key(position, window, WINDOW, BLOCK_N))
-        stop = tl.minimum(split * SPLIT + SPLIT, position + 1)
         m, l, acc = _span(
             tl.load(places, mask=real[:, None], other=0.0),
             tl.full([BLOCK_M], float("-inf"), tl.float32),
@@ -171,7 +270,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             layer_pages + head * head_stride,
             table + row * table_stride,
             page_stride,
-            start,
+            tl.maximum(first, _first_key(position, window, WINDOW, BLOCK_N)),
             stop,
             position + index,
             scale,
@@ -184,11 +283,32 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             PAGE,
             DIM,
         )
-        rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
-        kept, base = rows < PAD, work * PAD
-        tl.store(parts + (base + rows).to(tl.int64)[:, None] * DIM + dims[None, :], acc, mask=kept[:, None])
-        tl.store(stats + base * 2 + rows, m, mask=kept)
-        tl.store(stats + base * 2 + PAD + rows, l, mask=kept)
+        if FUSED and count == 1:
+            out_places, _, _ = _queries(out, token, 1, head, out_stride, GROUP, PAD, BLOCK_M, DIM)
+            tl.store(out_places, (acc / l[:, None]).to(out.dtype.element_ty), mask=real[:, None])
+        else:
+            kept, base = rows < PAD, work * PAD
+            tl.store(parts + (base + rows).to(tl.int64)[:, None] * DIM + dims[None, :], acc, mask=kept[:, None])
+            tl.store(stats + base * 2 + rows, m, mask=kept)
+            tl.store(stats + base * 2 + PAD + rows, l, mask=kept)
+            if FUSED:
+                arrival = arrivals + (item - split) * KV_HEADS + head
+                tl.debug_barrier()
+                if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == count - 1:
+                    tl.store(arrival, 0)
+                    mean = _combine(parts, stats, item - split, count, head, KV_HEADS, PAD, DIM)
+                    _store_out(out, mean, token, head, out_stride, GROUP, PAD, DIM)
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _store_out(  # type: ignore[no-untyped-def]
+    out, mean, token, head, out_stride, GROUP: tl.constexpr, PAD: tl.constexpr, DIM: tl.constexpr
+):
+    rows, dims = tl.arange(0, PAD), tl.arange(0, DIM)
+    places = out + token.to(tl.int64) * out_stride + (head * GROUP + rows)[:, None] * DIM + dims[None, :]
+    tl.store(places, mean.to(out.dtype.element_ty), mask=(rows < GROUP)[:, None])
 
 
 @triton.jit
@@ -206,22 +326,14 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (tile, kv head): the tile's splits in their order. Programs beyond the number of tiles do nothing."""
+    """Program (tile, kv head): the tile's items in their order. Programs beyond the number of tiles do nothing."""
     wait_for_previous(OVERLAP)
     tile, head = tl.program_id(0), tl.program_id(1)
     if tile < tl.load(sizes):
-        rows, dims = tl.arange(0, PAD), tl.arange(0, DIM)
-        high = tl.full([PAD], float("-inf"), tl.float32)
-        total = tl.zeros([PAD], tl.float32)
-        acc = tl.zeros([PAD, DIM], tl.float32)
-        for item in range(tl.load(first_items + tile), tl.load(first_items + tile + 1)):
-            base = (item * KV_HEADS + head) * PAD
-            m, l = tl.load(stats + base * 2 + rows), tl.load(stats + base * 2 + PAD + rows)
-            part = tl.load(parts + (base + rows).to(tl.int64)[:, None] * DIM + dims[None, :])
-            high, total, acc = _fold(high, total, acc, m, l, part)
-        token = tl.load(tiles + tile * 4 + 1).to(tl.int64)
-        places = out + token * out_stride + (head * GROUP + rows)[:, None] * DIM + dims[None, :]
-        tl.store(places, (acc / total[:, None]).to(out.dtype.element_ty), mask=(rows < GROUP)[:, None])
+        first = tl.load(first_items + tile)
+        count = tl.load(first_items + tile + 1) - first
+        mean = _combine(parts, stats, first, count, head, KV_HEADS, PAD, DIM)
+        _store_out(out, mean, tl.load(tiles + tile * 4 + 1), head, out_stride, GROUP, PAD, DIM)
 
 
 @triton.jit(do_not_specialize=["window", "table_stride"])

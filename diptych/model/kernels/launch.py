@@ -7,10 +7,18 @@ when one is past its wait, all before it are complete. (CUDA programming guide, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+SM_REGISTERS, REGISTER_UNIT, SM_WARPS = (
+    65536,
+    256,
+    64,
+)  # of a multiprocessor: compute capability 9.0
+SM_SHARED, SHARED_OVERHEAD = 228 << 10, 1 << 10
 _overlaps = False
 
 
@@ -23,6 +31,14 @@ def set_overlap(on: bool) -> None:
 def options() -> dict[str, bool]:
     """Arguments of every launch."""
     return {"OVERLAP": True, "launch_pdl": True} if _overlaps else {"OVERLAP": False}
+
+
+def resident(compiled: Any) -> int:
+    """How many programs of a kernel (what its launch returned) a multiprocessor of a Hopper GPU holds at once."""
+    warps = compiled.metadata.num_warps
+    registers = -(-compiled.n_regs * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = 4 * (SM_REGISTERS // 4 // registers) // warps  # warps are spread over four schedulers
+    return max(1, min(by_registers, SM_SHARED // (compiled.metadata.shared + SHARED_OVERHEAD), SM_WARPS // warps))
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """What the attention kernels do in a step, as arrays made on the CPU from the plan alone: no device, no torch.
 
 A tile is some consecutive new tokens of one sequence: (row of the page table, first token of the step, number of
-tokens, position of the first). Sequences with one new token are decode tiles, whose keys are cut into splits of a fixed
-size by position, one item (tile, split) each. The others are cut into prefill tiles, those with the most keys first.
+tokens, position of the first). Sequences with one new token are decode tiles, whose keys are cut into splits: of a size
+that the token's position decides, so that they are the same in any company. An item is a split of a tile: (row, token,
+position, first key, the key after the last, which of the tile's items, how many those are, 0). The other sequences are
+cut into prefill tiles, those with the most keys first.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 from diptych.types import I32, Plan
 
 TILE_FIELDS = 4
-ITEM_FIELDS = 2
+ITEM_FIELDS = 8
 
 
 @dataclass(slots=True)
@@ -22,22 +24,31 @@ class Schedule:
     """See above; `first_items[i]` is the first item of decode tile i, and the last entry the number of items."""
 
     decode_tiles: I32  # [decode tiles, 4]
-    items: I32  # [items, 2]
+    items: I32  # [items, 8]
     first_items: I32  # [decode tiles + 1]
     prefill_tiles: I32  # [prefill tiles, 4]
 
 
-def make_schedule(plan: Plan, split_tokens: int, tile_tokens: int) -> Schedule:
-    """`split_tokens`: keys of a split. `tile_tokens`: the most tokens of a prefill tile."""
+def make_schedule(plan: Plan, split_tokens: int, max_splits: int, tile_tokens: int) -> Schedule:
+    """`split_tokens`: keys of a split, doubled until a sequence has `max_splits` at most. `tile_tokens`: the most
+    tokens of a prefill tile."""
     new = np.diff(plan.q_starts)
     decode = np.flatnonzero(new == 1)
+    lengths = plan.kv_lens[decode].astype(np.int64)
     ones = np.ones(len(decode), np.int32)
-    tiles = np.stack((decode, plan.q_starts[decode], ones, plan.kv_lens[decode] - 1), 1).astype(np.int32)
-    splits = -(-plan.kv_lens[decode] // split_tokens)
+    tiles = np.stack((decode, plan.q_starts[decode], ones, lengths - 1), 1).astype(np.int32)
+    sizes = np.full(len(decode), split_tokens, np.int64)
+    while (large := lengths > sizes * max_splits).any():
+        sizes[large] *= 2
+    splits = -(-lengths // sizes)
     first = np.zeros(len(decode) + 1, np.int32)
     np.cumsum(splits, out=first[1:])
-    tile = np.repeat(np.arange(len(decode), dtype=np.int32), splits)
-    items = np.stack((tile, np.arange(len(tile), dtype=np.int32) - first[tile]), 1)
+    tile = np.repeat(np.arange(len(decode)), splits)
+    index = np.arange(len(tile)) - first[tile]
+    start = index * sizes[tile]
+    stop = np.minimum(start + sizes[tile], lengths[tile])
+    fields = (decode[tile], tiles[tile, 1], tiles[tile, 3], start, stop, index, splits[tile], np.zeros_like(index))
+    items = np.stack(fields, 1).astype(np.int32)
     return Schedule(tiles, items, first, _prefill_tiles(plan, np.flatnonzero(new > 1), tile_tokens))
 
 
