@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import random
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from diptych.engine.ranks import Follower, PagesMoved, RankReady, ToRank
+from diptych.sched.plan import MAX_IN_FLIGHT
 from diptych.testing.mock_model import NUM_LAYERS, U64, Inputs, MockRunner, num_cached, resolve
 from diptych.testing.pipe import PipeChannel, Pipes
 from diptych.transfer.commands import AnyEvent
@@ -109,11 +111,13 @@ class SimRank:
         self._rng = rng
         self._inspect = inspect
         self._num_collectives = 0
-        self._steps: list[asyncio.Task[StepResult]] = []
+        self._num_steps = 0
+        self._steps: deque[asyncio.Task[StepResult]] = deque(maxlen=MAX_IN_FLIGHT)
 
     async def launch(self, plan: Plan) -> asyncio.Task[StepResult]:
         before = self._steps[-1] if self._steps else None
-        task = asyncio.ensure_future(self._run(len(self._steps) + 1, before, plan))
+        self._num_steps += 1
+        task = asyncio.ensure_future(self._run(self._num_steps, before, plan))
         self._steps.append(task)
         if not self.overlaps:
             await task

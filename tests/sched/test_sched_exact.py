@@ -56,15 +56,17 @@ def test_page_size_and_policy_do_not_show(page_size: int, policy: str) -> None:
 
 @pytest.mark.parametrize("radix", [True, False])
 @pytest.mark.parametrize("num_pages", [16, 20, 30])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_retraction_does_not_show(radix: bool, num_pages: int, policy: str) -> None:
-    server = Server(num_pages, radix=radix, reserved_decode_tokens=0, policy=policy, max_running=8)
+@pytest.mark.parametrize(("policy", "overlaps"), [("fcfs", False), ("fcfs", True), ("lpm", True)])
+def test_retraction_does_not_show(radix: bool, num_pages: int, policy: str, overlaps: bool) -> None:
+    server = Server(num_pages, radix=radix, reserved_decode_tokens=0, policy=policy, max_running=8, overlaps=overlaps)
     serve(server, workload(9, 30, longest=24))
     assert server.state.counters.retractions > 0
+    assert (server.num_ahead > 0) == overlaps
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_settings_do_not_show(seed: int) -> None:
+def test_random_settings_do_not_show(seed: int, overlaps: bool) -> None:
     rng = random.Random(seed)
     page_size = rng.choice([1, 3, 4, 8])
     server = Server(
@@ -76,12 +78,14 @@ def test_random_settings_do_not_show(seed: int) -> None:
         policy=rng.choice(POLICIES),
         max_running=rng.choice([2, 5, 9]),
         keep=rng.random() < 0.8,
+        overlaps=overlaps,
     )
     serve(server, workload(seed, 20, longest=min(CONTEXT, server.state.max_len) - 2), seed)
 
 
-def test_a_sequence_retracted_at_every_step_still_gives_the_same() -> None:
-    server = Server(40)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_sequence_retracted_at_every_step_still_gives_the_same(overlaps: bool) -> None:
+    server = Server(40, overlaps=overlaps)
     server.submit(*workload(3, 6, longest=30))
     steps = 0
     while server.state.waiting or server.state.running:
@@ -91,16 +95,19 @@ def test_a_sequence_retracted_at_every_step_still_gives_the_same() -> None:
             if (steps + seq.num_computed) % 3 == 0:
                 server.retract(seq)
         assert steps < 3000
+    server.run()
     server.check()
     server.check_empty()
     assert server.state.counters.retractions > 20
 
 
 @pytest.mark.parametrize(("prefill_world", "decode_world"), [(1, 1), (1, 2), (4, 1), (2, 4)])
-@pytest.mark.parametrize("decode_radix", [True, False])
-def test_prefill_and_decode_apart_give_the_same(prefill_world: int, decode_world: int, decode_radix: bool) -> None:
-    prefill = Server(60, world=prefill_world, chunk_tokens=8)
-    decode = Server(50, world=decode_world, radix=decode_radix)
+@pytest.mark.parametrize(("decode_radix", "overlaps"), [(True, False), (False, False), (True, True)])
+def test_prefill_and_decode_apart_give_the_same(
+    prefill_world: int, decode_world: int, decode_radix: bool, overlaps: bool
+) -> None:
+    prefill = Server(60, world=prefill_world, chunk_tokens=8, overlaps=overlaps)
+    decode = Server(50, world=decode_world, radix=decode_radix, overlaps=overlaps)
     prefill.hold = True
     spared = 0
     for room, one in enumerate(workload(11, 30, longest=40)):
