@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from diptych.model.graphs import DecodeGraphs
 
 LOGIT_BYTES = 32 << 20  # prompt logprobs: logits held at once
-LEAST_ROWS = 64
+LEAST_ROWS = 1024  # of a plan that are provided for, whatever the settings
 
 
 def device_of(config: ServerConfig) -> str:
