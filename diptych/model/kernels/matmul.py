@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from diptych.model.kernels import launch
 from diptych.model.kernels.fused import load_product
@@ -20,6 +21,7 @@ from diptych.model.kernels.launch import prefetch, wait_for_previous
 
 MAX_ROWS = 64
 AHEAD = 512  # inputs whose weights a program asks for before it waits: 1 KiB of each row
+LATE_BYTES = 24 << 20  # a product of more weights lets its successor start at its end only, see product_kernel
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,18 +38,24 @@ def product_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AHEAD: tl.constexpr,
+    LATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Program (columns, split): `out[split, :, columns]` over the split's SPLIT inputs (a multiple of BLOCK_K).
 
-    Weights, which no kernel writes, are asked for before the wait: those of AHEAD inputs, a power of two."""
+    Weights, which no kernel writes, are asked for before the wait: those of AHEAD inputs, a power of two. LATE: the
+    successor starts (and asks for its weights) when this product ends; asked for at its beginning, they would be gone
+    from the second-level cache before they are used."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     first = split * SPLIT + tl.arange(0, AHEAD // 64) * 64  # 64 weights of 2 bytes are a cache line
     lines = tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + tl.minimum(first, K - 1)[None, :]
     prefetch(w + lines, OVERLAP)
-    wait_for_previous(OVERLAP)
+    if OVERLAP:
+        if not LATE:
+            gdc_launch_dependents()
+        gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     w_places = w + columns.to(tl.int64)[:, None] * K + k[None, :]
     x_places = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
@@ -61,6 +69,8 @@ def product_kernel(  # type: ignore[no-untyped-def]
             weights = tl.load(w_places + at, mask=w_mask, other=0.0, eviction_policy="evict_first")
         inputs = tl.load(x_places + at, mask=x_mask, other=0.0, eviction_policy="evict_last")
         acc = tl.dot(weights, inputs, acc, input_precision="ieee")
+    if OVERLAP and LATE:
+        gdc_launch_dependents()
     places = out + (split * rows + m).to(tl.int64)[None, :] * N + columns[:, None]
     tl.store(places, acc.to(out.dtype.element_ty), mask=(columns < N)[:, None] & (m < rows)[None, :])
 
@@ -172,6 +182,7 @@ def product_parts(x: Tensor, weight: Tensor, tiles: ProductTiles | None = None) 
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         AHEAD=AHEAD,
+        LATE=2 * n * k > LATE_BYTES,
         **launch.options(),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
