@@ -38,7 +38,6 @@ from diptych.types import (
     Stats,
     Submit,
     ToEngine,
-    TokenLogprob,
 )
 
 log = logging.getLogger(__name__)
@@ -193,7 +192,7 @@ class Engine:
     def _fill_masks(self, plan: Plan) -> list[tuple[str, DiptychError]]:
         """Put each constrained row's allowed tokens into the plan. Returns the requests whose grammar gave up."""
         refused: list[tuple[str, DiptychError]] = []
-        for row in plan.rows:
+        for row in plan.rows if self._grammar_of else ():
             grammar = self._grammar_of.get(row.rid)
             if grammar is None or not row.samples:
                 continue
@@ -208,42 +207,28 @@ class Engine:
         if isinstance(event, ChunkDone):
             self.role.chunk_done(event)
             return
-        seq = event.seq
-        rid = seq.rid
-        grammar = self._grammar_of.get(rid)
-        if grammar is not None:
-            grammar.advance(event.token)
-        finish = event.finish
+        seq, finish = event.seq, event.finish
+        request = seq.request
+        if request.rid in self._grammar_of:
+            self._grammar_of[request.rid].advance(event.token)
         if finish is not None and not self.role.finished(seq, event):
             finish = None
-        self.publish_token(seq, event.token, event.logprob, event.prompt_logprobs, finish)
-        if finish is not None:
-            self.end(seq, keep=True)
-
-    # ---- for the roles ----
-
-    def publish_token(
-        self,
-        seq: Seq,
-        token: int,
-        logprob: TokenLogprob | None,
-        prompt_logprobs: list[TokenLogprob] | None,
-        finish: Finish | None,
-    ) -> None:
-        """Put one token (and the end, if it is the last) into the next message to the API process."""
-        wanted = seq.request.logprobs is not None
         self._outputs.append(
             Output(
-                rid=seq.rid,
-                tokens=[token],
-                logprobs=[logprob] if wanted and logprob is not None else None,
-                prompt_logprobs=prompt_logprobs,
+                rid=request.rid,
+                tokens=[event.token],
+                logprobs=None if request.logprobs is None or event.logprob is None else [event.logprob],
+                prompt_logprobs=event.prompt_logprobs,
                 finish=finish,
                 prompt_tokens=seq.num_prompt,
                 cached_tokens=seq.cached_tokens,
                 num_retractions=seq.num_retractions,
             )
         )
+        if finish is not None:
+            self.end(seq, keep=True)
+
+    # ---- for the roles ----
 
     def publish_end(self, seq: Seq, finish: Finish) -> None:
         """Tell the API process that a sequence ended, without a further token."""

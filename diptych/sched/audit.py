@@ -44,6 +44,11 @@ def _audit_queues(state: SchedState) -> None:
         raise AuditError(f"{len(state.seqs)} requests are known, {queued} queued and {ended} ended")
 
 
+def _table_is(state: SchedState, seq: Seq) -> bool:
+    row = state.tables.array[seq.table]
+    return row[: len(seq.pages)].tolist() == seq.pages and not row[len(seq.pages) :].any()
+
+
 def _audit_flight(state: SchedState) -> None:
     """What sequences know of the steps in flight is what is in them."""
     rows = [(row, index) for plan in state.flight for index, row in enumerate(plan.rows)]
@@ -66,7 +71,7 @@ def _audit_flight(state: SchedState) -> None:
 
 def _audit_seq(state: SchedState, seq: Seq) -> None:
     page_size = state.config.page_size
-    if seq.table[: len(seq.pages)].tolist() != seq.pages:
+    if seq.table >= 0 and not _table_is(state, seq):
         raise AuditError(f"the page table of request {seq.rid} differs from its pages")
     if seq.status is Status.WAITING and (seq.pages or seq.num_computed or seq.match or seq.in_flight):
         raise AuditError(f"request {seq.rid} waits but holds {len(seq.pages)} pages")

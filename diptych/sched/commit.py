@@ -27,7 +27,8 @@ def commit(state: SchedState, plan: Plan, result: StepResult, now: float) -> lis
         raise AuditError(f"the result of step {plan.step} does not belong to the oldest step in flight")
     del state.flight[0]
     events: list[Event] = []
-    seqs = state.seqs
+    seqs, counters = state.seqs, state.counters
+    num_before = counters.generation_tokens
     after: list[Seq] = []
     for row, row_result in zip(plan.rows, result.rows, strict=True):
         seq = seqs[row.rid]
@@ -37,9 +38,9 @@ def commit(state: SchedState, plan: Plan, result: StepResult, now: float) -> lis
             _commit_row(state, seq, row, row_result, events)
         if seq.after_step is not After.NOTHING and not seq.in_flight:
             after.append(seq)
-    state.counters.steps += 1
-    state.counters.forward_s += result.duration_s
-    _measure(state, sum(isinstance(event, Sampled) for event in events), now)
+    counters.steps += 1
+    counters.forward_s += result.duration_s
+    _measure(state, counters.generation_tokens - num_before, now)
     for seq in after:
         _do_after_step(state, seq, now)
     return events

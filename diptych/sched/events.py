@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from diptych.sched.state import SchedState, Seq, Status
 from diptych.types import Finish, TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True):
     """`seq` has a new token. With `finish` it was the last; the pages stay until released.
 
     `prompt_logprobs` come once, with the first token, and only if they were asked for.
@@ -22,8 +21,7 @@ class Sampled:
     finish: Finish | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkDone:
+class ChunkDone(msgspec.Struct, frozen=True):
     """The KV of the prompt is now complete in pages `seq.pages[first_page:last_page]`.
 
     The events of a sequence name each page once, in order, from page 0 on, even if it is retracted in between; the last
@@ -41,25 +39,20 @@ Event = Sampled | ChunkDone
 def accept_token(state: SchedState, seq: Seq, token: int, logprob: TokenLogprob | None) -> Sampled:
     """Append a sampled token to `seq`, and end it if it was the last: FINISHED, out of the batch, pages still held."""
     counters = state.counters
-    if not seq.num_output:
-        counters.prompt_tokens += seq.num_prompt
+    tokens = seq.tokens
+    length = len(tokens)
+    if length == seq.num_prompt:
+        counters.prompt_tokens += length
         counters.cached_tokens += seq.cached_tokens
-    finish = _finish(state, seq, token)
-    seq.tokens.append(token)
+    finish = None
+    if token in seq.stops and length >= seq.min_tokens:
+        finish = Finish("stop", token)
+    elif length + 1 >= seq.max_tokens:
+        finish = Finish("length")
+    tokens.append(token)
     counters.generation_tokens += 1
     if finish is not None:
         seq.move(Status.FINISHED)
         state.running.remove(seq)
     handed_out, seq.prompt_logprobs = seq.prompt_logprobs, None
     return Sampled(seq, token, logprob, handed_out, finish)
-
-
-def _finish(state: SchedState, seq: Seq, token: int) -> Finish | None:
-    """Does `token`, the next of `seq`, end it?"""
-    sampling = seq.request.sampling
-    may_stop = not sampling.ignore_eos and seq.num_output >= sampling.min_new_tokens
-    if may_stop and (token in state.config.eos_token_ids or token in sampling.stop_token_ids):
-        return Finish("stop", token)
-    if len(seq.tokens) + 1 >= seq.max_tokens:
-        return Finish("length")
-    return None

@@ -69,14 +69,23 @@ def take(state: SchedState, seq: Seq) -> list[int]:
         seq.match = state.tree.match(seq.namespace, seq.tokens, seq.match_limit)
         state.tree.lock(seq.match)
         state.pool.share(seq.match.pages, seq.holder)
-        seq.add_pages(seq.match.pages)
+        add_pages(state, seq, seq.match.pages)
         seq.prefix_tokens = seq.match.num_tokens
     seq.num_computed = seq.num_planned = seq.prefix_tokens
     needed = pages_for(len(seq.tokens), state.config.page_size) - len(seq.pages)
     make_room(state, needed)
     fresh = state.pool.alloc(needed, seq.holder)
-    seq.add_pages(fresh)
+    add_pages(state, seq, fresh)
     return fresh
+
+
+def add_pages(state: SchedState, seq: Seq, pages: list[int]) -> None:
+    """Append pages that `seq` has a lease of."""
+    if seq.table < 0:
+        seq.table = state.tables.take()
+    have = len(seq.pages)
+    state.tables.array[seq.table, have : have + len(pages)] = pages
+    seq.pages += pages
 
 
 def make_room(state: SchedState, num_pages: int) -> bool:
@@ -117,7 +126,9 @@ def give_back(state: SchedState, seq: Seq, *, keep: bool) -> None:
     drop_writer(state, seq)
     _unlock(state, seq)
     state.pool.release(seq.pages, seq.holder)
-    seq.pages = []
+    if seq.table >= 0:
+        state.tables.give_back(seq.table, len(seq.pages))
+    seq.pages, seq.table = [], -1
     seq.num_computed = seq.num_planned = seq.prefix_tokens = 0
     seq.prefix_cached = False
 

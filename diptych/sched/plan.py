@@ -6,7 +6,7 @@ import math
 from itertools import islice
 
 from diptych.errors import AuditError
-from diptych.sched.pages import fits, headroom, make_room, peek
+from diptych.sched.pages import add_pages, fits, headroom, make_room, peek
 from diptych.sched.queue import admit, retract
 from diptych.sched.rows import build
 from diptych.sched.state import After, SchedState, Seq
@@ -55,7 +55,7 @@ def schedule(state: SchedState, now: float) -> Plan | None:
     if not decoding and not chunks:
         return None
     state.step += 1
-    plan = build(state.step, state.config.page_size, decoding, chunks)
+    plan = build(state, decoding, chunks)
     state.flight.append(plan)
     return plan
 
@@ -95,7 +95,7 @@ def _grow(state: SchedState, seq: Seq, now: float) -> bool:
         retract(state, victim, now)
         if victim is seq:
             return False
-    seq.add_pages(state.pool.alloc(1, seq.holder))
+    add_pages(state, seq, state.pool.alloc(1, seq.holder))
     return True
 
 

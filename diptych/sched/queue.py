@@ -209,6 +209,8 @@ def _new_seq(state: SchedState, request: Request, now: float) -> Seq:
         num_prompt=num_prompt,
         max_tokens=min(num_prompt + sampling.max_new_tokens, state.max_len),
         arrival_at=now,
+        stops=frozenset(() if sampling.ignore_eos else (*state.config.eos_token_ids, *sampling.stop_token_ids)),
+        min_tokens=num_prompt + sampling.min_new_tokens,
         needs_history=sampling.penalized,
         needs_tokens=sampling.penalized or sampling.grammar is not None,
         next_target=num_prompt,

@@ -4,62 +4,98 @@ from __future__ import annotations
 
 import numpy as np
 
-from diptych.sched.state import Seq, Status
+from diptych.sched.state import SchedState, Seq, Status
 from diptych.types import I32, I64, Plan, Row
 
 
-def build(step: int, page_size: int, decoding: list[Seq], chunks: list[tuple[Seq, int]]) -> Plan:
+def build(state: SchedState, decoding: list[Seq], chunks: list[tuple[Seq, int]]) -> Plan:
     """The plan of a step: a row for each of `decoding` (one token), then for each of `chunks` (sequence, tokens).
 
     Marks them in flight. A token that the step in flight samples has the id -1 - r, r being its row there. Decode rows
     cost a few list reads each; everything of a token's size is done by numpy.
     """
-    num_decode = len(decoding)
-    num_rows = num_decode + len(chunks)
-    seqs = decoding + [seq for seq, _ in chunks]
-    lengths = [1] * num_decode + [length for _, length in chunks]
-    cached = [seq.num_planned for seq in seqs]
-    rows = [_row(seq, start, length) for seq, start, length in zip(seqs, cached, lengths, strict=True)]
-
-    q_starts = np.zeros(num_rows + 1, np.int32)
-    np.cumsum(lengths, out=q_starts[1:])
-    starts = np.array(cached, np.int32)
-    kv_lens = starts + np.array(lengths, np.int32)
-    pages = np.zeros((num_rows, max(len(seq.pages) for seq in seqs)), np.int32)
-    for index, seq in enumerate(seqs):
-        pages[index, : len(seq.pages)] = seq.table[: len(seq.pages)]
-
-    total = int(q_starts[-1])
-    token_ids: I32 = np.empty(total, np.int32)
-    positions: I32 = np.empty(total, np.int32)
-    slots: I64 = np.empty(total, np.int64)
-    token_ids[:num_decode] = [-1 - seq.row if seq.num_pending else seq.tokens[-1] for seq in decoding]
-    positions[:num_decode] = starts[:num_decode]
-    last = pages[np.arange(num_decode), positions[:num_decode] // page_size]
-    slots[:num_decode] = last.astype(np.int64) * page_size + positions[:num_decode] % page_size
-    at = num_decode
-    for seq, length in chunks:
-        start, stop = seq.num_planned, seq.num_planned + length
-        token_ids[at : at + length] = seq.tokens[start:stop]
-        span = np.arange(start, stop)
-        positions[at : at + length] = span
-        slots[at : at + length] = seq.table[span // page_size].astype(np.int64) * page_size + span % page_size
-        at += length
-    for index, (seq, row) in enumerate(zip(seqs, rows, strict=True)):
-        seq.in_flight += 1
-        seq.num_planned = row.num_cached + row.num_new
-        seq.num_pending += row.samples
-        seq.row = index
+    page_size = state.config.page_size
+    seqs = [*decoding, *(seq for seq, _ in chunks)]
+    num_rows, num_decode = len(seqs), len(decoding)
+    starts: I32 = np.array([seq.num_planned for seq in seqs], np.int32)
+    tokens = [-1 - seq.row if seq.num_pending else seq.tokens[-1] for seq in decoding]
+    owners = np.arange(num_rows)
+    q_starts: I32 = np.arange(num_rows + 1, dtype=np.int32)
+    positions, kv_lens = starts, starts + np.int32(1)
+    if chunks:
+        for seq, length in chunks:
+            tokens += seq.tokens[seq.num_planned : seq.num_planned + length]
+        lengths = np.ones(num_rows, np.int32)
+        lengths[num_decode:] = [length for _, length in chunks]
+        np.cumsum(lengths, out=q_starts[1:])
+        owners = np.repeat(owners, lengths)
+        positions = np.arange(q_starts[-1], dtype=np.int32) + (starts - q_starts[:-1])[owners]
+        kv_lens = starts + lengths
+    width = -(-int(kv_lens.max()) // page_size)
+    pages = state.tables.array[[seq.table for seq in seqs], :width]
+    slots: I64 = pages[owners, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    rows = [_decode_row(seq, index) for index, seq in enumerate(decoding)]
+    rows += [_chunk_row(seq, length, num_decode + index) for index, (seq, length) in enumerate(chunks)]
     return Plan(
-        step=step,
+        step=state.step,
         rows=rows,
-        token_ids=token_ids,
+        token_ids=np.array(tokens, np.int32),
         positions=positions,
         slots=slots,
         q_starts=q_starts,
         kv_lens=kv_lens,
         pages=pages,
     )
+
+
+def _decode_row(seq: Seq, index: int) -> Row:
+    """One token, and the next is sampled."""
+    request = seq.request
+    start, num_pending = seq.num_planned, seq.num_pending
+    stop = start + 1
+    seq.num_planned = stop
+    seq.num_pending = num_pending + 1
+    seq.in_flight += 1
+    seq.row = index
+    return Row(
+        rid=request.rid,
+        num_new=1,
+        num_cached=start,
+        samples=True,
+        sampling=request.sampling,
+        position=stop,
+        num_prompt=seq.num_prompt,
+        num_output=stop - seq.num_prompt,
+        logprobs=request.logprobs,
+        history=seq.tokens.copy() if seq.needs_history else None,
+    )
+
+
+def _chunk_row(seq: Seq, length: int, index: int) -> Row:
+    """`length` tokens, all known."""
+    request = seq.request
+    start = seq.num_planned
+    stop = start + length
+    samples = stop == len(seq.tokens)
+    seq.num_planned = stop
+    seq.num_pending += samples
+    seq.in_flight += 1
+    seq.row = index
+    row = Row(
+        rid=request.rid,
+        num_new=length,
+        num_cached=start,
+        samples=samples,
+        sampling=request.sampling,
+        position=stop,
+        num_prompt=seq.num_prompt,
+        num_output=len(seq.tokens) - seq.num_prompt,
+        logprobs=request.logprobs,
+        history=seq.tokens.copy() if samples and seq.needs_history else None,
+    )
+    if seq.next_target < seq.num_prompt:
+        _add_targets(row, seq, stop)
+    return row
 
 
 def split(plan: Plan, seqs: dict[str, Seq]) -> list[Plan | None]:
@@ -88,29 +124,6 @@ def _only(plan: Plan, index: int, tokens: list[int]) -> Plan:
         kv_lens=plan.kv_lens[index : index + 1],
         pages=plan.pages[index : index + 1],
     )
-
-
-def _row(seq: Seq, start: int, length: int) -> Row:
-    stop = start + length
-    num_tokens = len(seq.tokens) + seq.num_pending
-    samples = stop == num_tokens
-    request = seq.request
-    row = Row(
-        rid=request.rid,
-        num_new=length,
-        num_cached=start,
-        samples=samples,
-        sampling=request.sampling,
-        position=stop,
-        num_prompt=seq.num_prompt,
-        num_output=num_tokens - seq.num_prompt,
-        logprobs=request.logprobs,
-    )
-    if samples and seq.needs_history:
-        row.history = seq.tokens.copy()
-    if seq.next_target < seq.num_prompt:
-        _add_targets(row, seq, stop)
-    return row
 
 
 def _add_targets(row: Row, seq: Seq, stop: int) -> None:

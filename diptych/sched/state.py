@@ -7,12 +7,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
-import numpy as np
-
 from diptych.errors import AuditError
 from diptych.kv.pool import Holder, PagePool
 from diptych.kv.radix import Match, RadixTree
-from diptych.types import I32, Plan, Request, TokenLogprob
+from diptych.sched.tables import PageTables
+from diptych.types import Plan, Request, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +71,8 @@ class Seq:
     num_prompt: int
     max_tokens: int  # length at which the sequence ends
     arrival_at: float
+    stops: frozenset[int]  # tokens that end it, once it has `min_tokens`
+    min_tokens: int
     needs_history: bool  # sampling looks at all its tokens
     needs_tokens: bool  # so it does, or a grammar: no step can be planned while its last token is not known
     next_target: int  # first prompt position whose logprob is still to come; num_prompt: none is
@@ -94,7 +95,7 @@ class Seq:
     first_admitted_at: float | None = None
     after_step: After = After.NOTHING
     peeked: tuple[int, int, int] = (-1, 0, 0)  # tree version, and what peek said then
-    table: I32 = field(default_factory=lambda: np.empty(16, np.int32))  # `pages` as an array, with room to grow
+    table: int = -1  # row of `pages` in the state's tables; -1: holds none
 
     @property
     def rid(self) -> str:
@@ -129,15 +130,6 @@ class Seq:
             raise AuditError(f"request {self.rid} cannot go from {self.status.value} to {status.value}")
         self.status = status
 
-    def add_pages(self, pages: list[int]) -> None:
-        have, want = len(self.pages), len(self.pages) + len(pages)
-        if want > len(self.table):
-            grown = np.empty(max(want, 2 * len(self.table)), np.int32)
-            grown[:have] = self.table[:have]
-            self.table = grown
-        self.table[have:want] = pages
-        self.pages += pages
-
 
 @dataclass(slots=True)
 class Counters:
@@ -167,6 +159,7 @@ class SchedState:
     pool: PagePool
     tree: RadixTree
     max_len: int  # longest sequence that context and pool allow
+    tables: PageTables
     seqs: dict[str, Seq] = field(default_factory=dict)
     waiting: deque[Seq] = field(default_factory=deque)
     running: list[Seq] = field(default_factory=list)
@@ -182,10 +175,12 @@ class SchedState:
 def new_state(config: SchedConfig, num_pages: int) -> SchedState:
     """An empty scheduler over a pool of `num_pages`."""
     pool = PagePool(num_pages, config.page_size)
+    # the KV of a sequence's last token is never stored
+    max_len = min(config.context_len, num_pages * config.page_size + 1)
     return SchedState(
         config=config,
         pool=pool,
         tree=RadixTree(pool),
-        # the KV of a sequence's last token is never stored
-        max_len=min(config.context_len, num_pages * config.page_size + 1),
+        max_len=max_len,
+        tables=PageTables(-(-max_len // config.page_size)),
     )
