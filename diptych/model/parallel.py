@@ -78,6 +78,11 @@ class HostGroup:
         dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
         return torch.cat(parts, -1) if parts is not None else None
 
+    def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        from diptych.model.kernels import allreduce, fused  # for tests alone: in Triton's interpreter
+
+        return fused.add_norm(x, self.sum(allreduce.whole(delta, x.dtype)), weight, eps)
+
     def share_tokens(self, tokens: Tensor) -> None:
         dist.broadcast(tokens, group=self._group, group_src=0)
 
@@ -119,6 +124,18 @@ class Parallel:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, added in rank order; the same bits on each rank. May reuse `x`."""
         return x if self.group is None else self.group.sum(x)
+
+    def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x += the sum of every rank's `delta`, in place; returns RMSNorm(x) * weight. By kernels.
+
+        `x` `[rows, width]`; `delta` is a product of this shape or its unreduced parts (model/kernels/matmul.py). A row
+        gets the same bits whatever the number of rows: those of `add_norm(x, self.sum(delta), weight, eps)`.
+        """
+        if self.group is not None:
+            return self.group.sum_add_norm(x, delta, weight, eps)
+        from diptych.model.kernels.fused import add_norm  # not to be had without Triton
+
+        return add_norm(x, delta, weight, eps)
 
     def join(self, x: Tensor) -> Tensor | None:
         """Every rank's `x` side by side along the last dimension: on rank 0 of the stage, elsewhere None."""

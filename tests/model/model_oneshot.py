@@ -1,7 +1,7 @@
 """One rank of several, as a process: `python model_oneshot.py RANK WORLD FOLDER`; `run_ranks` starts them all.
 
 The ranks have one another's memory through files, and make the same calls, some after a pause of their own. Each prints
-how many of its results were not, bit for bit, the sum in rank order.
+which of its results were not, bit for bit, the sum in rank order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from diptych.model.kernels import allreduce
-from diptych.model.kernels.allreduce import OneShot, add_norm_like
+from diptych.model.kernels.allreduce import OneShot
+from diptych.model.kernels.fused import add_norm
 
 LIMIT = 1 << 15  # bytes
 CALLS = 32
@@ -29,7 +30,7 @@ WIDTH, EPS = 96, 1e-6
 
 
 def run_ranks(folder: Path, world: int) -> list[str]:
-    """What each rank printed."""
+    """What each rank printed: the calls that went wrong."""
     for rank in range(world):
         (folder / str(rank)).write_bytes(bytes(OneShot.num_bytes(world, LIMIT)))
     ranks = [
@@ -75,7 +76,7 @@ def wrong(one_shot: OneShot, call: int) -> bool:
     x, weight = torch.ones(len(expected), WIDTH, dtype=dtype), torch.arange(WIDTH).to(dtype)
     residual = x.clone()
     found = one_shot.sum_add_norm(x, mine, weight, EPS)
-    normed = add_norm_like(residual, expected, weight, EPS)
+    normed = add_norm(residual, expected, weight, EPS)
     return not (torch.equal(found, normed) and torch.equal(x, residual))
 
 

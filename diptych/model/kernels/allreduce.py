@@ -1,8 +1,8 @@
 """One-shot sums over the GPUs of a host: each writes its part straight into the memory of all others, and adds.
 
-A part travels in lines of eight bytes: four of data, and the number of the call, by which the reader knows that the data
-is there. That needs no barrier and no fence, as an aligned store of eight bytes is never seen by halves; the price is
-twice the bytes. (NCCL's protocol "LL" does the same.) A call thus costs one way over NVLink.
+A part travels in lines of eight bytes: four of data, and the number of the call, by which the reader knows that the
+data is there. That needs no barrier and no fence, as an aligned store of eight bytes is never seen by halves; the price
+is twice the bytes. (NCCL's protocol "LL" does the same.) A call thus costs one way over NVLink.
 
 Memory of a rank: int64 lines `[2, WORLD, LIMIT]`: by the call's number, even or odd, and by sender. A sender may
 overwrite what it wrote two calls ago: it has finished the call between, for which it had to hear from every other rank,
@@ -162,34 +162,30 @@ def sum_add_norm_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
 ):
     """add_norm_kernel (diptych/model/kernels/fused.py) of the sum of all ranks' `delta`, which is rounded to x's type.
-    Programs take rows in turns. WORLD 1: `delta` is the sum."""
+    Programs take rows in turns."""
     wait_for_previous(OVERLAP)
     program, programs = tl.program_id(0), tl.num_programs(0)
+    call = tl.load(calls + program) + 1
     columns, words = tl.arange(0, BLOCK), tl.arange(0, BLOCK // PER_WORD)
     inside, sent = columns < WIDTH, words < WIDTH // PER_WORD
     dtype = x.dtype.element_ty
-    if WORLD > 1:
-        call = tl.load(calls + program) + 1
-        for row in range(program, rows, programs):
-            places = delta + row * WIDTH + columns
-            mine = load_product(places, inside, split_stride, SPLITS, dtype).to(dtype)
-            lines = row * (WIDTH // PER_WORD) + words
-            _send(mine, lines, sent, memories, call, RANK, WORLD, LIMIT, BLOCK, PER_WORD)
+    for row in range(program, rows, programs):
+        mine = load_product(delta + row * WIDTH + columns, inside, split_stride, SPLITS, dtype).to(dtype)
+        _send(mine, row * (WIDTH // PER_WORD) + words, sent, memories, call, RANK, WORLD, LIMIT, BLOCK, PER_WORD)
     for row in range(program, rows, programs):
         at = row * WIDTH + columns
         residual = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-        added = load_product(delta + at, inside, split_stride, SPLITS, dtype).to(dtype)
-        if WORLD > 1:
-            lines = row * (WIDTH // PER_WORD) + words
-            added = _sum(added, lines, sent, memories, call, RANK, WORLD, LIMIT, PER_WORD)
-        total = (residual + added.to(tl.float32)).to(dtype)
-        tl.store(x + at, total, mask=inside)
-        value = total.to(tl.float32)
+        mine = load_product(delta + at, inside, split_stride, SPLITS, dtype).to(dtype)
+        lines = row * (WIDTH // PER_WORD) + words
+        added = _sum(mine, lines, sent, memories, call, RANK, WORLD, LIMIT, PER_WORD)
+        tl.store(x + at, (residual + added.to(tl.float32)).to(dtype), mask=inside)
+        # Read again, the numbers lie in the threads as add_norm_kernel has them, and are added in its order.
+        tl.debug_barrier()
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         root = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
         tl.store(out + at, (value * root * scale).to(dtype), mask=inside)
-    if WORLD > 1:
-        _count(calls, program, programs, call, PROGRAMS)
+    _count(calls, program, programs, call, PROGRAMS)
 
 
 # ---- on tensors --------------------------------------------------------------------------------------------------
@@ -226,27 +222,17 @@ class OneShot:
     def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See sum_add_norm_kernel. `x` `[rows, width]`, which `takes`, changes in place; `delta` is a product of this
         shape, or its unreduced parts."""
-        return _launch(x, delta, weight, eps, min(PROGRAMS, len(x)), self._memories, self._calls, **self._place())
+        rows, width = x.shape
+        out, block = torch.empty_like(x), triton.next_power_of_2(width)
+        sum_add_norm_kernel[(min(PROGRAMS, rows),)](
+            x, delta, weight, out, self._memories, self._calls, rows, x.numel(), eps, SPLITS=splits_of(delta),
+            WIDTH=width, BLOCK=block, PER_WORD=4 // x.itemsize, num_warps=min(16, max(1, block // 512)),
+            **self._place(), **launch.options(),
+        )  # fmt: skip
+        return out
 
     def _place(self) -> dict[str, int]:
         return {"RANK": self.rank, "WORLD": self.world, "LIMIT": self.limit // 4, "PROGRAMS": PROGRAMS}
-
-
-def add_norm_like(x: Tensor, total: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """OneShot.sum_add_norm once the sum is there: the same kernel, so that a row has the same bits either way."""
-    return _launch(x, total, weight, eps, len(x), x, x, RANK=0, WORLD=1, LIMIT=0, PROGRAMS=PROGRAMS)
-
-
-def _launch(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float, programs: int, memories: Tensor, calls: Tensor, **place: int
-) -> Tensor:
-    rows, width = x.shape
-    out, block = torch.empty_like(x), triton.next_power_of_2(width)
-    sum_add_norm_kernel[(programs,)](
-        x, delta, weight, out, memories, calls, rows, x.numel(), eps, SPLITS=splits_of(delta), WIDTH=width,
-        BLOCK=block, PER_WORD=4 // x.itemsize, num_warps=min(16, max(1, block // 512)), **place, **launch.options(),
-    )  # fmt: skip
-    return out
 
 
 def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,3 +241,8 @@ def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     size, grid = out.numel(), (triton.cdiv(out.numel(), 1024),)
     reduce_kernel[grid](parts, out, size, size, SPLITS=len(parts), BLOCK=1024, **launch.options())
     return out
+
+
+def whole(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product that may have come as its unreduced parts."""
+    return add_parts(product, dtype) if product.ndim == 3 else product

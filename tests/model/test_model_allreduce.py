@@ -1,0 +1,13 @@
+"""The one-shot sum in Triton's interpreter, with real processes that share memory; what gloo's ranks exchange besides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import model_oneshot
+import pytest
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_drift_apart_get_every_sum_in_rank_order(world: int, tmp_path: Path) -> None:
+    assert model_oneshot.run_ranks(tmp_path, world) == ["[]\n"] * world
