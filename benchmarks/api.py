@@ -27,7 +27,7 @@ import uvloop
 from programs import ROOT
 
 from diptych import net
-from diptych.api.app import build_app, start_site
+from diptych.api.app import build_app, spare_collector, start_site
 from diptych.config import ServerConfig
 from diptych.engine.channel import Channel
 from diptych.engine.client import EngineLink
@@ -103,6 +103,7 @@ async def serve(fd: int, metrics: bool, profile: bool) -> None:
     sock = net.listen_socket("127.0.0.1", 0)
     runner = await start_site(app, sock)
     await channel.open(fd)
+    spare_collector()
     samples: Counter[str] = Counter()
     if profile:
         signal.signal(signal.SIGPROF, lambda _, frame: samples.update([place_of(frame)]))

@@ -19,7 +19,7 @@ import uvloop
 from aiohttp import web
 
 from diptych import net
-from diptych.api.app import KEEPALIVE_S, begin_drain, build_app, start_site
+from diptych.api.app import KEEPALIVE_S, begin_drain, build_app, spare_collector, start_site
 from diptych.api.auth import normal_key
 from diptych.api.context import CONTEXT
 from diptych.config import ServerConfig
@@ -74,6 +74,7 @@ async def _serve(config: ServerConfig) -> int:
         engine.on_death = died.set
         if engine.failure:
             died.set()
+        spare_collector()
         print(f"{READY}{_url(config)}", flush=True)
         await _first(stop.wait(), died.wait())
         begin_drain(app)

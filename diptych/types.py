@@ -115,7 +115,7 @@ class Finish(msgspec.Struct, frozen=True, omit_defaults=True):
     code: str = ""
 
 
-class Output(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class Output(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """New tokens of one request. Exactly one Output of a request carries `finish`, and it is the last."""
 
     rid: str

@@ -28,9 +28,9 @@ _GOT = _WANTED | {"int": "a number", "float": "a number with decimals"}
 _AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
 
 
-def refuse_near_misses(names: Iterable[str], kind: type) -> None:
+def refuse_near_misses(names: Iterable[str], kind: type[msgspec.Struct]) -> None:
     """Raise BadRequest if one of the body's names is no field of `kind` but nearly one: its value would be ignored."""
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = kind.__struct_encode_fields__
     for name in islice((name for name in names if name not in known), MAX_UNKNOWN):
         if close := difflib.get_close_matches(name, known, n=1, cutoff=NEAR):
             raise BadRequest(f"{name}: there is no such field; did you mean {close[0]}?", param=name)

@@ -1,7 +1,8 @@
 """Between the endpoints and the engine: words in, words out. Knows nothing of HTTP.
 
-A `Job` is one sequence to generate; a `Delta` is what one step of the engine added to it, as text. Stop strings are
-found here, token by token: the tokens that completed the match count, later ones do not.
+A `Job` is one sequence to generate; a `Delta` is what one step of the engine added to it, as text, or several steps if
+its reader is slow. Stop strings are found here, token by token: the tokens that completed the match count, later ones
+do not. A whole sequence without stop strings wakes nobody before its end.
 """
 
 from __future__ import annotations
@@ -102,9 +103,11 @@ class _Sequence:
             finish = Finish("length") if finish is not None and finish.type != "abort" else finish
         silent = finish is not None and self._is_silent_stop(finish, tokens)
         text = ""
-        for count, token in enumerate(tokens, start=1):
-            if silent and count == len(tokens):
-                break
+        shown = tokens[:-1] if silent else tokens
+        if not self._job.request.sampling.stop:
+            text = self._detokenizer.push_all(shown)
+            shown = []
+        for count, token in enumerate(shown, start=1):
             text += self._stops.push(self._detokenizer.push(token))
             if self._stops.matched is not None:
                 tokens, logprobs = tokens[:count], logprobs[:count]
@@ -220,8 +223,9 @@ class Service:
 
     # ---- out ----
 
-    async def stream(self, job: Job) -> AsyncGenerator[Delta, None]:
-        """The job's deltas, the last with `finish`. Closing the generator early aborts the job.
+    async def stream(self, job: Job, *, whole: bool = False) -> AsyncGenerator[Delta, None]:
+        """The job's deltas, the last with `finish`; with `whole` there is no other. Closing the generator early aborts
+        the job.
 
         Raises EngineRefusal when the engine ends it with an error, Unavailable when the engine dies.
         """
@@ -229,14 +233,18 @@ class Service:
         sequence = _Sequence(job, self.tokenizer)
         clock = _Clock(self.metrics)
         delta: Delta | None = None
+
+        def heard(output: Output) -> None:
+            self._mark_progress()
+            if not job.discard:
+                clock.tokens(len(output.tokens))
+
         try:
-            async with aclosing(cast(Any, self.engine.generate(request))) as outputs:
+            async with aclosing(cast(Any, self.engine.generate(request, whole=whole, heard=heard))) as outputs:
                 async for output in outputs:
-                    self._mark_progress()
                     if output.finish is not None and is_failure(output.finish):
                         raise EngineRefusal(output.finish)
                     delta = sequence.take(output)
-                    clock.tokens(len(delta.tokens))
                     if delta.finish is not None:
                         if output.finish is None:
                             self.engine.complete(request.rid)
@@ -254,7 +262,8 @@ class Service:
         started = time.perf_counter()
         parts: list[str] = []
         result = Result(Finish("abort"))
-        async with aclosing(self.stream(job)) as deltas:
+        whole = not job.request.sampling.stop
+        async with aclosing(self.stream(job, whole=whole)) as deltas:
             async for delta in deltas:
                 parts.append(delta.text)
                 result.tokens += delta.tokens

@@ -6,8 +6,10 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import cast
 
 from aiohttp import web
+from aiohttp.http_writer import StreamWriter
 
 from diptych.api.limits import WRITE_TIMEOUT_S
 from diptych.api.wire import HUNG_UP, encode, error_body
@@ -35,9 +37,10 @@ async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid
         response = web.StreamResponse(headers=_HEADERS)
         response.headers["X-Request-Id"] = rid
         try:
-            await response.prepare(request)
-            await _write(response, first)
-            await _rest(response, events, rid)
+            # The server's own kind of writer, whose `write` can leave the waiting to us
+            writer = cast(StreamWriter, await response.prepare(request))
+            await _write(writer, first)
+            await _rest(writer, events, rid)
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await response.write_eof()
         except (ConnectionError, TimeoutError):
@@ -47,25 +50,28 @@ async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid
     return response
 
 
-async def _rest(response: web.StreamResponse, events: AsyncGenerator[bytes, None], rid: str) -> None:
+async def _rest(writer: StreamWriter, events: AsyncGenerator[bytes, None], rid: str) -> None:
     try:
         async for data in events:
-            await _write(response, data)
+            await _write(writer, data)
     except ConnectionError:
         raise
     except DiptychError as error:
         log.info("[%s] ended with an error event: %s", rid, error.code)
-        await _write(response, event(error_body(error)) + DONE)
+        await _write(writer, event(error_body(error)) + DONE)
     except Exception:
         log.exception("[%s] failed", rid)
         internal = DiptychError("internal error; the server's log has the details")
-        await _write(response, event(error_body(internal)) + DONE)
+        await _write(writer, event(error_body(internal)) + DONE)
 
 
-async def _write(response: web.StreamResponse, data: bytes) -> None:
-    """Raises ConnectionError when the client reads nothing for WRITE_TIMEOUT_S."""
+async def _write(writer: StreamWriter, data: bytes) -> None:
+    """Waits only for a client that is behind. Raises ConnectionError when it reads nothing for WRITE_TIMEOUT_S."""
+    await writer.write(data, drain=False)
+    if not writer.protocol.writing_paused:
+        return
     try:
         async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await response.write(data)
+            await writer.drain()
     except TimeoutError:
         raise ConnectionError("the client reads nothing") from None

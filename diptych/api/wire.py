@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from typing import Any, TypeVar
 
@@ -14,8 +15,9 @@ from diptych.api.mistakes import refuse_near_misses, wrong_field
 from diptych.errors import BadRequest, DiptychError, Overloaded, PayloadTooLarge
 from diptych.types import Finish
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 encode = msgspec.json.Encoder().encode
+_decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 HUNG_UP = "whoever asked hung up: the client, or a router that ends this half or asks elsewhere"
 
 
@@ -40,13 +42,18 @@ def decode(body: bytes, kind: type[T]) -> T:
     if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
         raise BadRequest(f"the body must not have more than {MAX_CONTAINERS} brackets and braces")
     try:
-        refuse_near_misses(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), kind)
-        return msgspec.json.decode(body, type=kind)
+        refuse_near_misses(_decode_names(body), kind)
+        return _decoder(kind).decode(body)
     except msgspec.ValidationError as error:
         raise wrong_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise BadRequest(f"the body is not valid JSON: {reason}") from None
+
+
+@functools.cache
+def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
+    return msgspec.json.Decoder(kind)
 
 
 def convert(value: Any, kind: type[T], param: str) -> T:

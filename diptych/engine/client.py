@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -24,9 +23,14 @@ from diptych.types import (
     Stats,
     Submit,
     ToEngine,
+    TokenLogprob,
 )
 
 CONTROL_TIMEOUT_S = 10.0
+
+
+def _nothing(output: Output) -> None:
+    pass
 
 
 class EngineClient(Protocol):
@@ -38,10 +42,13 @@ class EngineClient(Protocol):
     alive: bool
     stalled: bool  # alive, but it has said nothing for some seconds
 
-    def generate(self, request: Request) -> AsyncIterator[Output]:
-        """The request's outputs, up to the one with `finish`. Closing the iterator early aborts the request.
+    def generate(
+        self, request: Request, *, whole: bool = False, heard: Callable[[Output], None] = _nothing
+    ) -> AsyncIterator[Output]:
+        """The request's outputs, up to the one with `finish`; what comes while nobody waits becomes one Output. With
+        `whole` there is one only, at the end. Closing the iterator early aborts the request.
 
-        Raises Unavailable when the engine dies meanwhile.
+        `heard` is called as soon as something comes, with that. Raises Unavailable when the engine dies meanwhile.
         """
 
     def complete(self, rid: str) -> None:
@@ -55,35 +62,61 @@ class EngineClient(Protocol):
 
 
 class _Stream:
-    """Outputs of one request on their way to its handler: a queue with one reader.
+    """What came for one request and its handler has not taken yet. One reader.
 
-    `rid` is the request's id in the engine.
+    `rid` is the request's id in the engine. With `whole` the reader sleeps until the end is there.
     """
 
-    __slots__ = ("_items", "_waiter", "complete", "dead", "rid")
+    __slots__ = (
+        *("_heard", "_latest", "_logprobs", "_prompt_logprobs", "_tokens", "_waiter", "_whole"),
+        *("complete", "dead", "rid"),
+    )
 
-    def __init__(self, rid: str) -> None:
+    def __init__(self, rid: str, whole: bool, heard: Callable[[Output], None]) -> None:
         self.rid = rid
-        self._items: deque[Output] = deque()
+        self._whole = whole
+        self._heard = heard
+        self._latest: Output | None = None
+        self._tokens: list[int] = []  # these three are of all outputs up to the latest
+        self._logprobs: list[TokenLogprob] | None = None
+        self._prompt_logprobs: list[TokenLogprob] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self.complete = False
         self.dead = False
 
     def put(self, output: Output) -> None:
-        self._items.append(output)
-        self.wake()
+        self._heard(output)
+        self._tokens += output.tokens
+        if output.logprobs is not None:
+            self._logprobs = self._logprobs or []
+            self._logprobs += output.logprobs
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+        self._latest = output
+        if not self._whole or output.finish is not None:
+            self.wake()
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def get(self) -> Output:
-        while not self._items:
+        while (latest := self._latest) is None or (self._whole and latest.finish is None):
             if self.dead:
                 raise Unavailable("the engine of this server has stopped; the request was lost, send it again")
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._items.popleft()
+        return self._take(latest)
+
+    def _take(self, latest: Output) -> Output:
+        """All that came since the last time."""
+        tokens, self._tokens = self._tokens, []
+        logprobs, self._logprobs = self._logprobs, None
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        self._latest = None
+        if len(tokens) == len(latest.tokens) and prompt_logprobs is latest.prompt_logprobs:
+            return latest
+        return msgspec.structs.replace(latest, tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
 class EngineLink:
@@ -106,12 +139,14 @@ class EngineLink:
         self._replies: dict[int, asyncio.Future[ControlReply]] = {}
         self._ids = itertools.count(1)
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(
+        self, request: Request, *, whole: bool = False, heard: Callable[[Output], None] = _nothing
+    ) -> AsyncIterator[Output]:
         if not self.alive:
             raise Unavailable("the engine of this server has stopped; send the request to another")
         if request.rid in self._streams:
             raise BadRequest(f"a request with rid {request.rid!r} is already running; choose another", param="rid")
-        stream = _Stream(f"{request.rid}#{next(self._ids)}")
+        stream = _Stream(f"{request.rid}#{next(self._ids)}", whole, heard)
         self._streams[request.rid] = self._listening[stream.rid] = stream
         self._send(Submit(msgspec.structs.replace(request, rid=stream.rid)))
         finished = False

@@ -1,4 +1,4 @@
-"""Tokens to text, one token at a time, in constant time a token.
+"""Tokens to text, as they come, in constant time a token.
 
 Whatever the chunking, the pieces put together are exactly what `Tokenizer.decode` gives for all ids at once: a
 character spread over several tokens comes out when its last byte is there, and never in part.
@@ -25,6 +25,8 @@ class Detokenizer(Protocol):
     """The text of one sequence so far. Never raises: ids that the tokenizer does not know are nothing."""
 
     def push(self, token: int) -> str: ...  # the text that has become certain with this token, often ""
+
+    def push_all(self, tokens: Sequence[int]) -> str: ...  # the same for several
 
     def finish(self) -> str: ...  # what is left at the end: incomplete characters become U+FFFD
 
@@ -54,7 +56,7 @@ def decoding_of(tokenizer: tokenizers.Tokenizer) -> Decoding:
 def decode(decoding: Decoding, ids: Iterable[int], skip_special: bool = True) -> str:
     """All ids at once."""
     state = decoding.start(skip_special)
-    return "".join([state.push(id) for id in ids]) + state.finish()
+    return state.push_all(list(ids)) + state.finish()
 
 
 # ---- byte-level BPE --------------------------------------------------------------------------------------------
@@ -92,17 +94,28 @@ def _bytes_of(text: str | None, alphabet: dict[str, int]) -> bytes:
 
 
 class _ByteLevelState:
-    __slots__ = ("_table", "_utf8")
+    __slots__ = ("_held", "_table")
 
     def __init__(self, table: list[bytes]) -> None:
         self._table = table
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""  # the beginning of a character
 
     def push(self, token: int) -> str:
-        return self._utf8.decode(self._table[token]) if 0 <= token < len(self._table) else ""
+        return self._decode(self._table[token]) if 0 <= token < len(self._table) else ""
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        table, size = self._table, len(self._table)
+        return self._decode(b"".join([table[token] for token in tokens if 0 <= token < size]))
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", True)
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
+
+    def _decode(self, data: bytes) -> str:
+        data = self._held + data
+        text, used = codecs.utf_8_decode(data, "replace")  # without `final`: up to the last whole character
+        self._held = data[used:]
+        return text
 
 
 # ---- SentencePiece ---------------------------------------------------------------------------------------------
@@ -177,6 +190,9 @@ class _PiecesState:
             piece = piece.replace(" ", "")
         return self._lose_spaces(self._end_run() + piece)
 
+    def push_all(self, tokens: Sequence[int]) -> str:
+        return "".join([self.push(token) for token in tokens])
+
     def finish(self) -> str:
         return self._lose_spaces(self._end_run())
 
@@ -233,6 +249,9 @@ class _WindowState:
         self._ids.append(token)
         text = self._decode(self._ids)
         return "" if text.endswith(_UNKNOWN) else self._take(text)
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        return "".join([self.push(token) for token in tokens])
 
     def finish(self) -> str:
         return self._take(self._decode(self._ids))

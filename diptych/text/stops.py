@@ -13,11 +13,12 @@ from collections.abc import Sequence
 class StopMatcher:
     """Feed text with `push`; what it returns may be shown. Once `matched` is set nothing more comes out."""
 
-    __slots__ = ("_automata", "_held", "_keep", "matched")
+    __slots__ = ("_automata", "_first", "_held", "_keep", "matched")
 
     def __init__(self, stops: Sequence[str], *, keep_stop: bool = False) -> None:
         longest_first = sorted({stop for stop in stops if stop}, key=len, reverse=True)
         self._automata = [_Automaton(stop) for stop in longest_first]
+        self._first = frozenset(stop[0] for stop in longest_first)
         self._keep = keep_stop  # no_stop_trim: the stop stays in the text
         self._held = ""
         self.matched: str | None = None
@@ -25,7 +26,7 @@ class StopMatcher:
     def push(self, text: str) -> str:
         if self.matched is not None:
             return ""
-        if not self._automata:
+        if not self._held and self._first.isdisjoint(text):  # no stop has begun, and none begins here
             return text
         pending = self._held + text
         seen = len(self._held)

@@ -48,7 +48,10 @@ class MockEngineClient:
         self.changed = asyncio.Condition()
         self._ends: dict[str, Output] = {}
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    async def generate(
+        self, request: Request, *, whole: bool = False, heard: Callable[[Output], None] = lambda output: None
+    ) -> AsyncIterator[Output]:
+        """Also with `whole` in pieces: who calls must cope with both."""
         if not self.alive:
             raise Unavailable("the engine of this server has stopped; send the request to another")
         self.requests.append(request)
@@ -63,6 +66,7 @@ class MockEngineClient:
                 if isinstance(item, Exception):
                     raise item
                 finished = item.finish is not None
+                heard(item)
                 yield item
                 if finished:
                     return

@@ -21,6 +21,7 @@ from diptych.types import (
     Sampling,
     Submit,
     ToEngine,
+    TokenLogprob,
 )
 
 MODEL = ModelInfo(
@@ -61,9 +62,65 @@ async def test_a_stream_ends_with_its_finish() -> None:
     rid = submitted(sent[0])
     link.receive(Outputs([Output(rid=rid, tokens=[1]), Output(rid="other", tokens=[9])]))
     link.receive(Outputs([Output(rid=rid, tokens=[2], finish=Finish("length"))]))
-    assert (await first).tokens == [1]
-    assert [output.tokens async for output in outputs] == [[2]]
+    assert (await first).tokens == [1, 2]
+    assert [output async for output in outputs] == []
     assert len(sent) == 1  # nothing to abort
+
+
+async def test_what_nobody_took_becomes_one_output() -> None:
+    """Tokens and their log-probabilities in order, the prompt's once, all the rest as it was last."""
+    link, sent = make()
+    heard: list[Output] = []
+    outputs = link.generate(request("a"), heard=heard.append)
+    first = asyncio.create_task(anext(outputs))
+    await asyncio.sleep(0)
+    rid = submitted(sent[0])
+    scores = [TokenLogprob(-0.5 * token, token) for token in range(6)]
+    came = [
+        Output(rid=rid, tokens=[1], logprobs=scores[1:2], prompt_logprobs=scores[:1], prompt_tokens=1),
+        Output(rid=rid, tokens=[2, 3], logprobs=scores[2:4], prompt_tokens=1, num_retractions=1),
+    ]
+    link.receive(Outputs(came))
+    assert await first == Output(
+        rid=rid, tokens=[1, 2, 3], logprobs=scores[1:4], prompt_logprobs=scores[:1], prompt_tokens=1, num_retractions=1
+    )
+    came += [Output(rid=rid, tokens=[4], logprobs=scores[4:5])]
+    link.receive(Outputs(came[2:]))
+    assert await anext(outputs) is came[2]
+    came += [Output(rid=rid, tokens=[5], logprobs=scores[5:]), Output(rid=rid, finish=Finish("length"))]
+    for output in came[3:]:
+        link.receive(Outputs([output]))
+    assert [output async for output in outputs] == [
+        Output(rid=rid, tokens=[5], logprobs=scores[5:], finish=Finish("length"))
+    ]
+    assert heard == came
+    assert came[0].tokens == [1] and came[0].logprobs == scores[1:2]  # messages stay as they came
+
+
+async def test_a_whole_answer_wakes_its_reader_once() -> None:
+    link, sent = make()
+    heard: list[Output] = []
+    outputs = link.generate(request("a"), whole=True, heard=heard.append)
+    first = asyncio.create_task(anext(outputs))
+    await asyncio.sleep(0)
+    rid = submitted(sent[0])
+    for token in range(5):
+        link.receive(Outputs([Output(rid=rid, tokens=[token])]))
+        await asyncio.sleep(0)
+        assert len(heard) == token + 1 and not first.done()
+    link.receive(Outputs([Output(rid=rid, finish=Finish("stop", 4))]))
+    assert await first == Output(rid=rid, tokens=[0, 1, 2, 3, 4], finish=Finish("stop", 4))
+    assert [output async for output in outputs] == []
+
+
+async def test_a_whole_answer_is_lost_with_its_engine() -> None:
+    link, sent = make()
+    first = asyncio.create_task(anext(link.generate(request("a"), whole=True)))
+    await asyncio.sleep(0)
+    link.receive(Outputs([Output(rid=submitted(sent[0]), tokens=[1])]))
+    link.died()
+    with pytest.raises(Unavailable):
+        await first
 
 
 async def test_closing_early_aborts() -> None:
