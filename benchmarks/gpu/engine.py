@@ -235,11 +235,8 @@ def main() -> int:
     result = measure(args, extra)
     name = "-".join(["gpu-engine", args.model.lower(), f"tp{args.tp}", *([args.label] if args.label else [])])
     if args.json or not args.rehearse:
-        print(
-            write(
-                name, {"label": args.label, "settings": {"seed": args.seed, "reps": args.reps}, **result}, args.json
-            ).name
-        )
+        told = {"label": args.label, "settings": {"seed": args.seed, "reps": args.reps}}
+        print(write(name, told | result, args.json).name)
     if "failed" in result:
         print(f"failed: {result['failed']}", file=sys.stderr)
     return int("failed" in result)

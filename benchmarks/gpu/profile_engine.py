@@ -228,14 +228,9 @@ def main() -> int:
             found.append(one(runner, f"prefill, {count} x {length}", plans, args, size))
     if args.json or not args.rehearse:
         name = "-".join(["gpu-profile", args.model.lower(), *([args.label] if args.label else [])])
-        told = {
-            "label": args.label,
-            "model": args.model,
-            "flags": extra,
-            "page_size": config.page_size,
-            "load_s": load_s,
-        }
-        print(write(name, {**told, "exact": runner.exact, "profiles": found}, args.json).name)
+        told = {"label": args.label, "model": args.model, "flags": extra, "page_size": config.page_size}
+        told |= {"load_s": load_s, "exact": runner.exact, "profiles": found}
+        print(write(name, told, args.json).name)
     return 0
 
 
