@@ -56,7 +56,6 @@ class Decoder:
         parallel: Parallel,
         context_len: int,
         *,
-        device: str = "cpu",
         pack: bool = True,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -65,7 +64,7 @@ class Decoder:
         kv_heads = parallel.share_heads(config.num_kv_heads)
         self.num_heads, self.num_kv_heads = heads[1] - heads[0], kv_heads[1] - kv_heads[0]
         self.scale = config.head_dim**-0.5
-        loader = _Loader(config, layer_shapes(config), source, parallel, heads, kv_heads, device, pack)
+        loader = _Loader(config, layer_shapes(config), source, parallel, heads, kv_heads, pack)
         self.ends = loader.ends() if parallel.stage == 0 else None
         if self.ends is None:
             loader.note_ends()
@@ -80,9 +79,8 @@ class Decoder:
         self.num_layers = len(self.layers)
         source.finish(optional=("lm_head.weight",) if config.tied else ())
         cos, sin = rope_tables(config.rope, config.head_dim, context_len)
-        dtype = self.layers[0].attention_norm.weight.dtype
-        self.cos = cos.to(device, dtype).unsqueeze(1)
-        self.sin = sin.to(device, dtype).unsqueeze(1)
+        self.cos = cos.to(source.device, source.dtype).unsqueeze(1)
+        self.sin = sin.to(source.device, source.dtype).unsqueeze(1)
 
     def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor | None:
         """Hidden states before the last norm of the rows `wanted`, `[wanted, hidden]`, on the first stage; None on the
@@ -180,7 +178,6 @@ class _Loader:
     parallel: Parallel
     heads: Slice
     kv_heads: Slice
-    device: str
     pack: bool
 
     def ends(self) -> Ends:
@@ -192,9 +189,9 @@ class _Loader:
             head = load_vocab(self.source, "lm_head.weight", c.vocab_size, c.hidden_size, self.parallel)
         norm = self.source.get("model.norm.weight", (c.hidden_size,))
         return Ends(
-            Embedding(table.to(self.device), part, self.parallel),
-            RMSNorm(norm.to(self.device), c.norm_eps),
-            self._linear(head),
+            Embedding(table, part, self.parallel),
+            RMSNorm(norm, c.norm_eps),
+            Linear(head, pack=self.pack),
         )
 
     def note_ends(self) -> None:
@@ -225,14 +222,20 @@ class _Loader:
     def _get(self, index: int, name: str, part: Slice | None = None, dim: int = 0) -> Tensor:
         return self.source.get(f"model.layers.{index}.{name}", self.shapes[name], part, dim)
 
+    def _read(self, out: Tensor, index: int, name: str, part: Slice, dim: int = 0) -> None:
+        self.source.read(out, f"model.layers.{index}.{name}", self.shapes[name], part, dim)
+
+    def _empty(self, rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=self.source.dtype, device=self.source.device)
+
     def _norm(self, index: int, name: str) -> RMSNorm:
-        return RMSNorm(self._get(index, f"{name}.weight").to(self.device), self.config.norm_eps)
+        return RMSNorm(self._get(index, f"{name}.weight"), self.config.norm_eps)
 
     def _qk_norm(self, index: int) -> Tensor:
         dim = self.config.head_dim
         q, k = (self._get(index, f"self_attn.{name}_norm.weight") for name in ("q", "k"))
         num_q, num_k = self.heads[1] - self.heads[0], self.kv_heads[1] - self.kv_heads[0]
-        return torch.cat((q.expand(num_q, dim), k.expand(num_k, dim))).to(self.device)
+        return torch.cat((q.expand(num_q, dim), k.expand(num_k, dim)))
 
     def _rows_of(self, heads: Slice) -> Slice:
         return heads[0] * self.config.head_dim, heads[1] * self.config.head_dim
@@ -242,15 +245,19 @@ class _Loader:
 
     def _column_parallel(self, index: int, parts: list[tuple[str, Slice]]) -> Linear:
         """Matrices (name, this rank's rows) one below the other."""
-        weights = [self._get(index, f"{name}.weight", rows) for name, rows in parts]
+        weight = self._empty(sum(rows[1] - rows[0] for _, rows in parts), self.config.hidden_size)
+        at = 0
+        for name, rows in parts:
+            height = rows[1] - rows[0]
+            self._read(weight[at : at + height], index, f"{name}.weight", rows)
+            at += height
         biases = [self._get(index, f"{name}.bias", rows) for name, rows in parts if f"{name}.bias" in self.shapes]
-        return self._linear(torch.cat(weights), torch.cat(biases) if biases else None)
+        return Linear(weight, torch.cat(biases) if biases else None, pack=self.pack)
 
     def _row_parallel(self, index: int, name: str, columns: Slice) -> Linear:
-        return self._linear(self._get(index, f"{name}.weight", columns, dim=1))
+        weight = self._empty(self.config.hidden_size, columns[1] - columns[0])
+        self._read(weight, index, f"{name}.weight", columns, dim=1)
+        return Linear(weight, pack=self.pack)
 
     def _bias(self, index: int, name: str) -> Tensor | None:
-        return self._get(index, f"{name}.bias").to(self.device) if f"{name}.bias" in self.shapes else None
-
-    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return Linear(weight.to(self.device), None if bias is None else bias.to(self.device), pack=self.pack)
+        return self._get(index, f"{name}.bias") if f"{name}.bias" in self.shapes else None

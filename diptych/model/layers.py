@@ -84,6 +84,7 @@ def vocab_part(vocab_size: int, parallel: Parallel) -> Slice:
 def load_vocab(source: WeightSource, name: str, vocab_size: int, hidden: int, parallel: Parallel) -> Tensor:
     """This rank's rows of a `[vocab, hidden]` table, padded with zeros to the width that all ranks have."""
     part = vocab_part(vocab_size, parallel)
-    rows = source.get(name, (vocab_size, hidden), part)
     width = -(-vocab_size // parallel.world)
-    return F.pad(rows, (0, 0, 0, width - rows.shape[0]))
+    table = torch.zeros(width, hidden, dtype=source.dtype, device=source.device)
+    source.read(table[: part[1] - part[0]], name, (vocab_size, hidden), part)
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from diptych.model.memory import kv_dtype
 from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
 from diptych.model.selftest import activations_are_exact, attention_is_exact, products_are_exact
+from diptych.model.upload import REPORT_S
 from diptych.model.weights import open_weights
 from diptych.types import ModelInfo
 
@@ -84,14 +86,20 @@ def _load_native(
 ) -> Loaded:
     shape = load_model_config(folder)
     longest = context_len(config.context_length, shape.max_position, shape.max_context)
-    source = open_weights(folder, config.load_format, dtype, config.random_seed)
+    started = time.monotonic()
+    source = open_weights(folder, config.load_format, dtype, device, config.random_seed, progress)
     shapes = _product_shapes(shape, parallel.world)
     stored = kv_dtype(config, dtype)
-    pack = products_are_exact(shapes, dtype, device, partial(Linear, pack=True))
-    model = Decoder(shape, source, parallel, longest, device=device, pack=pack, progress=progress)
+    by_torch = config.attention_backend == "torch"  # our own kernels are tried by who runs them
+    pack = by_torch and products_are_exact(shapes, dtype, device, partial(Linear, pack=True))
+    model = Decoder(shape, source, parallel, longest, pack=pack, progress=_seldom(progress))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    progress(f"weights: loaded in {time.monotonic() - started:.1f} s")
     plain = partial(PagedAttention, num_heads=model.num_heads, scale=model.scale)
     exact = (
-        (pack or products_are_exact(shapes, dtype, device, partial(Linear, pack=False)))
+        by_torch
+        and (pack or products_are_exact(shapes, dtype, device, partial(Linear, pack=False)))
         and attention_is_exact(
             model.num_heads, model.num_kv_heads, shape.head_dim, config.page_size, dtype, device, plain
         )
@@ -141,6 +149,19 @@ def _dtype(asked: str, raw: dict[str, Any], device: str) -> torch.dtype:
     name = asked if asked != "auto" else "float32" if device == "cpu" else checkpoint_dtype(raw)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def _seldom(progress: Callable[[str], None]) -> Callable[[str], None]:
+    """Passes a line on if the last one was REPORT_S ago."""
+    last = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_S:
+            last = time.monotonic()
+            progress(line)
+
+    return tell
 
 
 def _product_shapes(shape: ModelConfig, world: int) -> list[tuple[int, int]]:

@@ -66,7 +66,7 @@ def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
 def uniform(key: int, start: int, stop: int, device: str = "cpu") -> Tensor:
     """Numbers `start` … `stop - 1` of the stream `key`: float32 in [0, 1), multiples of 2^-24."""
     out = torch.empty(stop - start, dtype=torch.float32, device=device)
-    base = torch.tensor(key, dtype=torch.int64, device=device)
+    base = torch.full((), key, dtype=torch.int64, device=device)  # enqueued, where a copy of a number would wait
     for at in range(start, stop, BLOCK):
         end = min(at + BLOCK, stop)
         counters = torch.arange(at, end, dtype=torch.int64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from diptych.config import ServerConfig
 from diptych.errors import ConfigError
+from diptych.model import upload, weights
 from diptych.model.config import load_model_config
+from diptych.model.decoder import Decoder
+from diptych.model.noise import hash_text, uniform
+from diptych.model.parallel import Parallel
 from diptych.model.runner import Runner
-from diptych.model.weights import DummySource, SafetensorsSource
+from diptych.model.weights import DummySource, SafetensorsSource, UploadedSource
 
 
 def start(folder: Path | str, **changes: Any) -> Runner:
@@ -84,6 +89,84 @@ def test_dummy_weights_are_uniform_and_the_same_in_slices() -> None:
     assert whole.min() >= -1e-3
     assert whole.max() <= 1e-3
     assert whole.std().item() == pytest.approx(1e-3 / 3**0.5, rel=0.01)
+
+
+def test_dummy_weights_are_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula, by hand: uniform numbers of a stream named after seed and tensor."""
+    values = uniform(hash_text("3/a"), 0, 70 * 33).view(70, 33) * 2e-3 - 1e-3
+    source = DummySource(3, torch.float16)
+    assert torch.equal(source.get("a", (70, 33)), values.half())
+    monkeypatch.setattr(weights, "DUMMY_BLOCK", 100)
+    out = torch.zeros(10, 40, dtype=torch.float32)
+    source.read(out[:, 5:38], "a", (70, 33), (20, 30))
+    assert torch.equal(out[:, 5:38], values[20:30])
+    assert torch.equal(source.get("a", (70, 33), (3, 9), dim=1), values[:, 3:9].half())
+    assert source.get("a", (70, 33), (70, 70)).shape == (0, 33)
+    assert torch.equal(source.get("b", (501,)), (uniform(hash_text("3/b"), 0, 501) * 2e-3 - 1e-3).half())
+    assert source.num_parameters == 70 * 33 + 501
+
+
+def everything(model: Decoder) -> list[torch.Tensor]:
+    """All tensors of a decoder without packed weights."""
+    assert model.ends is not None
+    found = [model.ends.embedding.table, model.ends.norm.weight, model.ends.head.weight, model.cos, model.sin]
+    for layer in model.layers:
+        norms = layer.attention_norm.weight, layer.mlp_norm.weight, layer.qk_norm
+        linears = layer.qkv, layer.o, layer.gate_up, layer.down
+        found += [*(linear.weight for linear in linears), *(x for x in norms if x is not None)]
+        biases = *(linear.bias for linear in linears), layer.o_bias, layer.down_bias
+        found += [bias for bias in biases if bias is not None]
+    return found
+
+
+class Half(Parallel):
+    """One rank of two that exchange nothing."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.world = rank, 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parallel", [Parallel(), Half(0), Half(1)])
+def test_uploaded_weights_are_those_of_the_files(
+    parallel: Parallel, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, on a CPU: threads that read pieces smaller than a matrix, whole rows or some columns of them."""
+    write(tmp_path, llama(attention_bias=True, mlp_bias=True), max_shard_size="40KB")
+    monkeypatch.setattr(upload, "PIECE_BYTES", 1000)
+    shape = load_model_config(tmp_path)
+    lines: list[str] = []
+    plain = Decoder(shape, SafetensorsSource(tmp_path, dtype), parallel, 64, pack=False)
+    uploaded = Decoder(shape, UploadedSource(tmp_path, dtype, "cpu", lines.append), parallel, 64, pack=False)
+    expected, found = everything(plain), everything(uploaded)
+    assert len(expected) == len(found) == 5 + 2 * 10
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype == dtype
+        assert torch.equal(one, other)
+    assert re.fullmatch(r"weights: 0\.0 of 0\.0 GiB, 0\.0 GiB/s", lines[-1])
+
+
+def test_files_that_end_early_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1000))
+    uploader = upload.Uploader("cpu", lambda _: None)
+    uploader.put(upload.Matrix(path, 8, 31, 8, torch.float32), slice(None), torch.ones(31, 8))
+    uploader.put(upload.Matrix(path, 8, 32, 8, torch.float32), slice(None), torch.ones(32, 8))
+    with pytest.raises(ConfigError, match=r"model\.safetensors ends before its last tensor"):
+        uploader.finish()
+    with pytest.raises(ConfigError, match=r"gone\.safetensors cannot be read: No such file"):
+        upload.Uploader("cpu", lambda _: None).put(
+            upload.Matrix(tmp_path / "gone.safetensors", 0, 1, 1, torch.float32), slice(None), torch.ones(1, 1)
+        )
+
+
+def test_uploads_take_no_type_they_do_not_know(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(folder, **{name: torch.zeros(80, 48, dtype=torch.int16)})
+    source = UploadedSource(folder, torch.float32, "cpu", lambda _: None)
+    with pytest.raises(ConfigError, match=rf"{name} is of type I16"):
+        Decoder(load_model_config(folder), source, Parallel(), 64, pack=False)
 
 
 def test_dummy_weights_need_no_files_and_repeat(folder: Path) -> None:
