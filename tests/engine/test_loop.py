@@ -24,6 +24,8 @@ from diptych.testing.mock_model import MockRunner, expected
 from diptych.testing.virtual import run_virtual
 from diptych.types import (
     Abort,
+    Control,
+    ControlReply,
     FromEngine,
     LogprobSpec,
     Output,
@@ -175,6 +177,73 @@ def test_a_broken_engine_ends(hangs: bool, overlaps: bool) -> None:
         server.submit("a", [1])
         with pytest.raises(EngineBroken, match="watchdog" if hangs else "another way"):
             await server.engine.run()
+
+    run_virtual(story())
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_told() -> None:
+    """The device has always a step to go on with, until the last one."""
+
+    async def story() -> None:
+        server = Server({}, overlaps=True)
+        log: list[str] = []
+        launch, collect, emit = server.launch, server.collect, server.engine._emit
+
+        def launching(plan: Plan) -> asyncio.Task[StepResult]:
+            log.append(f"launch {plan.step}")
+            return launch(plan)
+
+        async def collecting(launched: asyncio.Task[StepResult]) -> StepResult:
+            result = await collect(launched)
+            log.append("collect")
+            return result
+
+        def emitting(message: FromEngine) -> None:
+            if isinstance(message, Outputs) and message.outputs:
+                log.append("tell")
+            emit(message)
+
+        server.launch, server.collect = launching, collecting  # type: ignore[method-assign]
+        server.engine._emit = emitting
+        request = server.submit("a", [1, 2, 3])
+        running = asyncio.ensure_future(server.engine.run())
+        await asyncio.sleep(1)
+        one = ["collect", "launch {}", "tell"]
+        middle = [word.format(step) for step in (3, 4) for word in one]
+        assert log == ["launch 1", "launch 2", *middle, "collect", "tell", "collect", "tell"]
+        assert server.tokens("a") == server.right(request)
+        server.engine.stop()
+        await running
+
+    run_virtual(story())
+
+
+def test_a_control_message_is_answered_when_no_step_is_in_flight() -> None:
+    """So the cache can be flushed as soon as the last request has ended, whatever is still computed in vain."""
+
+    async def story() -> None:
+        server = Server({}, overlaps=True)
+        replies: list[tuple[ControlReply, int]] = []
+        emit = server.engine._emit
+
+        def emitting(message: FromEngine) -> None:
+            if isinstance(message, ControlReply):
+                replies.append((message, len(server.state.flight)))
+            if isinstance(message, Outputs) and any(output.finish is not None for output in message.outputs):
+                server.engine.deliver(Control(7, "flush_cache"))
+            emit(message)
+
+        server.engine._emit = emitting
+        right = expected(server.submit("a", [1, 2, 3]), server.runner.info, 64).tokens
+        server.engine._inbox.clear()
+        sampling = Sampling(max_new_tokens=40, temperature=0.0, stop_token_ids=(right[1],))
+        server.engine.deliver(Submit(Request(rid="a", prompt=[1, 2, 3], sampling=sampling)))
+        running = asyncio.ensure_future(server.engine.run())
+        await asyncio.sleep(1)
+        assert server.passes == [["a"]] * 3  # the third was computed in vain
+        assert replies == [(ControlReply(7, True, {"flushed_pages": 1}), 0)]
+        server.engine.stop()
+        await running
 
     run_virtual(story())
 

@@ -7,6 +7,7 @@ import threading
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from diptych.engine.ranks import Follower, MovePages, RunPlan
 from diptych.model.selftest import plan_of_one
@@ -48,6 +49,46 @@ async def test_pages_are_sent_after_the_plan_that_fills_them() -> None:
     async with asyncio.timeout(10):
         await moved.wait()
     assert done == ["computed", "sent"]
+    obeying.cancel()
+    follower.close()
+
+
+async def test_a_follower_runs_ahead_of_what_it_has_collected_by_two_steps() -> None:
+    """... and of what moves pages, as far as rank 0 has got when it says so."""
+    log: list[str] = []
+    moved = asyncio.Event()
+
+    class Async:
+        overlaps = True
+
+        def launch(self, plan: Plan) -> int:
+            log.append(f"launch {plan.step}")
+            return plan.step
+
+        def collect(self, launched: int) -> None:
+            log.append(f"collect {launched}")
+
+    def move(_: AnyCommand) -> None:
+        log.append("move")
+        moved.set()
+
+    follower = Follower(cast(Any, Async()), move)
+    obeying = asyncio.create_task(follower.obey())
+    for step in (1, 2, 3):
+        follower.hear(RunPlan(replace(PLAN, step=step)))
+    follower.hear(MovePages(SEND, 2))
+    follower.hear(MovePages(SEND, 2))
+    follower.hear(RunPlan(replace(PLAN, step=4)))
+    follower.hear(MovePages(SEND, 0))
+    follower.hear(MovePages(SEND, 4))
+    async with asyncio.timeout(10):
+        while log.count("move") < 4:
+            moved.clear()
+            await moved.wait()
+    assert log == [
+        *("launch 1", "launch 2", "collect 1", "launch 3", "collect 2", "move", "move"),
+        *("launch 4", "move", "collect 3", "collect 4", "move"),
+    ]
     obeying.cancel()
     follower.close()
 
