@@ -108,7 +108,7 @@ def _count(calls, program, programs, call, PROGRAMS: tl.constexpr):  # type: ign
     tl.store(calls + places, tl.zeros([PROGRAMS], tl.int32) + call, mask=places < PROGRAMS)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def sum_kernel(  # type: ignore[no-untyped-def]
     x,
     memories,
@@ -126,17 +126,16 @@ def sum_kernel(  # type: ignore[no-untyped-def]
     wait_for_previous(OVERLAP)
     program, programs = tl.program_id(0), tl.num_programs(0)
     call = tl.load(calls + program) + 1
-    for at in range(program * BLOCK, size, programs * BLOCK):
-        columns = at + tl.arange(0, BLOCK)
-        lines = at // PER_WORD + tl.arange(0, BLOCK // PER_WORD)
-        mine = tl.load(x + columns, mask=columns < size, other=0.0)
+    columns, words = tl.arange(0, BLOCK), tl.arange(0, BLOCK // PER_WORD)
+    for tile in range(program, tl.cdiv(size, BLOCK), programs):
+        at, lines = tile * BLOCK + columns, tile * (BLOCK // PER_WORD) + words
+        mine = tl.load(x + at, mask=at < size, other=0.0)
         _send(mine, lines, lines < size // PER_WORD, memories, call, RANK, WORLD, LIMIT, BLOCK, PER_WORD)
-    for at in range(program * BLOCK, size, programs * BLOCK):
-        columns = at + tl.arange(0, BLOCK)
-        lines = at // PER_WORD + tl.arange(0, BLOCK // PER_WORD)
-        mine = tl.load(x + columns, mask=columns < size, other=0.0)
+    for tile in range(program, tl.cdiv(size, BLOCK), programs):
+        at, lines = tile * BLOCK + columns, tile * (BLOCK // PER_WORD) + words
+        mine = tl.load(x + at, mask=at < size, other=0.0)
         total = _sum(mine, lines, lines < size // PER_WORD, memories, call, RANK, WORLD, LIMIT, PER_WORD)
-        tl.store(x + columns, total, mask=columns < size)
+        tl.store(x + at, total, mask=at < size)
     _count(calls, program, programs, call, PROGRAMS)
 
 
