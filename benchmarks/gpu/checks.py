@@ -13,12 +13,12 @@ from benchmarks.gpu.timing import Bench
 from diptych.model.kernels import fused, launch
 from diptych.model.kernels.matmul import MAX_ROWS, product, product_parts
 from diptych.model.pool import KVPool
-from diptych.model.triton_attention import TritonAttention
+from diptych.model.triton_attention import AttentionTiles, TritonAttention
 
 MOST = 0.03  # error of a number, over its own size plus the root mean square of its row; 16 bits round to 2^-9 or less
 
 
-Case = tuple[Shape, int, bool, int, float]
+Case = tuple[Shape, int, bool, int, float, bool]
 
 
 def run(bench: Bench, seed: int) -> tuple[dict[str, float | bool], list[str]]:
@@ -31,20 +31,21 @@ def run(bench: Bench, seed: int) -> tuple[dict[str, float | bool], list[str]]:
         found |= _products(bench, generator, shape) | _fused(bench, generator, shape)
         if not bench.rehearse:
             found[f"{shape.name} overlapped launches change nothing"] = _overlap(bench, generator, shape)
+            found[f"{shape.name} whoever combines splits"] = _combines(bench, generator, shape)
     for name, value in found.items():
         print(f"{name:72} {value:.2e}" if isinstance(value, float) else f"{name:72} {value}", flush=True)
     return found, [name for name, value in found.items() if isinstance(value, float) and not value < MOST]
 
 
 def cases(bench: Bench) -> list[Case]:
-    """(shape, page size, fixed, window, softcap)."""
+    """(shape, page size, fixed, window, softcap, fp8)."""
     shapes, pages = ([TINY], [16]) if bench.rehearse else ([QWEN3_32B, QWEN3_600M], [16, 64, 128])
     return [
-        (shape, page_size, fixed, window, softcap)
+        (shape, page_size, fixed, window, softcap, fp8)
         for shape in shapes
         for page_size in pages
         for fixed in (False, True)
-        for window, softcap in ((0, 0.0), (50, 3.0))
+        for window, softcap, fp8 in ((0, 0.0, False), (50, 3.0, False), (0, 0.0, True))
     ]
 
 
@@ -58,14 +59,22 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def attention(
-    bench: Bench, generator: torch.Generator, shape: Shape, page_size: int, fixed: bool, window: int, softcap: float
+    bench: Bench,
+    generator: torch.Generator,
+    shape: Shape,
+    page_size: int,
+    fixed: bool,
+    window: int,
+    softcap: float,
+    fp8: bool,
 ) -> dict[str, float | bool]:
     """One sequence whole, then the same one in a crowd of chunks and decode steps."""
-    name = f"{shape.name} attention page {page_size} fixed {fixed} window {window}"
+    name = f"{shape.name} attention page {page_size} fixed {fixed} window {window}{' fp8' * fp8}"
     length = 70 if bench.rehearse else 1100
     cached = [0, length // 3, length - 1, length - 1, length // 2]
     plan = plan_of([(c, length - c) for c in cached], page_size, 1)
-    pool = KVPool(num_pages(plan, page_size), page_size, shape.kv_heads, 2, shape.dim, bench.dtype, bench.device)
+    stored = torch.float8_e4m3fn if fp8 else bench.dtype
+    pool = KVPool(num_pages(plan, page_size), page_size, shape.kv_heads, 2, shape.dim, stored, bench.device)
     scale = shape.dim**-0.5
     backend = TritonAttention(pool, shape.heads, scale, fixed=fixed)
     q = _randn(bench, generator, length, shape.heads, shape.dim)
@@ -78,7 +87,9 @@ def attention(
         whole.slots += whole.positions % page_size
         backend.begin(whole)
         alone = backend.attend(1, q, k, v, window, softcap).view(q.shape)
-    exact = _exact(q, k, v, scale, window, softcap)
+    page, slot = (torch.from_numpy(x).to(bench.device) for x in (whole.slots // page_size, whole.slots % page_size))
+    kept = [pool.pages[:, :, 1, kind].transpose(1, 2).float()[page, slot].to(bench.dtype) for kind in (0, 1)]
+    exact = _exact(q, kept[0], kept[1], scale, window, softcap)
     backend.begin(plan)
     parts = [torch.cat([t[c:] for c in cached]) for t in (q, k, v)]
     crowd = backend.attend(1, parts[0], parts[1], parts[2], window, softcap).view(-1, shape.heads, shape.dim)
@@ -87,6 +98,9 @@ def attention(
     return {
         f"{name}: prefill": _error(alone, exact),
         f"{name}: crowd": max(_error(piece, exact[c:]) for piece, c in zip(pieces, cached, strict=True)),
+        f"{name}: stored as torch would": all(
+            torch.equal(kept[i], t.to(stored).to(bench.dtype)) for i, t in enumerate((k, v))
+        ),
         f"{name}: chunks equal the whole": equal,
         f"{name}: decode steps equal one another": torch.equal(pieces[2], pieces[3]),
         f"{name}: a decode step equals prefill": torch.equal(pieces[2], alone[-1:]),
@@ -147,18 +161,42 @@ def _fused(bench: Bench, generator: torch.Generator, shape: Shape) -> dict[str, 
     return found
 
 
+def _decoding(bench: Bench, generator: torch.Generator, shape: Shape, batch: int, context: int) -> KVPool:
+    plan = plan_of([(context - 1, 1)] * batch, 64)
+    pool = KVPool(num_pages(plan, 64), 64, shape.kv_heads, 2, shape.dim, bench.dtype, bench.device)
+    pool.pages.copy_(_randn(bench, generator, *pool.pages.shape))
+    return pool
+
+
+def _combines(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
+    """The last program of the decode kernel, again and again, as a kernel of its own."""
+    batch, context = 48, 2500
+    pool, plan = _decoding(bench, generator, shape, batch, context), plan_of([(context - 1, 1)] * batch, 64)
+    q = _randn(bench, generator, batch, shape.heads, shape.dim)
+    backends = [TritonAttention(pool, shape.heads, 0.1, tiles=AttentionTiles(fused=fused)) for fused in (False, True)]
+    for backend in backends:
+        backend.begin(plan)
+    apart = backends[0].attend_stored(1, q)
+    return all(torch.equal(backends[1].attend_stored(1, q), apart) for _ in range(100))
+
+
 def _overlap(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
-    """A chain of kernels, each reading what the one before writes, with and without overlapping launches."""
-    (gate_up, _), (_, down) = shape.products["gate_up"], shape.products["down"]
-    up, back = _randn(bench, generator, gate_up, shape.hidden), _randn(bench, generator, shape.hidden, down)
+    """A chain of layers, each kernel reading what the one before writes, with and without overlapping launches."""
+    weights = {name: _randn(bench, generator, *size) for name, size in shape.products.items()}
+    norm, cos, sin = (_randn(bench, generator, n, shape.dim) for n in (shape.heads + shape.kv_heads, 512, 512))
     weight, start = _randn(bench, generator, shape.hidden), _randn(bench, generator, 4, shape.hidden)
+    pool, plan = _decoding(bench, generator, shape, 4, 500), plan_of([(499, 1)] * 4, 64)
+    attention = TritonAttention(pool, shape.heads, shape.dim**-0.5)
+    attention.begin(plan)
     results = []
     for overlap in (False, True, True):
         launch.set_overlap(overlap)
         residual, x = start.clone(), start
         for _ in range(50):
-            inner = fused.silu_mul(product_parts(x, up), bench.dtype)
-            x = fused.add_norm(residual, product_parts(inner, back), weight, 1e-6)
+            mixed = attention.attend_qkv(1, product_parts(x, weights["qkv"]), norm, 1e-6, cos, sin)
+            x = fused.add_norm(residual, product_parts(mixed, weights["o"]), weight, 1e-6)
+            inner = fused.silu_mul(product_parts(x, weights["gate_up"]), bench.dtype)
+            x = fused.add_norm(residual, product_parts(inner, weights["down"]), weight, 1e-6)
         results.append(torch.cat((residual, x)))
     launch.set_overlap(False)
     return all(torch.equal(result, results[0]) for result in results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import product as pairs
 from typing import Any
@@ -12,40 +13,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu import checks
-from benchmarks.gpu.shapes import QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
+from benchmarks.gpu.shapes import HALVES, QWEN3_8B, QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
 from diptych.model.kernels import fused as kernels
-from diptych.model.kernels import launch
-from diptych.model.kernels.matmul import MAX_ROWS, ProductTiles, product, product_parts, tiles_for
+from diptych.model.kernels import launch, matmul
+from diptych.model.kernels.matmul import MAX_ROWS, ProductTiles, product, product_parts, tiles_for, wins
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import FIXED_TILES, AttentionTiles, TritonAttention
 
 PAGE = 64
 EPS = 1e-6
-PRODUCT_ROWS = (1, 8, 32)
 CUTS = [  # block_n, block_k, warps, stages
-    (32, 128, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3),
-    (128, 64, 4, 4), (128, 128, 4, 3), (128, 128, 8, 3),
+    (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 4, 3),
 ]  # fmt: skip
 DECODE = [
     AttentionTiles(),
+    AttentionTiles(fused=False),
     AttentionTiles(split=128),
     AttentionTiles(split=512),
-    AttentionTiles(decode_stages=2),
-    AttentionTiles(decode_stages=4, programs=2),
-    AttentionTiles(programs=2),
+    AttentionTiles(max_splits=16),
     AttentionTiles(programs=8),
-    AttentionTiles(decode_n=32, decode_stages=4),
-    AttentionTiles(decode_n=128, decode_stages=2, programs=2),
+    AttentionTiles(decode_stages=3),
+    AttentionTiles(decode_stages=3, split=128),
+    AttentionTiles(decode_warps=8),
+    AttentionTiles(decode_warps=2),
+    AttentionTiles(decode_warps=2, decode_stages=3),
+    AttentionTiles(decode_n=32, decode_stages=3),
+    AttentionTiles(decode_n=32, decode_warps=2, decode_stages=3),
+    AttentionTiles(decode_n=128),
+    AttentionTiles(decode_m=64),
+    AttentionTiles(decode_m=64, decode_stages=3),
     FIXED_TILES,
 ]
 PREFILL = [
     AttentionTiles(),
     AttentionTiles(prefill_stages=2),
+    AttentionTiles(prefill_n=32, prefill_stages=3),
     AttentionTiles(prefill_n=32, prefill_stages=4),
-    AttentionTiles(prefill_m=64, prefill_warps=4),
     AttentionTiles(prefill_n=128, prefill_stages=2),
+    AttentionTiles(prefill_m=64, prefill_warps=4),
+    AttentionTiles(prefill_m=64, prefill_warps=4, prefill_stages=2),
+    AttentionTiles(prefill_m=64, prefill_n=32, prefill_warps=4),
+    AttentionTiles(prefill_m=64, prefill_n=128, prefill_warps=4, prefill_stages=2),
 ]
+FP8 = torch.float8_e4m3fn
+FP8_DECODE = [
+    AttentionTiles(),
+    AttentionTiles(decode_stages=3),
+    AttentionTiles(decode_n=128),
+    AttentionTiles(decode_warps=8),
+    AttentionTiles(decode_m=64),
+]
+AHEADS, LATES = (64, 512, 1024, 2048), (0, 24 << 20, 1 << 60)  # see matmul.AHEAD, matmul.LATE_BYTES
 
 
 def shapes_of(bench: Bench) -> list[Shape]:
@@ -70,35 +89,47 @@ def all_products(shape: Shape) -> dict[str, tuple[int, int]]:
     return shape.products | {"head": (shape.vocab, shape.hidden)}
 
 
+def product_cases(bench: Bench) -> list[tuple[str, tuple[int, int], tuple[int, ...]]]:
+    """(name, (N, K), numbers of rows)."""
+    if bench.rehearse:
+        return [(f"tiny {name}", size, (3,)) for name, size in all_products(TINY).items()]
+    models = [(QWEN3_32B.name, all_products(QWEN3_32B), (16, 32, 64)), ("half of Qwen3-32B", HALVES, (8, 32, 64))]
+    models += [(s.name, all_products(s), (8, 32, 64)) for s in (QWEN3_8B, QWEN3_600M)]
+    return [(f"{model} {name}", size, rows) for model, sizes, rows in models for name, size in sizes.items()]
+
+
 def products(bench: Bench) -> None:
     """The parts alone (`parts`: the following kernel adds them), and cuBLAS."""
-    for shape in shapes_of(bench):
-        for name, (n, k) in all_products(shape).items():
-            weights = [randn(bench, n, k) for _ in range(bench.copies(2 * n * k))]
-            for rows in PRODUCT_ROWS if not bench.rehearse else (3,):
-                x, what = randn(bench, rows, k), f"{shape.name} {name} {n}x{k}, {rows} rows"
-                num_bytes = 2 * (n * k + rows * (n + k))
-                bench.add(what, "cuBLAS", [partial(F.linear, x, w) for w in weights], num_bytes)
-                variants = product_variants(n, k)
-                for tiles in variants[:2] if bench.rehearse else variants:
-                    cut = f"n {tiles.block_n} k {tiles.block_k} splits {tiles.splits} "
-                    cut += f"warps {tiles.num_warps} stages {tiles.num_stages}"
-                    bench.add(what, cut, [partial(product_parts, x, w, tiles) for w in weights], num_bytes)
+    for name, (n, k), all_rows in product_cases(bench):
+        weights = [randn(bench, n, k) for _ in range(bench.copies(2 * n * k))]
+        for rows in all_rows:
+            x, what = randn(bench, rows, k), f"{name} {n}x{k}, {rows} rows"
+            num_bytes = 2 * (n * k + rows * (n + k))
+            bench.add(what, "cuBLAS", [partial(F.linear, x, w) for w in weights], num_bytes)
+            variants = product_variants(n, k)
+            for tiles in variants[:2] if bench.rehearse else variants:
+                cut = f"n {tiles.block_n} k {tiles.block_k} splits {tiles.splits} "
+                cut += f"warps {tiles.num_warps} stages {tiles.num_stages}"
+                bench.add(what, cut, [partial(product_parts, x, w, tiles) for w in weights], num_bytes)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
 
 class Attend:
-    """One step's attention of a plan, layer after layer."""
+    """One step's attention of a plan, layer after layer, over a pool of `dtype` (default: the model's)."""
 
-    def __init__(self, bench: Bench, shape: Shape, spans: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, bench: Bench, shape: Shape, spans: list[tuple[int, int]], dtype: torch.dtype | None = None
+    ) -> None:
         self.bench, self.shape, self.plan = bench, shape, plan_of(spans, PAGE)
-        self.kv_bytes = sum(c + n for c, n in spans) * shape.kv_heads * shape.dim * 4
+        dtype = dtype or bench.dtype
+        self.kv_bytes = sum(c + n for c, n in spans) * shape.kv_heads * shape.dim * 2 * dtype.itemsize
         self.layers = min(shape.layers, bench.copies(self.kv_bytes))
         pages = num_pages(self.plan, PAGE)
-        self.pool = KVPool(pages, PAGE, shape.kv_heads, self.layers, shape.dim, bench.dtype, bench.device)
-        self.pool.pages.normal_()
+        self.pool = KVPool(pages, PAGE, shape.kv_heads, self.layers, shape.dim, dtype, bench.device)
+        for page in self.pool.pages.split(max(1, (64 << 20) // self.pool.pages[0].numel())):
+            page.copy_(torch.randn(page.shape, device=bench.device))
         tokens = len(self.plan.slots)
         self.q = torch.randn(tokens, shape.heads, shape.dim, device=bench.device).to(bench.dtype)
         self.k = torch.randn(tokens, shape.kv_heads, shape.dim, device=bench.device).to(bench.dtype)
@@ -106,7 +137,7 @@ class Attend:
     def calls(self, tiles: AttentionTiles, fixed: bool = False) -> list[Callable[[], Tensor]]:
         attention = TritonAttention(self.pool, self.shape.heads, self.shape.dim**-0.5, fixed=fixed, tiles=tiles)
         attention.begin(self.plan)
-        return [partial(attention.attend, layer, self.q, self.k, self.k) for layer in range(self.layers)]
+        return [partial(attention.attend_stored, layer, self.q) for layer in range(self.layers)]
 
 
 def decode_cases(shape: Shape) -> list[tuple[int, int]]:
@@ -119,15 +150,18 @@ def decode_cases(shape: Shape) -> list[tuple[int, int]]:
 
 
 def decode(bench: Bench) -> None:
-    """KV write, splits and combination of one layer; SDPA reads contiguous keys and values and writes none."""
+    """Splits and combination of one layer, whose keys and values are there; SDPA's are contiguous."""
     for shape in shapes_of(bench):
         for batch, context in decode_cases(shape):
-            attend = Attend(bench, shape, [(context - 1, 1)] * batch)
             what = f"{shape.name} decode {batch} x {context}"
-            for tiles in DECODE[:1] if bench.rehearse else DECODE:
-                bench.add(what, attention_cut(tiles, "decode"), attend.calls(tiles), attend.kv_bytes)
-            calls = [sdpa(bench, shape, batch, 1, context, causal=False) for _ in range(bench.copies(attend.kv_bytes))]
-            bench.add(what, "SDPA, contiguous", calls, attend.kv_bytes)
+            for dtype in (bench.dtype, FP8):
+                attend = Attend(bench, shape, [(context - 1, 1)] * batch, dtype)
+                kind = "fp8 " if dtype == FP8 else ""
+                for tiles in DECODE[:1] if bench.rehearse else FP8_DECODE if kind else DECODE:
+                    bench.add(what, kind + attention_cut(tiles, "decode"), attend.calls(tiles), attend.kv_bytes)
+            kv_bytes = 2 * attend.kv_bytes
+            calls = [sdpa(bench, shape, batch, 1, context, causal=False) for _ in range(bench.copies(kv_bytes))]
+            bench.add(what, "SDPA, contiguous", calls, kv_bytes)
 
 
 def prefill(bench: Bench) -> None:
@@ -140,14 +174,18 @@ def prefill(bench: Bench) -> None:
             for tiles in PREFILL[:1] if bench.rehearse else PREFILL:
                 bench.add(what, attention_cut(tiles, "prefill"), attend.calls(tiles), flops=flops)
             bench.add(what, "fixed", attend.calls(FIXED_TILES, fixed=True), flops=flops)
+            if not bench.rehearse:
+                low = Attend(bench, shape, [(cached, new)] * count, FP8)
+                bench.add(what, "fp8", low.calls(AttentionTiles()), flops=flops)
             if not cached:
                 bench.add(what, "SDPA, contiguous", [sdpa(bench, shape, count, new, new, causal=True)], flops=flops)
 
 
 def attention_cut(tiles: AttentionTiles, kind: str) -> str:
     if kind == "decode":
-        cut = f"split {tiles.split} m {tiles.decode_m} n {tiles.decode_n} warps {tiles.decode_warps} "
-        return cut + f"stages {tiles.decode_stages} programs {tiles.programs}"
+        cut = f"split {tiles.split}/{tiles.max_splits % (1 << 30)} m {tiles.decode_m} n {tiles.decode_n} "
+        cut += f"warps {tiles.decode_warps} stages {tiles.decode_stages} programs {tiles.programs or 'all'}"
+        return cut if tiles.fused else cut + " apart"
     return f"m {tiles.prefill_m} n {tiles.prefill_n} warps {tiles.prefill_warps} stages {tiles.prefill_stages}"
 
 
@@ -188,32 +226,77 @@ def fused_calls(bench: Bench, shape: Shape, rows: int) -> Iterator[tuple[str, Ca
 # ---- a decode layer ----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def overlapped(ahead: int = matmul.AHEAD, late: int = matmul.LATE_BYTES) -> Iterator[None]:
+    usual = matmul.AHEAD, matmul.LATE_BYTES
+    matmul.AHEAD, matmul.LATE_BYTES = ahead, late
+    launch.set_overlap(True)
+    try:
+        yield
+    finally:
+        launch.set_overlap(False)
+        matmul.AHEAD, matmul.LATE_BYTES = usual
+
+
+def layer_batches(bench: Bench, shape: Shape) -> tuple[int, ...]:
+    if bench.rehearse:
+        return (3,)
+    return (1, 8, 16, 32, 64, 128, 256) if shape is QWEN3_600M else (1, 8, 16, 32, 64, 128)
+
+
+Way = Callable[[], AbstractContextManager[None]]
+
+
+def layer_ways(bench: Bench, batch: int) -> Iterator[tuple[str, str, Way]]:
+    """(name, products, how to launch)."""
+    yield "chosen", "chosen", nullcontext
+    if bench.rehearse:
+        return
+    yield "chosen, overlapped", "chosen", overlapped
+    yield "cuBLAS, overlapped", "cuBLAS", overlapped
+    if batch <= MAX_ROWS:
+        yield "ours, overlapped", "ours", overlapped
+    if batch <= 8:
+        for ahead, late in pairs(AHEADS, LATES):
+            if (ahead, late) != (matmul.AHEAD, matmul.LATE_BYTES):
+                yield f"chosen, ahead {ahead}, late from {late >> 20} MiB", "chosen", partial(overlapped, ahead, late)
+
+
 def layer(bench: Bench) -> None:
     """All of a decode layer at context 1,024; `ms_per_step` is all layers and the head, sampling left out."""
     for shape in shapes_of(bench):
-        head = randn(bench, shape.vocab, shape.hidden)
-        for batch in (3,) if bench.rehearse else (1, 8, 32, 64, 128):
+        heads = [randn(bench, shape.vocab, shape.hidden) for _ in range(2)]
+        for batch in layer_batches(bench, shape):
             attend = Attend(bench, shape, [(39 if bench.rehearse else 1023, 1)] * batch)
             x = randn(bench, batch, shape.hidden)
-            head_s = bench.add(f"{shape.name} head, {batch} rows", "cuBLAS", [partial(F.linear, x, head)])
-            kinds = ("cuBLAS", "ours", "ours, parts unreduced") if batch <= MAX_ROWS else ("cuBLAS",)
-            for kind, overlap in pairs(kinds, (False,) if bench.rehearse else (False, True)):
-                what, calls = f"{shape.name} layer, batch {batch}, context 1024", layer_calls(bench, attend, kind)
-                weights = sum(2 * n * k for n, k in shape.products.values())
-                launch.set_overlap(overlap)
-                variant = f"{kind}, overlapped" if overlap else kind
-                seconds = bench.add(what, variant, calls, weights + attend.kv_bytes)
-                launch.set_overlap(False)
-                if seconds is not None and head_s is not None:
-                    bench.rows[-1]["ms_per_step"] = round((seconds * shape.layers + head_s) * 1e3, 3)
-                    print(f"{'':44} {bench.rows[-1]['ms_per_step']} ms for a step", flush=True)
+            name = f"{shape.name} head, {batch} rows"
+            head_s = bench.add(name, "chosen", [partial(multiply, "chosen", x, head, whole=True) for head in heads])
+            what, weights = f"{shape.name} layer, batch {batch}, context 1024", sum(n * k for n, k in sizes_of(shape))
+            for variant, kind, way in layer_ways(bench, batch):
+                with way():
+                    calls = layer_calls(bench, attend, kind)
+                    seconds = bench.add(what, variant, calls, 2 * weights + attend.kv_bytes)
+                    if seconds is not None and head_s is not None:
+                        bench.rows[-1]["ms_per_step"] = round((seconds * shape.layers + head_s) * 1e3, 3)
+                        print(f"{'':44} {bench.rows[-1]['ms_per_step']} ms for a step", flush=True)
+                    if variant.startswith("chosen") and len(variant) < 20 and batch in (1, 32, 64, 128):
+                        bench.trace(f"{what}, {variant}", [calls[i % len(calls)] for i in range(10)])
+
+
+def sizes_of(shape: Shape) -> list[tuple[int, int]]:
+    return list(shape.products.values())
+
+
+def multiply(kind: str, x: Tensor, w: Tensor, *, whole: bool = False) -> Tensor:
+    """`x @ w.T` by cuBLAS, by our kernel, or by the one that matmul.wins names; its parts unless it must be `whole`."""
+    tiles = {"cuBLAS": None, "ours": tiles_for(*w.shape), "chosen": wins(x.shape[0], *w.shape)}[kind]
+    if tiles is None:
+        return F.linear(x, w)
+    return (product if whole else product_parts)(x, w, tiles)
 
 
 def layer_calls(bench: Bench, attend: Attend, kind: str) -> list[Callable[[], Tensor]]:
     shape, rows = attend.shape, len(attend.plan.slots)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]]
-    ways = {"cuBLAS": F.linear, "ours": product, "ours, parts unreduced": product_parts}
-    multiply = ways[kind]
     attention = TritonAttention(attend.pool, shape.heads, shape.dim**-0.5)
     attention.begin(attend.plan)
     weight = randn(bench, shape.hidden)
@@ -221,16 +304,14 @@ def layer_calls(bench: Bench, attend: Attend, kind: str) -> list[Callable[[], Te
     residual = randn(bench, rows, shape.hidden)
 
     def run(index: int, w: dict[str, Tensor]) -> Tensor:
-        delta = multiply(normed[0], w["qkv"])
-        mixed = attention.attend_qkv(index, delta, norm, EPS, cos, sin)
-        x = kernels.add_norm(residual, multiply(mixed, w["o"]), weight, EPS)
-        inner = kernels.silu_mul(multiply(x, w["gate_up"]), bench.dtype)
-        normed[0] = kernels.add_norm(residual, multiply(inner, w["down"]), weight, EPS)
+        mixed = attention.attend_qkv(index, multiply(kind, normed[0], w["qkv"]), norm, EPS, cos, sin)
+        x = kernels.add_norm(residual, multiply(kind, mixed, w["o"]), weight, EPS)
+        inner = kernels.silu_mul(multiply(kind, x, w["gate_up"]), bench.dtype)
+        normed[0] = kernels.add_norm(residual, multiply(kind, inner, w["down"]), weight, EPS)
         return normed[0]
 
     normed = [randn(bench, rows, shape.hidden)]
-    num_weights = sum(n * k for n, k in shape.products.values())
-    copies = min(attend.layers, bench.copies(2 * num_weights))
+    copies = min(attend.layers, bench.copies(2 * sum(n * k for n, k in sizes_of(shape))))
     sets = [{name: randn(bench, n, k) for name, (n, k) in shape.products.items()} for _ in range(copies)]
     return [partial(run, index, sets[index % copies]) for index in range(attend.layers)]
 
@@ -259,12 +340,23 @@ def compile_jobs(bench: Bench, only: list[str]) -> Iterator[Callable[[], Any]]:
     for shape in shapes_of(bench):
         for tiles in DECODE if "decode" in only else ():
             yield partial(compile_attention, bench, shape, tiles, [(99, 1)] * 2)
+        for tiles in FP8_DECODE if "decode" in only else ():
+            yield partial(compile_attention, bench, shape, tiles, [(99, 1)] * 2, FP8)
         for tiles in PREFILL if "prefill" in only else ():
             yield partial(compile_attention, bench, shape, tiles, [(0, 100)])
-        if "products" in only:
-            for (n, k), rows in pairs(all_products(shape).values(), (8, 32)):
-                for cut in product_variants(n, k):
-                    yield partial(compile_product, bench, n, k, rows, cut)
+        for batch in layer_batches(bench, shape) if "layer" in only else ():
+            for _, kind, way in layer_ways(bench, batch):
+                for size in sizes_of(shape):
+                    yield partial(compile_multiply, bench, kind, batch, size, way)
+    if "products" in only:
+        for _, (n, k), all_rows in product_cases(bench):
+            for rows, cut in pairs(all_rows, product_variants(n, k)):
+                yield partial(compile_product, bench, n, k, rows, cut)
+
+
+def compile_multiply(bench: Bench, kind: str, rows: int, size: tuple[int, int], way: Way) -> None:
+    with way():
+        multiply(kind, *(torch.empty(n, size[1], dtype=bench.dtype, device=bench.device) for n in (rows, size[0])))
 
 
 def compile_product(bench: Bench, n: int, k: int, rows: int, tiles: ProductTiles) -> None:
@@ -272,5 +364,7 @@ def compile_product(bench: Bench, n: int, k: int, rows: int, tiles: ProductTiles
     product_parts(x, weight, tiles)
 
 
-def compile_attention(bench: Bench, shape: Shape, tiles: AttentionTiles, spans: list[tuple[int, int]]) -> None:
-    Attend(bench, shape, spans).calls(tiles)[0]()
+def compile_attention(
+    bench: Bench, shape: Shape, tiles: AttentionTiles, spans: list[tuple[int, int]], dtype: torch.dtype | None = None
+) -> None:
+    Attend(bench, shape, spans, dtype).calls(tiles)[0]()

@@ -1,4 +1,4 @@
-"""The shapes that are timed: a layer of Qwen3-32B and of Qwen3-0.6B; and tiny ones for a rehearsal without a GPU."""
+"""The shapes that are timed: layers of Qwen3-32B (whole and halved), 8B and 0.6B; tiny ones for a rehearsal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ class Shape:
 
 
 QWEN3_32B = Shape("Qwen3-32B", 64, 5120, 25600, 64, 8, 128, 151936)
+QWEN3_8B = Shape("Qwen3-8B", 36, 4096, 12288, 32, 8, 128, 151936)
 QWEN3_600M = Shape("Qwen3-0.6B", 28, 1024, 3072, 16, 8, 128, 151936)
+HALVES = {  # of Qwen3-32B's products, (N, K): what each of two ranks computes
+    "qkv": (5120, 5120), "o": (5120, 4096), "gate_up": (25600, 5120), "down": (5120, 12800), "head": (75968, 5120),
+}  # fmt: skip
 TINY = Shape("tiny", 2, 64, 96, 4, 2, 16, 200)
 
 

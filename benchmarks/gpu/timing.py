@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +63,52 @@ class Bench:
         print(text, flush=True)
         self.rows.append(row)
         return seconds
+
+    def trace(self, what: str, calls: Sequence[Callable[[], Any]]) -> None:
+        """A replay of these calls as one graph, kernel by kernel: time of each name, and what no kernel covers. The
+        profiler itself takes time between kernels; compare the span with the time measured without it."""
+        if self.rehearse:
+            return
+        try:
+            spans = traced(calls)
+        except Exception as error:
+            print(f"{what}: no trace: {type(error).__name__}: {error}", flush=True)
+            return
+        names: dict[str, list[float]] = {}
+        busy, end = 0.0, spans[0][1]
+        for name, start, stop in spans:
+            names.setdefault(name, []).append(stop - start)
+            busy += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        span = end - spans[0][1]
+        row = {"what": what, "span_us": round(span, 1), "idle_us": round(span - busy, 1)}
+        kernels = {name: [len(times), round(sum(times), 1)] for name, times in names.items()}
+        self.rows.append(row | {"kernels": kernels})
+        print(f"{what}: {len(calls)} layers in {span:.1f} µs, of which idle {span - busy:.1f}", flush=True)
+        for name, (count, total) in sorted(kernels.items(), key=lambda item: -item[1][1]):
+            print(f"{'':8} {name[:72]:72} {count:4} × {total / count:8.2f} µs = {total:9.1f} µs", flush=True)
+
+
+def traced(calls: Sequence[Callable[[], Any]]) -> list[tuple[str, float, float]]:
+    """(kernel, start, end) in µs, by start, of a graph's third replay."""
+    stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=stream):
+        for call in calls:
+            call()
+    captured.replay()
+    captured.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        captured.replay()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kernels = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "kernel"]
+    if not kernels:
+        raise RuntimeError("the profiler saw no kernel")
+    return sorted(kernels, key=lambda kernel: kernel[1])
 
 
 def seconds_of(calls: Sequence[Callable[[], Any]], *, graph: bool) -> float:

@@ -163,7 +163,7 @@ class TritonAttention:
         step = self._begun()
         slots = step.arrays["slots"][: step.num_tokens]
         fused.store_kv(k, v, slots, self.pool.pages[:, :, layer])
-        return self._attend(step, layer, q, window, softcap)
+        return self.attend_stored(layer, q, window, softcap)
 
     def attend_qkv(
         self,
@@ -182,7 +182,11 @@ class TritonAttention:
         slots, positions = (step.arrays[name][: step.num_tokens] for name in ("slots", "positions"))
         pages = self.pool.pages[:, :, layer]
         q = fused.norm_rotate_store(qkv, norm, eps, cos, sin, positions, slots, pages, self.num_heads)
-        return self._attend(step, layer, q, window, softcap)
+        return self.attend_stored(layer, q, window, softcap)
+
+    def attend_stored(self, layer: int, q: Tensor, window: int = 0, softcap: float = 0.0) -> Tensor:
+        """`attend` over keys and values that are in the pool already."""
+        return self._attend(self._begun(), layer, q, window, softcap)
 
     def _begun(self) -> _Step:
         if self._step is None:
