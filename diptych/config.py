@@ -35,7 +35,7 @@ BY_DEVICE = {
 }
 ALSO_BY_DEVICE = ("device", "attention_backend", "cuda_graph_max_bs")
 # Settings that only a GPU has a use for: the value that leaves them alone.
-GPU_ONLY = {"mem_fraction_static": 0.0, "cuda_graph_max_bs": 0, "disable_cuda_graph": False}
+GPU_ONLY = {"base_gpu_id": 0, "mem_fraction_static": 0.0, "cuda_graph_max_bs": 0, "disable_cuda_graph": False}
 
 
 def flag(default: Any, help: str, *names: str, choices: Flags | None = None, parse: Any = None) -> Any:
@@ -85,6 +85,7 @@ class ServerConfig:
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(30000, "port to listen on; 0 lets the kernel choose")
     device: str = flag("auto", "auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
+    base_gpu_id: int = flag(0, "the first of the GPUs that the ranks take, one each, of those that are visible")
     tp_size: int = flag(
         1, "tensor parallel size: engine processes that share each layer", "--tp", "--tp-size", "--tensor-parallel-size"
     )
@@ -238,6 +239,7 @@ class ServerConfig:
         at_least_one = ("tp_size", "pp_size", "cpu_threads", "max_queued_requests")
         not_negative = (
             "context_length",
+            "base_gpu_id",
             "page_size",
             "max_total_tokens",
             "max_running_requests",

@@ -119,6 +119,7 @@ def test_the_device_fills_in_what_was_not_said() -> None:
 @pytest.mark.parametrize(
     ("device", "flags", "message"),
     [
+        ("cpu", "--base-gpu-id 1", "--base-gpu-id is for a GPU"),
         ("cpu", "--mem-fraction-static 0.8", "--mem-fraction-static is for a GPU"),
         ("cpu", "--cuda-graph-max-bs 8", "--cuda-graph-max-bs is for a GPU"),
         ("cpu", "--disable-cuda-graph", "--disable-cuda-graph is for a GPU"),

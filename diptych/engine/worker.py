@@ -75,19 +75,27 @@ class Spec(msgspec.Struct):
 
 
 def take_gpu(spec: Spec) -> None:
-    """Leave this rank of several one GPU of those that its server may use: CUDA_VISIBLE_DEVICES, or else all there are.
+    """Leave this rank one GPU of those that its server may use: CUDA_VISIBLE_DEVICES, or else all there are.
 
-    Before CUDA starts, which reads the variable once. Does nothing without GPUs.
+    It is number --base-gpu-id + rank. Before CUDA starts, which reads the variable once. Does nothing without GPUs.
+    Raises ConfigError, on every rank, if there are too few for all.
     """
-    if spec.config.num_ranks == 1:
+    config = spec.config
+    if config.device == "cpu":
         return
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:  # a container has no list; asked is the management library, which does not start CUDA
         gpus = [str(gpu) for gpu in range(torch.cuda.device_count())]
     else:
         gpus = [gpu for gpu in listed.split(",") if gpu]
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[spec.rank % len(gpus)]
+    if not gpus:
+        return
+    if config.base_gpu_id + config.num_ranks > len(gpus):
+        raise ConfigError(
+            f"{config.num_ranks} GPUs from --base-gpu-id {config.base_gpu_id} on are needed, one for each rank of --tp "
+            f"and --pp-size; this machine, or CUDA_VISIBLE_DEVICES, has {len(gpus)}"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[config.base_gpu_id + spec.rank]
 
 
 def load(spec: Spec) -> Runner:

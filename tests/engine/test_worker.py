@@ -9,6 +9,7 @@ import pytest
 
 from diptych.config import ServerConfig
 from diptych.engine import worker
+from diptych.errors import ConfigError
 
 
 def test_a_rank_that_cannot_load_lets_rank_0_say_why() -> None:
@@ -26,24 +27,36 @@ def test_a_rank_that_cannot_load_lets_rank_0_say_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("listed", "there", "tp", "taken"),
+    ("listed", "there", "base", "tp", "taken"),
     [
-        (None, 4, 2, ["0", "1"]),  # a container of Kubernetes
-        (None, 1, 2, ["0", "0"]),
-        ("5,7", 8, 2, ["5", "7"]),
-        ("5,7", 8, 1, ["5,7"]),
-        (None, 8, 1, [None]),
-        (None, 0, 2, [None, None]),
-        ("", 8, 2, ["", ""]),  # no GPU is wanted
+        (None, 4, 0, 2, ["0", "1"]),  # a container of Kubernetes
+        (None, 4, 2, 2, ["2", "3"]),
+        ("5,7", 8, 0, 2, ["5", "7"]),
+        ("5,7", 8, 1, 1, ["7"]),
+        (None, 8, 0, 1, ["0"]),
+        (None, 0, 0, 2, [None, None]),
+        ("", 8, 1, 2, ["", ""]),  # no GPU is wanted
     ],
 )
-def test_each_rank_of_several_has_a_gpu_of_its_own(
-    listed: str | None, there: int, tp: int, taken: list[str | None], monkeypatch: pytest.MonkeyPatch
+def test_each_rank_has_a_gpu_of_its_own(
+    listed: str | None, there: int, base: int, tp: int, taken: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker.torch.cuda, "device_count", lambda: there)
     for rank, gpu in enumerate(taken):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
         if listed is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-        worker.take_gpu(worker.Spec(ServerConfig(model_path="m", tp_size=tp), rank, "", 0))
+        config = ServerConfig(model_path="m", tp_size=tp, base_gpu_id=base)
+        worker.take_gpu(worker.Spec(config, rank, "", 0))
         assert worker.os.environ.get("CUDA_VISIBLE_DEVICES") == gpu
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_says_that_there_are_too_few_gpus(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    config = ServerConfig(model_path="m", tp_size=2, base_gpu_id=1)
+    with pytest.raises(ConfigError, match="2 GPUs from --base-gpu-id 1 on are needed.*has 2"):
+        worker.take_gpu(worker.Spec(config, rank, "", 0))
+    on_cpu = ServerConfig(model_path="m", tp_size=4, device="cpu")
+    worker.take_gpu(worker.Spec(on_cpu, rank, "", 0))
+    assert worker.os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"

@@ -26,7 +26,7 @@ from diptych.model.kernels.fused import DTYPES, load_product, splits_of
 from diptych.model.kernels.launch import wait_for_previous
 from diptych.model.kernels.matmul import reduce_kernel
 
-PROGRAMS = 128  # at most: all must run at once, as each waits for its like on other GPUs
+PROGRAMS = 128  # at most: an H200 runs so many at once (it has 132 processors), and each waits for its like
 BLOCK = 1024  # columns of a tile of a plain sum
 
 
