@@ -15,6 +15,7 @@ BENCHMARKS = {
     "unified": "--output",
     "disaggregated": "--output",
     "router": "--output",
+    "api": "--output",
     "transfer": "--json",
     "operator_figures": "--output",
 }  # file flag

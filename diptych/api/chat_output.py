@@ -100,8 +100,16 @@ class Chunks:
     def __init__(self, reply_id: str, created: int, model: str) -> None:
         head = {"id": reply_id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._head = b"data: " + encode(head)[:-1] + b',"choices":['
+        # most chunks of most streams are this one
+        self._content_head = self._head + b'{"index":0,"delta":{"role":null,"content":'
+        self._content_tail = (
+            b',"reasoning_content":null,"tool_calls":null},'
+            b'"logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}\n\n'
+        )
 
     def content(self, index: int, text: str, logprobs: bytes = b"null", usage: bytes = b"null") -> bytes:
+        if not index and logprobs == usage == b"null":
+            return self._content_head + encode(text) + self._content_tail
         delta = b'{"role":null,"content":' + encode(text) + b',"reasoning_content":null,"tool_calls":null}'
         return self._chunk(index, delta, logprobs, b"null", b"null", usage)
 

@@ -37,10 +37,9 @@ async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid
         response = web.StreamResponse(headers=_HEADERS)
         response.headers["X-Request-Id"] = rid
         try:
-            # The server's own kind of writer, whose `write` can leave the waiting to us
-            writer = cast(StreamWriter, await response.prepare(request))
-            await _write(writer, first)
-            await _rest(writer, events, rid)
+            out = _Out(request, cast(StreamWriter, await response.prepare(request)))
+            await out.write(first)
+            await _rest(out, events, rid)
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await response.write_eof()
         except (ConnectionError, TimeoutError):
@@ -50,28 +49,45 @@ async def respond(request: web.Request, events: AsyncGenerator[bytes, None], rid
     return response
 
 
-async def _rest(writer: StreamWriter, events: AsyncGenerator[bytes, None], rid: str) -> None:
+class _Out:
+    """The body of a response whose head has been sent, written straight to its connection: each token comes by here,
+    and aiohttp's own way is four calls and three copies longer.
+    """
+
+    __slots__ = ("_chunked", "_request", "_writer")
+
+    def __init__(self, request: web.Request, writer: StreamWriter) -> None:
+        self._request = request
+        self._writer = writer
+        self._chunked = writer.chunked  # not for HTTP/1.0, whose body ends with its connection
+
+    async def write(self, data: bytes) -> None:
+        """Waits only for a client that is behind. Raises ConnectionError when it has left, or has read nothing for
+        WRITE_TIMEOUT_S.
+        """
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionError("the client has left")
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if not self._request.protocol.writing_paused:
+            return
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await self._writer.drain()
+        except TimeoutError:
+            raise ConnectionError("the client reads nothing") from None
+
+
+async def _rest(out: _Out, events: AsyncGenerator[bytes, None], rid: str) -> None:
     try:
         async for data in events:
-            await _write(writer, data)
+            await out.write(data)
     except ConnectionError:
         raise
     except DiptychError as error:
         log.info("[%s] ended with an error event: %s", rid, error.code)
-        await _write(writer, event(error_body(error)) + DONE)
+        await out.write(event(error_body(error)) + DONE)
     except Exception:
         log.exception("[%s] failed", rid)
         internal = DiptychError("internal error; the server's log has the details")
-        await _write(writer, event(error_body(internal)) + DONE)
-
-
-async def _write(writer: StreamWriter, data: bytes) -> None:
-    """Waits only for a client that is behind. Raises ConnectionError when it reads nothing for WRITE_TIMEOUT_S."""
-    await writer.write(data, drain=False)
-    if not writer.protocol.writing_paused:
-        return
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            await writer.drain()
-    except TimeoutError:
-        raise ConnectionError("the client reads nothing") from None
+        await out.write(event(error_body(internal)) + DONE)

@@ -18,7 +18,13 @@ def check_random(backend: tokenizers.Tokenizer, rounds: int, longest: int, top: 
     size = top or backend.get_vocab_size() + 3  # some ids that do not exist
     for _ in range(rounds):
         ids = [draw.randrange(size) for _ in range(draw.randrange(longest))]
+        cut = draw.randrange(len(ids) + 1)
         for skip in (True, False):
+            one, several = decoding.start(skip), decoding.start(skip)
+            each = [one.push(id) for id in ids]
+            assert several.push_all(ids[:cut]) == "".join(each[:cut]), ids
+            assert several.push_all(ids[cut:]) == "".join(each[cut:]), ids
+            assert several.finish() == one.finish(), ids
             assert decode(decoding, ids, skip) == backend.decode(ids, skip_special_tokens=skip), ids
 
 
