@@ -2,7 +2,8 @@
 
 The API process is the real one (application, channel to the engine, uvloop) in a process of its own; this one is its
 engine, which makes no tokens but sends them, and its clients. A step follows when every stream has shown the one
-before it, so no two tokens of a stream share an event, and not sooner than `--interval-ms`. Prints JSON.
+before it, so no two tokens of a stream share an event, and not sooner than `--interval-ms`. With `--unpaced` steps
+follow by the clock alone, as an engine's do: what the API process cannot show in time it shows together. Prints JSON.
 
     python benchmarks/api.py [--requests 256] [--tokens 512] [--case NAME ...] [--profile] [--output FILE]
 """
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from types import FrameType
 from typing import Any
@@ -190,8 +192,8 @@ class Client(asyncio.Protocol):
 
     def check(self, stream: bool, tokens: int) -> None:
         """Raise unless the answer is whole."""
-        complete = self.answer.count(b"data: ") >= tokens if stream else b'"length"' in self.answer
-        if b" 200 OK" not in self.answer[:20] or not complete:
+        complete = b"[DONE]" in self.answer and self.answer.count(b"data: ") >= tokens if stream else True
+        if b" 200 OK" not in self.answer[:20] or b'"length"' not in self.answer or not complete:
             raise RuntimeError(f"not the answer that was asked for: {bytes(self.answer[:400])!r}")
 
 
@@ -225,28 +227,29 @@ async def run_case(name: str, port: int, pid: int, engine: FakeEngine, args: arg
     """One round of a case: CPU time of the API process, from before the first request to after the last answer."""
     process, heard = psutil.Process(pid), asyncio.Event()
     stream = bool(CASES[name][1].get("stream"))
-    before = process.cpu_times()
+    before, start = process.cpu_times(), time.perf_counter()
     async with asyncio.timeout(TIMEOUT_S):
         clients = await ask(port, name, args, heard)
         await engine.begin()
         for number in range(args.tokens):
             engine.step(number)
             await asyncio.sleep(args.interval_ms / 1000)
-            while stream and not all(client.fresh for client in clients):
+            while stream and not args.unpaced and not all(client.fresh for client in clients):
                 heard.clear()
                 await heard.wait()
             for client in clients:
                 client.fresh = False
         await asyncio.gather(*(client.over for client in clients))
-    after = process.cpu_times()
+    after, wall_s = process.cpu_times(), time.perf_counter() - start
     for client in clients:
-        client.check(stream, args.tokens)
+        client.check(stream, 0 if args.unpaced else args.tokens)
     tokens = args.requests * args.tokens
     user, system = after.user - before.user, after.system - before.system
     return {
         "cpu_us_per_token": round((user + system) / tokens * 1e6, 2),
         "user_us": round(user / tokens * 1e6, 2),
         "system_us": round(system / tokens * 1e6, 2),
+        "tokens_per_s": round(tokens / wall_s),
         "answer_bytes_per_token": round(sum(len(client.answer) for client in clients) / tokens, 1),
     }
 
@@ -285,6 +288,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of each request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--interval-ms", type=float, default=5.0, help="least time between two steps")
+    parser.add_argument("--unpaced", action="store_true", help="the engine does not wait for the streams")
     parser.add_argument("--case", action="append", choices=CASES, help="(default: all)")
     parser.add_argument("--metrics", action="store_true", help="the API process keeps Prometheus metrics")
     parser.add_argument("--profile", action="store_true", help="sample the API process; makes it a little slower")
