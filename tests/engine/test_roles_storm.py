@@ -1,8 +1,8 @@
 """Everything that may happen to a request, at random moments, on a prefill and a decode server that are short of pages.
 
 Clients leave, operators abort on one side or both, stop strings end requests early, generation is paused, retracted and
-continued. Each stream that its client still reads ends once; its tokens are a prefix of the right ones; in the end
-nothing is held.
+continued. With odd seeds the servers plan ahead. Each stream that its client still reads ends once; its tokens are a
+prefix of the right ones; in the end nothing is held.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ NUM_REQUESTS = 20
 class Storm:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        self.overlaps = seed % 2 == 1
         self.ends: list[str] = []
 
     async def run(self) -> None:
-        self.cluster = Cluster(self.rng.getrandbits(32), prefill=1, decode=1)
+        self.cluster = Cluster(self.rng.getrandbits(32), prefill=1, decode=1, overlaps=self.overlaps)
         await self.cluster.start()
         self.servers = [self.cluster.servers["p0"], self.cluster.servers["d0"]]
         chaos = asyncio.ensure_future(self.chaos())
