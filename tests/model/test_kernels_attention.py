@@ -44,9 +44,12 @@ class Sequences:
     def randn(self, length: int, heads: int) -> Tensor:
         return torch.randn(length, heads, self.dim, generator=self.generator)
 
-    def backend(self, dtype: torch.dtype, tiles: AttentionTiles, fixed: bool = False) -> TritonAttention:
-        """Over a new pool, full of what others have left."""
-        pool = KVPool(self.num_pages, self.page_size, self.kv_heads, 2, self.dim, dtype, DEVICE)
+    def backend(
+        self, dtype: torch.dtype, tiles: AttentionTiles, fixed: bool = False, stored: torch.dtype | None = None
+    ) -> TritonAttention:
+        """Over a new pool, full of what others have left, of `stored` (default: the queries') type."""
+        self.dtype = dtype
+        pool = KVPool(self.num_pages, self.page_size, self.kv_heads, 2, self.dim, stored or dtype, DEVICE)
         pool.pages.copy_(torch.randn(pool.pages.shape, generator=self.generator))
         return TritonAttention(pool, self.heads, self.dim**-0.5, fixed=fixed, tiles=tiles)
 
@@ -65,7 +68,7 @@ class Sequences:
         """One step: what each span's tokens get."""
         rows, parts = self.spans(spans)
         attention.begin(make_plan(rows, self.page_size))
-        q, k, v = (part.to(DEVICE, attention.pool.pages.dtype) for part in parts)
+        q, k, v = (part.to(DEVICE, self.dtype) for part in parts)
         out = attention.attend(1, q, k, v, window, softcap).view(q.shape)
         return list(out[: sum(new for _, _, new in spans)].split([new for _, _, new in spans]))
 
@@ -95,6 +98,24 @@ def test_attention_is_a_softmax_over_the_sequence(case: int) -> None:
             stop = start + new
             expected = naive(q[start:stop], k[:stop], v[:stop], start, dim**-0.5, window, softcap)
             torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=ERROR[dtype])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("page_size", "dim"), [(16, 16), (64, 128)])
+def test_a_pool_of_8_bits_is_read_as_it_is(page_size: int, dim: int, fixed: bool) -> None:
+    lengths = [75, 65]
+    s = Sequences(14, lengths, 4, 2, dim, page_size)
+    attention = s.backend(HALF, SMALL, fixed, stored=torch.float8_e4m3fn)
+    s.attend(attention, [(0, 0, 40), (1, 0, 64)])
+    outs = s.attend(attention, [(0, 40, 35), (1, 64, 1)])
+    layer = attention.pool.pages[:, :, 1].float()
+    for (i, start, stop), out in zip([(0, 40, 75), (1, 64, 65)], outs, strict=True):
+        at = torch.arange(stop, device=DEVICE)
+        page = torch.tensor(s.pages[i], device=DEVICE)[at // page_size]
+        k, v = (layer[page, :, kind, at % page_size].cpu() for kind in (0, 1))
+        assert (k - s.k[i][:stop]).abs().max() < 1  # coarse, but the right ones
+        expected = naive(s.q[i][start:stop].to(HALF), k.to(HALF), v.to(HALF), start, dim**-0.5, 0, 0.0)
+        torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=ERROR[HALF])
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -104,6 +104,25 @@ def test_what_is_written_is_what_the_pool_would_have_written(dtype: torch.dtype)
     assert torch.equal(pool.pages[:, :, 1, 1], reference.pages[:, :, 1, 1])
 
 
+def test_a_pool_of_8_bits_saturates() -> None:
+    """Infinities and large numbers become 448, e4m3's largest; a not-a-number 0."""
+    fp8 = torch.float8_e4m3fn
+    x = torch.zeros(6, 1, 16, dtype=HALF, device=DEVICE)
+    numbers = torch.tensor([torch.inf, -torch.inf, torch.nan, 449.0, -1000.0, 60000.0, 448.0, 1.5, -0.25])
+    x[2:5, 0, :9] = numbers.to(DEVICE, HALF)
+    slots = torch.arange(6, dtype=torch.int32, device=DEVICE)
+    expected = torch.tensor([448, -448, 0, 448, -448, 448, 448, 1.5, -0.25], device=DEVICE)
+    cos, sin = torch.ones(1, 16, device=DEVICE, dtype=HALF), torch.zeros(1, 16, device=DEVICE, dtype=HALF)
+    pools = [KVPool(1, 16, 1, 2, 16, fp8, DEVICE) for _ in range(2)]
+    store_kv(x, x, slots, pools[0].pages[:, :, 1])
+    qkv = x.clamp(-60000, 60000).repeat(1, 3, 1).view(6, -1)  # infinities times a sine of 0 would be no numbers
+    norm_rotate_store(qkv, None, EPS, cos, sin, slots * 0, slots, pools[1].pages[:, :, 1], 1)
+    assert torch.equal(pools[0].pages[0, 0, 1, :, 2:5, :9].float(), expected.expand(2, 3, 9))
+    assert torch.equal(pools[1].pages[0, 0, 1, 1, 2:5, :9].float(), expected.expand(3, 9))  # values are not rotated
+    assert pools[1].pages[0, 0, 1, 0].float().isfinite().all()
+    assert not pools[0].pages[:, :, 0].float().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "parts"), [(48, 1), (1024, 1), (1280, 4)])
 def test_add_and_norm(width: int, parts: int, dtype: torch.dtype) -> None:
