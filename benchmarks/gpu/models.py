@@ -56,11 +56,14 @@ def _added(content: str) -> int:
 
 
 def pad_tokenizer(tokenizer: dict[str, Any], vocab_size: int) -> None:
-    """Give every id below `vocab_size` that has no text one: a word of four letters, which no merge makes."""
+    """Give every id below `vocab_size` that has no text one: a word of four letters, which no merge makes.
+
+    The added tokens go into the vocabulary too: the library numbers anew those that are not there and do not follow it.
+    """
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
-    taken = {*vocab, *(token["content"] for token in tokenizer["added_tokens"])}
-    known = {*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])}
-    words = (text for letters in product(ascii_lowercase, repeat=4) if (text := "Ġ" + "".join(letters)) not in taken)
+    vocab |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    known = set(vocab.values())
+    words = (text for letters in product(ascii_lowercase, repeat=4) if (text := "Ġ" + "".join(letters)) not in vocab)
     for token in range(vocab_size):
         if token not in known:
             vocab[next(words)] = token

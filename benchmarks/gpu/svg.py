@@ -64,8 +64,8 @@ def lines(title: str, x_name: str, y_name: str, drawn: Sequence[Line], mark: flo
     parts.append(f'<path class="axis" fill="none" d="M{left} {TOP}V{bottom}H{left + wide}"/>')
     for part in range(5):
         x, y = max([*xs, 0.0]) * part / 4, max([*ys, 0.0]) * part / 4
-        parts.append(_text(left + x * x_scale, bottom + 16, number(x), "faint", "middle"))
-        parts.append(_text(left - 6, bottom - y * y_scale + 4, number(y), "faint", "end"))
+        parts.append(_text(left + x * x_scale, bottom + 16, f"{x:.3g}", "faint", "middle"))
+        parts.append(_text(left - 6, bottom - y * y_scale + 4, f"{y:.3g}", "faint", "end"))
     parts.append(_text(left + wide / 2, bottom + 34, f"{x_name}; upwards: {y_name}", anchor="middle"))
     if mark is not None:
         y = bottom - mark * y_scale
@@ -84,7 +84,7 @@ def number(value: float) -> str:
     """With as many digits as tell something."""
     if value >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 10 else f"{value:.3g}"
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _head(title: str, legend: Sequence[str]) -> list[str]:

@@ -143,13 +143,14 @@ def gpus(topology: str) -> int:
 
 
 def goodput_table(results: Results) -> str:
-    rates = {key: result["goodput"]["highest_rate"] for *key, result in _keyed(results) if "goodput" in result}
+    served = _served(results)
+    rates = {(model, name): found["goodput"]["highest_rate"] for model, name, found in served if "goodput" in found}
     body = []
-    for model, topology, result in _served(results):
+    for model, topology, result in served:
         if topology == "u":
             continue
         found = result.get("goodput")
-        unified = rates.get((model, "+".join("u" * gpus(topology))))
+        unified = rates.get((model, "+".join("u" * gpus(topology))), 0.0)
         if found is None:
             body.append([model, str(gpus(topology)), f"`{topology}`", MISSING, "", "", ""])
             continue
@@ -163,12 +164,8 @@ def goodput_table(results: Results) -> str:
         body.append([model, str(gpus(topology)), f"`{topology}`", *row])
     head = ["model", "GPUs", "servers", "highest rate that holds, requests/s", "next that fails", "against unified"]
     head += ["TTFT / ITL p99 there, ms", "client late"]
-    used = [result for *_, result in _served(results) if "goodput" in result]
+    used = [result for *_, result in served if "goodput" in result]
     return markdown(head, [row + [""] * (len(head) - len(row)) for row in body]) + machine_note(used)
-
-
-def _keyed(results: Results) -> Iterable[tuple[Any, ...]]:
-    return (((model, topology), result) for model, topology, result in _served(results))
 
 
 def tail_table(results: Results) -> str:
