@@ -10,6 +10,7 @@ import pytest
 from api_server import TEXT, Serve, says
 from mock_engine_client import EOS, outputs_for
 
+from diptych.api.chat_output import Chunks
 from diptych.text.tokenizer import Tokenizer
 from diptych.types import Finish, Grammar, Output, Request
 
@@ -336,3 +337,9 @@ async def test_an_abort_ends_with_what_there_is(serve: Serve, demo: Tokenizer) -
     status, reply = await server.post(PATH, HI)
     assert (status, reply["choices"][0]["finish_reason"]) == (200, "abort")
     assert reply["choices"][0]["message"]["content"] == "so far"
+
+
+@pytest.mark.parametrize("text", ["", 'a "quoted"\n line', "你好 😀"])
+def test_the_usual_chunk_is_like_all_others(text: str) -> None:
+    chunks = Chunks("id", 7, "demo")
+    assert chunks.content(0, text) == chunks.content(1, text).replace(b'"index":1', b'"index":0')

@@ -359,6 +359,27 @@ async def test_a_client_that_does_not_read(serve: Serve, monkeypatch: pytest.Mon
     writer.close()
 
 
+async def test_a_client_that_does_not_read_holds_nobody_up(serve: Serve) -> None:
+    def script(request: Request) -> list[Output | Exception]:
+        count = request.sampling.max_new_tokens
+        return outputs_for(request, [20] * count, Finish("length"))
+
+    server = await serve(script)
+    host, port = server.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port), limit=1)
+    body = json.dumps({"text": "a", "stream": True, "sampling_params": {"max_new_tokens": 5000}})
+    writer.write(
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    await server.engine.until(lambda: len(server.engine.requests) == 1)
+    async with asyncio.timeout(60):
+        events = await server.events("/generate", {"text": "b", "sampling_params": {"max_new_tokens": 1000}})
+    assert len(events) == 1001 and server.ctx.service.num_running == 1  # the other one still waits for its client
+    writer.transport.abort()
+    await server.engine.until(lambda: len(server.engine.closed_early) == 1)
+
+
 async def test_batch_limit(serve: Serve) -> None:
     server = await serve()
     for count, expected in ((limits.MAX_BATCH - 1, 200), (limits.MAX_BATCH, 200), (limits.MAX_BATCH + 1, 400)):
