@@ -55,7 +55,7 @@ def test_each_rank_has_a_gpu_of_its_own(
 def test_every_rank_says_that_there_are_too_few_gpus(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     config = ServerConfig(model_path="m", tp_size=2, base_gpu_id=1)
-    with pytest.raises(ConfigError, match="2 GPUs from --base-gpu-id 1 on are needed.*has 2"):
+    with pytest.raises(ConfigError, match=r"2 GPUs from --base-gpu-id 1 on are needed.*has 2"):
         worker.take_gpu(worker.Spec(config, rank, "", 0))
     on_cpu = ServerConfig(model_path="m", tp_size=4, device="cpu")
     worker.take_gpu(worker.Spec(on_cpu, rank, "", 0))
