@@ -101,6 +101,8 @@ def take_gpu(spec: Spec) -> None:
 
 def load(spec: Spec) -> Runner:
     """Join the other ranks and load this rank's part of the model. What this machine lacks is said before that."""
+    progress = partial(tell_progress, spec.rank, psutil.Process().create_time())
+    progress("libraries are imported")
     take_gpu(spec)
     device = device_of(spec.config)
     if device == "cuda" and not torch.cuda.is_available():
@@ -115,7 +117,13 @@ def load(spec: Spec) -> Runner:
     if config.num_ranks > 1:
         meet = f"file://{spec.store_path}"
         place = parallel.init(spec.rank, config.tp_size, config.pp_size, meet, device)
-    return Runner(config, place, partial(log.info, "rank %d: %s", spec.rank))
+        progress("the ranks have met")
+    return Runner(config, place, progress)
+
+
+def tell_progress(rank: int, started: float, what: str) -> None:
+    """Log what the start is at, and how long after the process began (`started`, seconds since the epoch)."""
+    log.info("rank %d, %.1f s: %s", rank, time.time() - started, what)
 
 
 def load_faults(spec: Spec) -> Faults | None:
@@ -336,6 +344,8 @@ def run(spec: Spec) -> int:
         report_failure(spec, error.message)
         return 1
     load_s = time.monotonic() - started
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking at it takes a tenth of a second each time
     try:
         uvloop.run(lead(spec, runner, load_s) if spec.rank == 0 else follow(spec, runner))
     except DiptychError as error:
@@ -344,8 +354,6 @@ def run(spec: Spec) -> int:
     return 0
 
 
-    gc.collect()
-    gc.freeze()  # what is there now stays; looking at it takes a tenth of a second each time
 def report_failure(spec: Spec, message: str) -> None:
     """Tell the API process why this engine does not start (rank 0); it shows the reason.
 
