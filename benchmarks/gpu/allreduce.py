@@ -27,6 +27,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from benchmarks.results import write
 from diptych.model import parallel
 from diptych.model.allreduce import DeviceGroup
+from diptych.model.kernels import launch
 from diptych.model.kernels.allreduce import whole
 from diptych.model.kernels.fused import add_norm
 from diptych.model.parallel import Parallel
@@ -162,6 +163,10 @@ def checks(table: Table, place: Parallel, ours: DeviceGroup, nccl: DeviceGroup) 
     check("graph of sums of 1 to 50 rows, each rank with pauses of its own", right_sums(ours, nccl, mixed, pauses=True))
     for rows, splits in ((1, 1), (1, 4), (30, 2), (150, 1)):
         check(f"graph of sum_add_norm of {rows} rows in {splits} parts", right_norms(ours, nccl, rows, splits))
+    launch.set_overlap(True)
+    check("overlapping launches: graph of sums of 1 to 50 rows", right_sums(ours, nccl, mixed))
+    check("overlapping launches: graph of sum_add_norm", right_norms(ours, nccl, 30, 2))
+    launch.set_overlap(False)
     check("graph of tokens and logits", right_exchanges(place))
     return wrong
 
@@ -264,6 +269,9 @@ def timings(table: Table, ours: DeviceGroup, nccl: DeviceGroup) -> None:
             "one_shot_with_norm": partial(ours.sum_add_norm, x, delta, weight, EPS),
         }
         times = {name: microseconds(call) for name, call in kinds.items()}
+        launch.set_overlap(True)
+        times["one_shot_with_norm_overlapping"] = microseconds(kinds["one_shot_with_norm"])
+        launch.set_overlap(False)
         table.add(rows=rows, kib=delta.nbytes / 1024, **times)
     tokens = torch.zeros(64, dtype=torch.int64, device="cuda")
     table.add(what="share_tokens of 64 rows", us=microseconds(partial(nccl.share_tokens, tokens)))

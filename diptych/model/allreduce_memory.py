@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 log = logging.getLogger(__name__)
 
 LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+BLOCK = 2 << 20  # bytes: what is smaller lies in a block with other allocations, which a handle would give away too
 
 
 class _Handle(ctypes.Structure):
@@ -33,6 +34,7 @@ def share_memory(group: ProcessGroup, num_bytes: int) -> list[int] | None:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize()  # makes the device's context current in this thread
     driver, addresses = ctypes.CDLL("libcuda.so.1"), [0] * group.size()
+    num_bytes = -(-num_bytes // BLOCK) * BLOCK
     handle, mine = _Handle(), ctypes.c_uint64()
     made = (
         _done(driver.cuMemAlloc_v2(ctypes.byref(mine), ctypes.c_size_t(num_bytes)), "cuMemAlloc")

@@ -28,7 +28,7 @@ from diptych.model.kernels.fused import add_norm
 from diptych.model.parallel import Parallel
 
 LIMIT = 1 << 15  # bytes
-CALLS = 32
+CALLS = 16
 WIDTH, EPS = 96, 1e-6
 
 
