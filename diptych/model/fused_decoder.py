@@ -10,7 +10,7 @@ from diptych.model.decoder import Decoder, Layer
 from diptych.model.kernels.fixed import fixed_product
 from diptych.model.kernels.fused import add_norm, silu_mul
 from diptych.model.kernels.matmul import product, product_parts, wins
-from diptych.model.layers import Linear
+from diptych.model.layers import Linear, RMSNorm
 from diptych.model.triton_attention import TritonAttention
 
 
@@ -24,7 +24,6 @@ class FusedDecoder:
         self.num_layers, self.scale = decoder.num_layers, decoder.scale
         self._eps = decoder.config.norm_eps
         self._cos, self._sin = decoder.cos.squeeze(1), decoder.sin.squeeze(1)
-        self._alone = decoder.parallel.world == 1
         # After its last layer a stage but the first has nothing to norm; add_norm is then done for its sum alone.
         self._final = decoder.ends.norm if decoder.ends is not None else decoder.layers[-1].mlp_norm
 
@@ -44,12 +43,10 @@ class FusedDecoder:
                     x = x[:0]
                     break
                 x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
-            delta = self._summed(layer.o, mixed, layer.o_bias)
-            normed = add_norm(x, delta, layer.mlp_norm.weight, self._eps)
+            normed = self._add(x, layer.o, mixed, layer.o_bias, layer.mlp_norm)
             inner = silu_mul(self._product(layer.gate_up, normed), x.dtype)
-            delta = self._summed(layer.down, inner, layer.down_bias)
             following = layers[index + 1].attention_norm if index + 1 < self.num_layers else self._final
-            normed = add_norm(x, delta, following.weight, self._eps)
+            normed = self._add(x, layer.down, inner, layer.down_bias, following)
         if place.stages > 1:
             return decoder.hand_on(x, len(tokens) if wanted is None else len(wanted))
         return normed if wanted is None or len(wanted) else x
@@ -76,8 +73,12 @@ class FusedDecoder:
             return linear(x)
         return (product if whole else product_parts)(x, linear.weight, tiles)
 
-    def _summed(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """A product whose inputs are split over the ranks; one rank alone can leave it in parts."""
-        out = self._product(linear, x, whole=not self._alone or bias is not None)
-        out = self.decoder.parallel.sum(out)
-        return out if bias is None else out + bias
+    def _add(self, x: Tensor, linear: Linear, inputs: Tensor, bias: Tensor | None, norm: RMSNorm) -> Tensor:
+        """Add to `x`, in place, a product whose inputs are split over the ranks; what `norm` makes of the sum."""
+        place = self.decoder.parallel
+        if bias is None and place.world > 1:
+            return place.sum_add_norm(x, self._product(linear, inputs), norm.weight, self._eps)
+        delta = self._product(linear, inputs, whole=bias is not None)
+        if bias is not None:
+            delta = place.sum(delta) + bias
+        return add_norm(x, delta, norm.weight, self._eps)
