@@ -240,7 +240,7 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def machine_note(used: Iterable[Result | None]) -> str:
     """What the figures were taken on, one line a machine."""
-    lines = {}
+    lines: dict[str, None] = {}
     for result in used:
         if result and "machine" in result:
             machine = result["machine"]

@@ -171,13 +171,13 @@ def test_the_page_and_the_plots_are_what_the_results_say() -> None:
 
 def test_a_result_gets_into_tables_and_plots() -> None:
     machine = {"gpus": ["NVIDIA H200, 1 MiB, 2"], "cpu": "C", "cores": 8.0, "packages": {}, "date": "2026-11-22T1"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"what": "TPOT, 1 x 1024", "kind": "tpot", "batch": 1, "context": 1024, "value": 15.5, "unit": "ms"},
         {"what": "TPOT, 8 x 1024", "kind": "tpot", "batch": 8, "context": 1024, "value": 17.5, "unit": "ms"},
         {"what": "TPOT, 64 x 1024", "left_out": "after --budget-s 9"},
     ]
     result = {"model": "Qwen3-32B", "tp": 1, "label": "", "machine": machine, "rows": rows}
-    slower = [{**row, "value": 31.0} for row in rows[:1]]
+    slower: list[dict[str, Any]] = [{**rows[0], "value": 31.0}]
     other = {**result, "label": "x", "flags": ["--deterministic"], "rows": slower}
     results = {tables.engine_name("Qwen3-32B", 1): result, tables.engine_name("Qwen3-32B", 1, "x"): other}
     text = page.fill("<!-- filled: qwen3-32b -->\nold\n<!-- end -->\n<!-- filled: variants --><!-- end -->\n", results)
