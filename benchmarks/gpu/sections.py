@@ -29,6 +29,7 @@ CUTS = [  # block_n, block_k, warps, stages
 DECODE = [
     AttentionTiles(),
     AttentionTiles(fused=False),
+    AttentionTiles(ahead=False),
     AttentionTiles(split=128),
     AttentionTiles(split=512),
     AttentionTiles(max_splits=16),
@@ -185,7 +186,7 @@ def attention_cut(tiles: AttentionTiles, kind: str) -> str:
     if kind == "decode":
         cut = f"split {tiles.split}/{tiles.max_splits % (1 << 30)} m {tiles.decode_m} n {tiles.decode_n} "
         cut += f"warps {tiles.decode_warps} stages {tiles.decode_stages} programs {tiles.programs or 'all'}"
-        return cut if tiles.fused else cut + " apart"
+        return cut + " apart" * (not tiles.fused) + " not ahead" * (not tiles.ahead)
     return f"m {tiles.prefill_m} n {tiles.prefill_n} warps {tiles.prefill_warps} stages {tiles.prefill_stages}"
 
 

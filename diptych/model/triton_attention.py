@@ -40,6 +40,7 @@ class AttentionTiles:
     decode_stages: int = 2
     programs: int = 0  # of the decode kernel, for each multiprocessor; 0: as many as are there at once
     fused: bool = True  # the decode kernel combines the splits itself
+    ahead: bool = True  # it asks for its next keys ahead
     prefill_m: int = 128
     prefill_n: int = 64
     prefill_warps: int = 8
@@ -139,7 +140,8 @@ class TritonAttention:
 
     def _arrays(self, plan: Plan) -> dict[str, I32]:
         tiles = self.tiles
-        schedule = make_schedule(plan, tiles.split, tiles.max_splits, tiles.prefill_m // self.padded_group)
+        tile_tokens = tiles.prefill_m // self.padded_group
+        schedule = make_schedule(plan, self.pool.page_size, tiles.split, tiles.max_splits, tile_tokens)
         return {
             "sizes": np.array([len(schedule.decode_tiles), len(schedule.items)], np.int32),
             "slots": plan.slots.astype(np.int32),
@@ -234,6 +236,7 @@ class TritonAttention:
             PAGE=self.pool.page_size,
             DIM=self.pool.head_dim,
             FUSED=tiles.fused,
+            AHEAD=tiles.ahead and self._device.type == "cuda",
             **launch.options(),
             num_warps=tiles.decode_warps,
             num_stages=tiles.decode_stages,

@@ -216,7 +216,7 @@ def test_the_schedule_has_every_token_and_every_key_once(seed: int) -> None:
         cached, new = rnd.randrange(0, 900), rnd.choice([1, 1, 2, 100])
         rows.append((cached, new, list(range(-(-(cached + new) // 16)))))
     plan = make_plan(rows, 16)
-    schedule = make_schedule(plan, 128, 4, 16)
+    schedule = make_schedule(plan, 16, 128, 4, 16)
     tokens = [
         (row, token + i, position + i)
         for row, token, count, position in np.concatenate((schedule.decode_tiles, schedule.prefill_tiles)).tolist()
@@ -231,7 +231,8 @@ def test_the_schedule_has_every_token_and_every_key_once(seed: int) -> None:
         size = 128 if position < 512 else 256  # at most 4 splits
         count = position // size + 1
         for i in range(count):
-            items.append([row, token, position, i * size, min((i + 1) * size, position + 1), i, count, 0])
+            page = int(plan.pages[row, i * size // 16])
+            items.append([row, token, position, i * size, min((i + 1) * size, position + 1), i, count, page])
         first.append(len(items))
     assert schedule.items.tolist() == items
     assert schedule.first_items.tolist() == first

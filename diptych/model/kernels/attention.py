@@ -36,13 +36,13 @@ def _fold(high, total, acc, m, l, part):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pages(table, block, offsets, stop, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pages(table, block, stop, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The pages of a block's keys, or the one page. Read a block ahead: were it read in the iteration that needs it,
     the compiler would keep fewer loads of keys and values under way."""
     if PAGE % BLOCK_N == 0:
         at = block
     else:
-        at = block + offsets
+        at = block + tl.arange(0, BLOCK_N)
     return tl.load(table + at // PAGE, mask=at < stop, other=0)
 
 
@@ -64,6 +64,7 @@ def _span(  # type: ignore[no-untyped-def]
     acc,
     keys,
     table,
+    page,
     page_stride,
     start,
     stop,
@@ -78,14 +79,13 @@ def _span(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Online softmax over the keys [start, stop), `start` a multiple of BLOCK_N. Not MASKED: all queries see all keys,
-    and `stop` is a multiple too. Roundings are spelled out (fma), so that masked and unmasked code gives the same bits:
-    that."""
+    """Online softmax over the keys [start, stop), `start` a multiple of BLOCK_N, `page` the _pages of its block. Not
+    MASKED: all queries see all keys, and `stop` is a multiple too. Roundings are spelled out (fma), so that masked and
+    unmasked code should give the same bits, though only FIXED, where all is masked, promises that."""
     offsets, dims = tl.arange(0, BLOCK_N), tl.arange(0, DIM)
-    page = _pages(table, start, offsets, stop, BLOCK_N, PAGE)
     for block in range(start, stop, BLOCK_N):
         places = _places(keys, page, block, page_stride, BLOCK_N, PAGE, DIM)
-        page = _pages(table, block + BLOCK_N, offsets, stop, BLOCK_N, PAGE)  # one block ahead: see _pages
+        page = _pages(table, block + BLOCK_N, stop, BLOCK_N, PAGE)  # one block ahead: see _pages
         k = tl.load(places[None, :] + dims[:, None])
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
         if SOFTCAP:  # softcap * tanh(scores / softcap)
@@ -171,34 +171,38 @@ def _combine(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _prefetch_keys(  # type: ignore[no-untyped-def]
-    layer_pages,
-    table,
-    items,
-    work,
-    keys,
-    table_stride,
-    page_stride,
-    head_stride,
-    KV_HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def _ask(  # type: ignore[no-untyped-def]
+    keys, page, block, page_stride, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr
 ):
-    """Ask for the first `keys` keys and values of a piece of work. The new token's are not there yet, which does no
-    harm: the second-level cache is where they are written, too."""
-    item = items + work // KV_HEADS * ITEM
-    start, stop = tl.load(item + 3), tl.load(item + 4)
-    offsets = tl.arange(0, BLOCK_N)
-    bits: tl.constexpr = layer_pages.dtype.element_ty.primitive_bitwidth
+    """Ask for a block's keys and values. Those that are still to be written are none the worse for it: they are written
+    to the same second-level cache."""
+    bits: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth
     lines: tl.constexpr = max(DIM * bits // 1024, 1)  # of 128 bytes
     line = tl.arange(0, lines) * (DIM // lines)
-    for block in range(start, tl.minimum(start + keys, stop), BLOCK_N):
-        page = _pages(table + tl.load(item) * table_stride, block, offsets, stop, BLOCK_N, PAGE)
-        places = _places(layer_pages + work % KV_HEADS * head_stride, page, block, page_stride, BLOCK_N, PAGE, DIM)
-        prefetch(places[:, None] + line[None, :], OVERLAP)
-        prefetch(places[:, None] + PAGE * DIM + line[None, :], OVERLAP)
+    places = _places(keys, page, block, page_stride, BLOCK_N, PAGE, DIM)[:, None] + line[None, :]
+    prefetch(places, True)
+    prefetch(places + PAGE * DIM, True)
+
+
+@triton.jit
+def _item(items, work, KV_HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The fields of a piece of work's item; see Schedule."""
+    fields = items + work // KV_HEADS * ITEM
+    row, token, position, start = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
+    stop, split, count, page = tl.load(fields + 4), tl.load(fields + 5), tl.load(fields + 6), tl.load(fields + 7)
+    return row, token, position, start, stop, split, count, page
+
+
+@triton.jit
+def _first_pages(  # type: ignore[no-untyped-def]
+    page, table, start, stop, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr
+):
+    """The pages of an item's first block: `page` is the item's first one."""
+    if WINDOW or PAGE % BLOCK_N != 0:
+        pages = _pages(table, start, stop, BLOCK_N, PAGE)
+    else:
+        pages = page
+    return pages
 
 
 @triton.jit(do_not_specialize=["window", "table_stride"])
@@ -230,38 +234,42 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     FUSED: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Each program takes every num_programs-th of the (item, kv head) pairs, whose number is read on the device: one
     captured launch serves any lengths. Leaves weighted sums in `parts` `[item, kv_head, PAD, DIM]`, maxima and sums of
     weights in `stats` `[item, kv_head, 2, PAD]`, float32.
 
-    FUSED: the program that is the last to arrive at a (tile, kv head) combines its items, in their order whoever that
-    is. `arrivals` `[item, kv_head]` is 0 before and after. Its increment releases what all threads of the program have
-    stored (they have met at a barrier) and acquires what the others' have (PTX memory model: causality is transitive).
+    AHEAD: while it ends a piece of work, a program asks for the first keys and values of its next one, so that memory
+    does not wait for it. FUSED: the program that is the last to arrive at a (tile, kv head) combines its items, in
+    their order whoever that is. `arrivals` `[item, kv_head]` is 0 before and after. Its increment releases what all
+    threads of the program have stored (they have met at a barrier) and acquires what the others' have (PTX memory
+    model: causality is transitive).
     """
     program = tl.program_id(0)
     works = tl.load(sizes + 1) * KV_HEADS
     once = works <= tl.num_programs(0)  # then memory has time for what follows
+    row, token, position, first, stop, split, count, page = _item(items, tl.minimum(program, works - 1), KV_HEADS)
     if OVERLAP:
         if once:
             gdc_launch_dependents()
         if program < works:
-            keys = tl.where(once, 1 << 30, BLOCK_N)
-            _prefetch_keys(
-                layer_pages, table, items, program, keys, table_stride, page_stride, head_stride,
-                KV_HEADS, BLOCK_N, PAGE, DIM, OVERLAP,
-            )  # fmt: skip
+            keys = layer_pages + program % KV_HEADS * head_stride
+            for block in range(first, tl.where(once, stop, tl.minimum(stop, first + BLOCK_N)), BLOCK_N):
+                asked = _pages(table + row * table_stride, block, stop, BLOCK_N, PAGE)
+                _ask(keys, asked, block, page_stride, BLOCK_N, PAGE, DIM)
         if (program < works) | (program == 0):  # a kernel of which no program waits would let the next one overtake
             gdc_wait()
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
     for work in range(program, works, tl.num_programs(0)):
         item, head = work // KV_HEADS, work % KV_HEADS
-        fields = items + item * ITEM
-        row, token, position = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
-        first, stop = tl.load(fields + 3), tl.load(fields + 4)
-        split, count = tl.load(fields + 5), tl.load(fields + 6)
+        after = work + tl.num_programs(0)
+        row1, token1, position1, first1, stop1, split1, count1, page1 = _item(
+            items, tl.minimum(after, works - 1), KV_HEADS
+        )
         places, real, index = _queries(q, token, 1, head, q_stride, GROUP, PAD, BLOCK_M, DIM)
+        start = tl.maximum(first, _first_key(position, window, WINDOW, BLOCK_N))
         m, l, acc = _span(
             tl.load(places, mask=real[:, None], other=0.0),
             tl.full([BLOCK_M], float("-inf"), tl.float32),
@@ -269,8 +277,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             tl.zeros([BLOCK_M, DIM], tl.float32),
             layer_pages + head * head_stride,
             table + row * table_stride,
+            _first_pages(page, table + row * table_stride, start, stop, WINDOW, BLOCK_N, PAGE),
             page_stride,
-            tl.maximum(first, _first_key(position, window, WINDOW, BLOCK_N)),
+            start,
             stop,
             position + index,
             scale,
@@ -283,6 +292,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             PAGE,
             DIM,
         )
+        if AHEAD and after < works:
+            start1 = tl.maximum(first1, _first_key(position1, window, WINDOW, BLOCK_N))
+            asked = _first_pages(page1, table + row1 * table_stride, start1, stop1, WINDOW, BLOCK_N, PAGE)
+            _ask(layer_pages + after % KV_HEADS * head_stride, asked, start1, page_stride, BLOCK_N, PAGE, DIM)
         if FUSED and count == 1:
             out_places, _, _ = _queries(out, token, 1, head, out_stride, GROUP, PAD, BLOCK_M, DIM)
             tl.store(out_places, (acc / l[:, None]).to(out.dtype.element_ty), mask=real[:, None])
@@ -298,6 +311,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
                     tl.store(arrival, 0)
                     mean = _combine(parts, stats, item - split, count, head, KV_HEADS, PAD, DIM)
                     _store_out(out, mean, token, head, out_stride, GROUP, PAD, DIM)
+        row, token, position, first = row1, token1, position1, first1
+        stop, split, count, page = stop1, split1, count1, page1
     if OVERLAP:
         gdc_launch_dependents()
 
@@ -384,6 +399,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
                 tl.zeros([BLOCK_M, DIM], tl.float32),
                 keys,
                 pages,
+                _pages(pages, tl.maximum(start, split * SPLIT), stop, BLOCK_N, PAGE),
                 page_stride,
                 tl.maximum(start, split * SPLIT),
                 tl.minimum(stop, split * SPLIT + SPLIT),
@@ -403,12 +419,14 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         full = start
         if not WINDOW:  # blocks that every query of the tile sees whole
             full = (position + 1) // BLOCK_N * BLOCK_N
+            page = _pages(pages, start, full, BLOCK_N, PAGE)
             high, total, acc = _span(
-                queries, high, total, acc, keys, pages, page_stride, start, full, positions, scale, softcap, window,
-                False, WINDOW, SOFTCAP, BLOCK_N, PAGE, DIM,
+                queries, high, total, acc, keys, pages, page, page_stride, start, full, positions, scale, softcap,
+                window, False, WINDOW, SOFTCAP, BLOCK_N, PAGE, DIM,
             )  # fmt: skip
+        page = _pages(pages, full, stop, BLOCK_N, PAGE)
         high, total, acc = _span(
-            queries, high, total, acc, keys, pages, page_stride, full, stop, positions, scale, softcap, window,
+            queries, high, total, acc, keys, pages, page, page_stride, full, stop, positions, scale, softcap, window,
             True, WINDOW, SOFTCAP, BLOCK_N, PAGE, DIM,
         )  # fmt: skip
     out_places, _, _ = _queries(out, token, count, head, out_stride, GROUP, PAD, BLOCK_M, DIM)

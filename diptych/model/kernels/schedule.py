@@ -3,8 +3,8 @@
 A tile is some consecutive new tokens of one sequence: (row of the page table, first token of the step, number of
 tokens, position of the first). Sequences with one new token are decode tiles, whose keys are cut into splits: of a size
 that the token's position decides, so that they are the same in any company. An item is a split of a tile: (row, token,
-position, first key, the key after the last, which of the tile's items, how many those are, 0). The other sequences are
-cut into prefill tiles, those with the most keys first.
+position, first key, the key after the last, which of the tile's items, how many those are, the first key's page). The
+other sequences are cut into prefill tiles, those with the most keys first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Schedule:
     prefill_tiles: I32  # [prefill tiles, 4]
 
 
-def make_schedule(plan: Plan, split_tokens: int, max_splits: int, tile_tokens: int) -> Schedule:
+def make_schedule(plan: Plan, page_size: int, split_tokens: int, max_splits: int, tile_tokens: int) -> Schedule:
     """`split_tokens`: keys of a split, doubled until a sequence has `max_splits` at most. `tile_tokens`: the most
     tokens of a prefill tile."""
     new = np.diff(plan.q_starts)
@@ -47,7 +47,9 @@ def make_schedule(plan: Plan, split_tokens: int, max_splits: int, tile_tokens: i
     index = np.arange(len(tile)) - first[tile]
     start = index * sizes[tile]
     stop = np.minimum(start + sizes[tile], lengths[tile])
-    fields = (decode[tile], tiles[tile, 1], tiles[tile, 3], start, stop, index, splits[tile], np.zeros_like(index))
+    rows = decode[tile]
+    pages = plan.pages[rows, start // page_size]
+    fields = (rows, tiles[tile, 1], tiles[tile, 3], start, stop, index, splits[tile], pages)
     items = np.stack(fields, 1).astype(np.int32)
     return Schedule(tiles, items, first, _prefill_tiles(plan, np.flatnonzero(new > 1), tile_tokens))
 
