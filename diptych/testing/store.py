@@ -90,7 +90,10 @@ class SharedStore(ArrayStore):
         return MappedArray(self, memory)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Lend no more. Calling it again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class MappedArray:

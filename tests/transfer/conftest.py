@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import uvloop
-from transfer_links import KINDS, held, settle
+from transfer_links import held, settle
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -14,8 +14,7 @@ def pytest_asyncio_loop_factories(config, item):
 
 @pytest.fixture
 async def nothing_left():
-    if "nixl" in KINDS:
-        gc.collect()  # its agents live until the collector has found them
+    gc.collect()  # what earlier tests left: shared pools, NIXL's agents
     before = held()
     yield
     await settle()

@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from diptych.testing.network import MemoryNetwork
+from diptych.transfer.cuda import CudaTransport
 from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport
 from diptych.transfer.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
 ONE_MIB = bytes(range(256)) * 4096
-KINDS = ["memory", "tcp", "shm"]
-SOCKET_KINDS = ["tcp", "shm"]
+KINDS = ["memory", "tcp", "shm", "cuda"]
+SOCKET_KINDS = ["tcp", "shm", "cuda"]
 if importlib.util.find_spec("nixl") is not None:
     KINDS.append("nixl")
     SOCKET_KINDS.append("nixl")
@@ -30,7 +31,7 @@ def transports(kind):
         from diptych.transfer.nixl import NixlTransport
 
         return NixlTransport(), NixlTransport()
-    made = {"tcp": TcpTransport, "shm": ShmTransport}[kind]
+    made = {"tcp": TcpTransport, "shm": ShmTransport, "cuda": CudaTransport}[kind]
     return made(), made()
 
 

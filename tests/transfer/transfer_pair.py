@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 from diptych.kv.share import Grid
-from diptych.testing.store import ArrayStore
+from diptych.testing.store import ArrayStore, SharedStore
 from diptych.transfer import wire
 from diptych.transfer.bootstrap import Route
 from diptych.transfer.plane import DataPlane
@@ -32,7 +32,8 @@ class Server:
         self.whole = np.random.default_rng(seed).integers(0, 256, (num_pages, grid.num_heads, head_bytes), np.uint8)
         for rank in range(grid.num_ranks):
             layers = grid.layers(rank)
-            store = ArrayStore(
+            pulls = any(transport.pulls for transport in transports(rank))
+            store = (SharedStore if pulls else ArrayStore)(
                 num_pages,
                 len(grid.heads(rank)),
                 len(layers) * self.layer_bytes,
@@ -92,6 +93,9 @@ class Server:
         await self.hub.close()
         for plane in self.planes:
             await plane.close()
+        for store in self.stores:
+            if isinstance(store, SharedStore):
+                store.close()
 
 
 class Pair:
