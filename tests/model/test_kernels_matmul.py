@@ -58,9 +58,14 @@ def test_each_processor_has_work(n: int, k: int, splits: int, stages: int) -> No
 
 
 def test_cublas_has_the_many_rows() -> None:
-    for (n, k), (most, tiles) in TILES.items():
-        assert wins(1, n, k) == wins(most, n, k) == tiles_for(n, k) == tiles
-        assert wins(most + 1, n, k) is None
+    for (n, k), classes in TILES.items():
+        rows = 0
+        assert tiles_for(n, k) == classes[0][1]
+        for most, tiles in classes:
+            assert wins(rows + 1, n, k) == wins(most, n, k) == tiles
+            rows = most
+        assert rows <= MAX_ROWS
+        assert wins(rows + 1, n, k) is None
         assert most <= MAX_ROWS
         assert 2 * tiles.splits * tiles.block_k <= k
     assert wins(16, 30000, 512) == wins(32, 4096, 512) == ProductTiles(splits=1) == tiles_for(30000, 512)
