@@ -70,6 +70,9 @@ class Side:
                 self.changed.clear()
                 await self.changed.wait()
 
+    async def until_met(self, end: Any) -> None:
+        await self.until(lambda: end.state >= KVPoll.WaitingForInput or end.ended)
+
     async def until_ended(self, end: Any) -> None:
         await self.until(lambda: end.ended)
         if end.error:
@@ -118,7 +121,7 @@ async def decode(backend: str, control: str) -> None:
     for room, tokens in rooms():
         receiver = hub.open(Bootstrap("127.0.0.1", 1, room))
         pages = [(7 * room + 3 * page) % PAGES for page in range(tokens // PAGE_TOKENS)]  # 320 and 3: all different
-        await side.until(lambda receiver=receiver: receiver.state >= KVPoll.WaitingForInput or receiver.ended)
+        await side.until_met(receiver)
         started = time.perf_counter()  # not the event loop's clock: uvloop's counts milliseconds
         receiver.reserve(pages, [room] * len(pages))
         await side.until_ended(receiver)
