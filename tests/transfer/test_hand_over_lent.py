@@ -25,7 +25,7 @@ from test_hand_over_faults import (  # noqa: F401 (the same tests, on links over
 from transfer_links import linked
 from transfer_pair import Pair
 
-from diptych.errors import CorruptTransfer, ProtocolError, TransferError
+from diptych.errors import ConfigError, CorruptTransfer, ProtocolError, TransferError
 from diptych.testing.network import MemoryNetwork
 from diptych.testing.virtual import run_virtual
 from diptych.transfer import wire
@@ -33,6 +33,7 @@ from diptych.transfer.cuda import CudaTransport
 from diptych.transfer.room import KVPoll
 from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport
+from diptych.transfer.transports import data_transports
 from diptych.types import FirstToken
 
 
@@ -254,3 +255,14 @@ async def test_a_frame_of_a_server_that_has_died_is_not_copied(nothing_left):
         ours.close()
         assert theirs.hung_up()
         assert (await theirs.recv())[0] == b"frame"
+
+
+def test_which_transports_a_server_has():
+    def schemes(*choice):
+        return [transport.scheme for transport in data_transports(*choice)]
+
+    assert schemes("auto", "cuda") == ["cuda", "shm", "tcp"]
+    assert schemes("auto", "cpu") == ["shm", "tcp"]
+    assert schemes("cuda", "cuda") == ["cuda"]
+    with pytest.raises(ConfigError, match="has no GPU; choose auto"):
+        schemes("cuda", "cpu")
