@@ -149,18 +149,18 @@ def add_norm_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
 ):
     """Program (row): x += delta in place, rounded to x's type; out = RMSNorm(x) * weight."""
-    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it
+    wait_for_previous(OVERLAP)
     dtype = x.dtype.element_ty
     added = load_product(delta + row + columns, inside, split_stride, SPLITS, dtype)
     total = (tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32) + added).to(dtype)
     tl.store(x + row + columns, total, mask=inside)
     value = total.to(tl.float32)
     root = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
-    scaled = value * root * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, scaled.to(dtype), mask=inside)
+    tl.store(out + row + columns, (value * root * scale).to(dtype), mask=inside)
 
 
 @triton.jit

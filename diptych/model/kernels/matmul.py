@@ -20,7 +20,7 @@ from diptych.model.kernels.fused import load_product
 from diptych.model.kernels.launch import prefetch, wait_for_previous
 
 MAX_ROWS = 64
-AHEAD = 512  # inputs whose weights a program asks for before it waits: 1 KiB of each row
+AHEAD = 64  # inputs whose weights a program asks for before it waits: a cache line of each row
 LATE_BYTES = 24 << 20  # a product of more weights lets its successor start at its end only, see product_kernel
 
 
