@@ -55,11 +55,13 @@ def attend(
     if strange or not getattr(module, "is_causal", True) or key.shape != value.shape:
         raise ConfigError(f"attention of this model is more than we compute: {', '.join(strange) or 'no causal KV'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # A model that puts heads together from parts (part of them rotated, say) has a head's tokens in a row, not a token's
+    # heads.
     out = _backend.get().attend(
         module.layer_idx,  # type: ignore[arg-type]
-        query[0].transpose(0, 1) * scale,
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        (query[0].transpose(0, 1) * scale).contiguous(),
+        key[0].transpose(0, 1).contiguous(),
+        value[0].transpose(0, 1).contiguous(),
         sliding_window or 0,
         softcap or 0.0,
     )

@@ -6,10 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_checkpoints import llama, qwen3, reference_greedy, reference_logits, write
 from model_driver import GREEDY, VOCAB, Driver, Sequence, prompt_of
 from transformers import (
@@ -25,10 +27,16 @@ from transformers import (
 
 from diptych.config import ServerConfig
 from diptych.errors import ConfigError
+from diptych.model import transformers_impl
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.parallel import Parallel
+from diptych.model.pool import KVPool
 from diptych.model.runner import Runner
+from diptych.model.selftest import plan_of_one
+from diptych.model.triton_attention import TritonAttention
 from diptych.types import LogprobSpec
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 8
 NUM_OUTPUTS = 10
 
@@ -178,3 +186,23 @@ def test_a_mixture_of_experts_runs(tmp_path: Path) -> None:
     reference = write(tmp_path, MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4))
     prompt = prompt_of(30)
     assert Driver(start(tmp_path), PAGE).generate(Sequence(prompt), 6) == reference_greedy(reference, prompt, 6)
+
+
+@pytest.mark.parametrize("backend", [PagedAttention, TritonAttention])
+def test_attention_takes_heads_whose_tokens_lie_together(backend: type) -> None:
+    """As a partly rotated head comes: a copy of its parts, by head."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 8, 16, generator=generator) for heads in (4, 2, 2))
+    attention = backend(KVPool(1, 8, 2, 1, 16, torch.float32, DEVICE), 4, 1.0)
+    attention.begin(plan_of_one(0, 8, 1))
+    token = transformers_impl._backend.set(attention)
+    try:
+        out, _ = transformers_impl.attend(
+            SimpleNamespace(layer_idx=0),  # type: ignore[arg-type]
+            *(part.to(DEVICE) for part in (q, k, v)),
+            None,
+        )
+    finally:
+        transformers_impl._backend.reset(token)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
