@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product as pairs
 from typing import Any
@@ -30,42 +31,38 @@ DECODE = [
     AttentionTiles(),
     AttentionTiles(fused=False),
     AttentionTiles(ahead=False),
-    AttentionTiles(split=128),
+    AttentionTiles(split=256),
     AttentionTiles(split=512),
     AttentionTiles(max_splits=16),
-    AttentionTiles(programs=8),
+    AttentionTiles(programs=3),
     AttentionTiles(decode_stages=3),
-    AttentionTiles(decode_stages=3, split=128),
-    AttentionTiles(decode_warps=8),
     AttentionTiles(decode_warps=2),
     AttentionTiles(decode_warps=2, decode_stages=3),
-    AttentionTiles(decode_n=32, decode_stages=3),
+    AttentionTiles(decode_n=32, decode_warps=1),
     AttentionTiles(decode_n=32, decode_warps=2, decode_stages=3),
     AttentionTiles(decode_n=128),
-    AttentionTiles(decode_m=64),
-    AttentionTiles(decode_m=64, decode_stages=3),
     FIXED_TILES,
 ]
+WIDE = AttentionTiles(prefill_m=128, prefill_warps=8)
 PREFILL = [
     AttentionTiles(),
-    AttentionTiles(prefill_stages=2),
-    AttentionTiles(prefill_n=32, prefill_stages=3),
+    AttentionTiles(prefill_n=32),
     AttentionTiles(prefill_n=32, prefill_stages=4),
-    AttentionTiles(prefill_n=128, prefill_stages=2),
-    AttentionTiles(prefill_m=64, prefill_warps=4),
-    AttentionTiles(prefill_m=64, prefill_warps=4, prefill_stages=2),
-    AttentionTiles(prefill_m=64, prefill_n=32, prefill_warps=4),
-    AttentionTiles(prefill_m=64, prefill_n=128, prefill_warps=4, prefill_stages=2),
+    AttentionTiles(prefill_m=128),
+    WIDE,
+    replace(WIDE, prefill_stages=4),
+    replace(WIDE, prefill_n=32),
 ]
+FP8_PREFILL = [AttentionTiles(), WIDE, replace(WIDE, prefill_n=128, prefill_stages=2)]
 FP8 = torch.float8_e4m3fn
 FP8_DECODE = [
     AttentionTiles(),
     AttentionTiles(decode_stages=3),
     AttentionTiles(decode_n=128),
-    AttentionTiles(decode_warps=8),
+    AttentionTiles(decode_warps=2),
     AttentionTiles(decode_m=64),
 ]
-AHEADS, LATES = (64, 512, 1024, 2048), (0, 24 << 20, 1 << 60)  # see matmul.AHEAD, matmul.LATE_BYTES
+AHEADS, LATES = (64, 128, 256, 512), (0, 24 << 20, 1 << 60)  # see matmul.AHEAD, matmul.LATE_BYTES
 
 
 def shapes_of(bench: Bench) -> list[Shape]:
@@ -177,14 +174,15 @@ def prefill(bench: Bench) -> None:
             bench.add(what, "fixed", attend.calls(FIXED_TILES, fixed=True), flops=flops)
             if not bench.rehearse:
                 low = Attend(bench, shape, [(cached, new)] * count, FP8)
-                bench.add(what, "fp8", low.calls(AttentionTiles()), flops=flops)
+                for tiles in FP8_PREFILL:
+                    bench.add(what, "fp8 " + attention_cut(tiles, "prefill"), low.calls(tiles), flops=flops)
             if not cached:
                 bench.add(what, "SDPA, contiguous", [sdpa(bench, shape, count, new, new, causal=True)], flops=flops)
 
 
 def attention_cut(tiles: AttentionTiles, kind: str) -> str:
     if kind == "decode":
-        cut = f"split {tiles.split}/{tiles.max_splits % (1 << 30)} m {tiles.decode_m} n {tiles.decode_n} "
+        cut = f"split {tiles.split or 'share'}/{tiles.max_splits % (1 << 30)} m {tiles.decode_m} n {tiles.decode_n} "
         cut += f"warps {tiles.decode_warps} stages {tiles.decode_stages} programs {tiles.programs or 'all'}"
         return cut + " apart" * (not tiles.fused) + " not ahead" * (not tiles.ahead)
     return f"m {tiles.prefill_m} n {tiles.prefill_n} warps {tiles.prefill_warps} stages {tiles.prefill_stages}"
@@ -257,7 +255,7 @@ def layer_ways(bench: Bench, batch: int) -> Iterator[tuple[str, str, Way]]:
     yield "cuBLAS, overlapped", "cuBLAS", overlapped
     if batch <= MAX_ROWS:
         yield "ours, overlapped", "ours", overlapped
-    if batch <= 8:
+    if batch <= 32:
         for ahead, late in pairs(AHEADS, LATES):
             if (ahead, late) != (matmul.AHEAD, matmul.LATE_BYTES):
                 yield f"chosen, ahead {ahead}, late from {late >> 20} MiB", "chosen", partial(overlapped, ahead, late)
@@ -345,6 +343,8 @@ def compile_jobs(bench: Bench, only: list[str]) -> Iterator[Callable[[], Any]]:
             yield partial(compile_attention, bench, shape, tiles, [(99, 1)] * 2, FP8)
         for tiles in PREFILL if "prefill" in only else ():
             yield partial(compile_attention, bench, shape, tiles, [(0, 100)])
+        for tiles in FP8_PREFILL if "prefill" in only else ():
+            yield partial(compile_attention, bench, shape, tiles, [(0, 100)], FP8)
         for batch in layer_batches(bench, shape) if "layer" in only else ():
             for _, kind, way in layer_ways(bench, batch):
                 for size in sizes_of(shape):

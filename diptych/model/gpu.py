@@ -61,9 +61,9 @@ def capture(
     """Graphs of the decode step, unless the settings or the model do not want them. `last`: see DecodeGraphs."""
     if config.disable_cuda_graph or not isinstance(model, FusedDecoder) or parallel.stages > 1:
         return None
-    pool, most = attention.pool, config.cuda_graph_max_bs
-    num_tokens = pool.pages.shape[0] * pool.page_size
-    max_splits = num_tokens // attention.tiles.split + most  # each sequence's last one may be short
-    graphs = DecodeGraphs(model, attention, last, most, -(-context_len // pool.page_size), max_splits)
+    pool = attention.pool
+    num_tokens = pool.pages.shape[0] * pool.page_size  # sequences that share pages can have more, and go without
+    attention.reserve(config.cuda_graph_max_bs, -(-context_len // pool.page_size), num_tokens)
+    graphs = DecodeGraphs(model, attention, last, config.cuda_graph_max_bs)
     graphs.capture(progress)
     return graphs

@@ -1,7 +1,7 @@
 """CUDA graphs of the decode step, one for each of a few batch sizes: a step is one launch instead of hundreds.
 
-A graph reads what a step brings from places that never change: token ids here, the rest in TritonAttention's reserved
-memory. Rows beyond the batch are padding that stores nothing.
+A graph reads what a step brings from places that never change: TritonAttention's reserved memory. Rows beyond the batch
+are padding that stores nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from diptych.model.fused_decoder import FusedDecoder
-from diptych.model.kernels.metadata import DeviceArrays, Uploader
 from diptych.model.triton_attention import TritonAttention
 from diptych.types import Plan
 
@@ -35,25 +34,19 @@ class Captured(NamedTuple):
 
 
 class DecodeGraphs:
-    """The decode steps of `model` with up to `most` rows. `last` holds the tokens of the latest step, by row: negative
-    ids refer to it (see Plan). `max_pages` and `max_splits` bound a plan: of one sequence, of all together."""
+    """The decode steps of `model` with up to `most` rows, for which `attention` has reserved memory. `last` holds the
+    tokens of the latest step, by row: negative ids refer to it (see Plan)."""
 
-    def __init__(
-        self, model: FusedDecoder, attention: TritonAttention, last: Tensor, most: int, max_pages: int, max_splits: int
-    ) -> None:
+    def __init__(self, model: FusedDecoder, attention: TritonAttention, last: Tensor, most: int) -> None:
         self._model, self._attention, self._last = model, attention, last
-        self._ids = DeviceArrays({"ids": most}, last.device)
-        self._uploader = Uploader(last.device)
         self._captured: dict[int, Captured] = {}
         self.sizes = batch_sizes(most)
-        attention.reserve(most, max_pages, max_splits)
 
     def capture(self, progress: Callable[[str], None]) -> None:
         """Capture all sizes, the largest first: smaller ones then fit into its memory. The ranks do so together."""
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             self._attention.begin_graph(_nobody(size), size)
-            self._uploader.upload({"ids": np.zeros(size, np.int32)}, self._ids)
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
@@ -72,15 +65,12 @@ class DecodeGraphs:
         size = next((size for size in self.sizes if size >= rows), None)
         if size is None or len(plan.token_ids) != rows or not self._attention.begin_graph(plan, size):
             return None
-        ids = np.zeros(size, np.int32)
-        ids[:rows] = plan.token_ids
-        self._uploader.upload({"ids": ids}, self._ids)
         graph, logits, greedy = self._captured[size]
         graph.replay()
         return Captured(graph, None if logits is None else logits[:rows], None if greedy is None else greedy[:rows])
 
     def _step(self, size: int) -> tuple[Tensor | None, Tensor | None]:
-        ids = self._ids["ids"][:size].long()
+        ids = self._attention.reserved_ids(size).long()
         tokens = torch.where(ids < 0, self._last[(-1 - ids).clamp_(min=0)], ids)
         features = self._model.forward(tokens, None, None, self._attention)
         assert features is not None

@@ -19,12 +19,13 @@ from diptych.errors import ConfigError
 from diptych.model.kernels import fused, launch
 from diptych.model.kernels.attention import combine_kernel, decode_kernel, prefill_kernel
 from diptych.model.kernels.metadata import DeviceArrays, Uploader
-from diptych.model.kernels.schedule import ITEM_FIELDS, TILE_FIELDS, make_schedule
+from diptych.model.kernels.schedule import ITEM_FIELDS, TILE_FIELDS, Cuts, make_schedule
 from diptych.model.pool import KVPool
 from diptych.types import I32, Plan
 
 LOG2E = math.log2(math.e)
 MIN_ROWS = 16  # of a tile: what tensor cores take
+WANTED = 3  # pieces of a decode step's work, for each multiprocessor
 FIRST_PROGRAMS = 3  # for each multiprocessor, while it is not known how many are there at once
 
 
@@ -32,8 +33,8 @@ FIRST_PROGRAMS = 3  # for each multiprocessor, while it is not known how many ar
 class AttentionTiles:
     """How attention is cut. Splits and blocks decide the bits of results, the rest only their speed."""
 
-    split: int = 256  # keys of a split, a multiple of the blocks; twice as many, and so on, for
-    max_splits: int = 32  # at most in a sequence
+    split: int = 0  # keys of a split, a multiple of the blocks, see Cuts; 0: by the batch
+    max_splits: int = 32
     decode_m: int = 16  # least rows of a decode tile
     decode_n: int = 64  # keys of a block
     decode_warps: int = 4
@@ -41,15 +42,14 @@ class AttentionTiles:
     programs: int = 0  # of the decode kernel, for each multiprocessor; 0: as many as are there at once
     fused: bool = True  # the decode kernel combines the splits itself
     ahead: bool = True  # it asks for its next keys ahead
-    prefill_m: int = 128
+    prefill_m: int = 64
     prefill_n: int = 64
-    prefill_warps: int = 8
+    prefill_warps: int = 4
     prefill_stages: int = 3
 
 
-FIXED_TILES = AttentionTiles(  # decode and prefill alike, and splits of one size
-    max_splits=1 << 30, decode_m=64, decode_stages=3, prefill_m=64, prefill_warps=4
-)
+# Decode and prefill alike, and splits of one size.
+FIXED_TILES = AttentionTiles(split=256, max_splits=1 << 30, decode_m=64, decode_stages=3)
 
 
 @dataclass(slots=True)
@@ -70,7 +70,8 @@ class _Step:
 class TritonAttention:
     """See AttentionBackend; rows of padding come out undefined. `num_heads` query heads of this rank share the pool's
     key-value heads evenly; scores are q·k * scale. `fixed`: one new token is computed by the same operations alone, as
-    a decode step and in a chunk (for --deterministic).
+    a decode step and in a chunk, and whatever the other rows are (for --deterministic). Otherwise the number of keys
+    of the whole step decides how they are split.
 
     Raises ConfigError for shapes that the kernels do not take. One object is for one thread and one stream.
     """
@@ -85,6 +86,9 @@ class TritonAttention:
         self._check()
         self._device = pool.pages.device
         self._uploader = Uploader(self._device)
+        items = -(-WANTED * _processors(self._device) // pool.num_heads)
+        of = self.tiles
+        self._cuts = Cuts(of.split, of.max_splits, of.decode_n, items, of.prefill_m // self.padded_group)
         self._programs: dict[tuple[bool, bool, torch.dtype], int] = {}
         self._scratch = self._new_scratch(0)
         self._reserved: _Step | None = None
@@ -100,7 +104,7 @@ class TritonAttention:
     # ---- once a step ---------------------------------------------------------------------------------------------
 
     def begin(self, plan: Plan) -> None:
-        arrays = self._arrays(plan)
+        arrays = self._arrays(plan, len(plan.slots))
         target = DeviceArrays({name: len(array) for name, array in arrays.items()}, self._device)
         self._uploader.upload(arrays, target)
         items = len(arrays["items"]) // ITEM_FIELDS
@@ -109,10 +113,11 @@ class TritonAttention:
         decode, prefill = (len(arrays[name]) // TILE_FIELDS for name in ("decode_tiles", "prefill_tiles"))
         self._step = _Step(target, len(plan.slots), decode, prefill, plan.pages.shape[1], items, *self._scratch)
 
-    def reserve(self, rows: int, pages: int, items: int) -> None:
-        """Memory for decode steps in CUDA graphs: up to `rows` sequences of up to `pages` pages each, and `items`
-        splits in all. Graphs captured before are void."""
-        sizes = {"sizes": 2, "slots": rows, "positions": rows, "first_items": rows + 1}
+    def reserve(self, rows: int, pages: int, tokens: int) -> None:
+        """Memory for decode steps in CUDA graphs: up to `rows` sequences of up to `pages` pages each, with `tokens` in
+        all. Graphs captured before are void."""
+        items = self._cuts.most_items(rows, tokens)
+        sizes = {"sizes": 3, "ids": rows, "slots": rows, "positions": rows, "first_items": rows + 1}
         sizes |= {"decode_tiles": rows * TILE_FIELDS, "prefill_tiles": 0}
         sizes |= {"items": items * ITEM_FIELDS, "table": rows * pages}
         target = DeviceArrays(sizes, self._device)
@@ -126,26 +131,27 @@ class TritonAttention:
         reserved = self._reserved
         if len(plan.slots) > num_rows or plan.pages.shape[1] > reserved.table_stride:
             return False
-        arrays = self._arrays(plan)
-        for name, padding in (("slots", -1), ("positions", 0)):
-            arrays[name] = np.pad(arrays[name], (0, num_rows - len(plan.slots)), constant_values=padding)
-        table = np.zeros((len(plan.pages), reserved.table_stride), np.int32)
-        table[:, : plan.pages.shape[1]] = plan.pages
-        arrays["table"] = table.reshape(-1)
+        arrays = self._arrays(plan, num_rows)
         if not reserved.arrays.holds(arrays):
             return False
         self._uploader.upload(arrays, reserved.arrays)
         self._step = replace(reserved, num_tokens=num_rows, decode_rows=num_rows)
         return True
 
-    def _arrays(self, plan: Plan) -> dict[str, I32]:
-        tiles = self.tiles
-        tile_tokens = tiles.prefill_m // self.padded_group
-        schedule = make_schedule(plan, self.pool.page_size, tiles.split, tiles.max_splits, tile_tokens)
+    def reserved_ids(self, num_rows: int) -> Tensor:
+        """The token ids that the latest `begin_graph` brought, int32 `[num_rows]`: they travel with the rest."""
+        assert self._reserved is not None
+        return self._reserved.arrays["ids"][:num_rows]
+
+    def _arrays(self, plan: Plan, num_rows: int) -> dict[str, I32]:
+        """What a step's kernels read; slots are -1 from the plan's tokens to `num_rows`."""
+        schedule = make_schedule(plan, self.pool.page_size, self._cuts)
+        sizes = len(schedule.decode_tiles), len(schedule.items), plan.pages.shape[1]
         return {
-            "sizes": np.array([len(schedule.decode_tiles), len(schedule.items)], np.int32),
-            "slots": plan.slots.astype(np.int32),
-            "positions": plan.positions,
+            "sizes": np.array(sizes, np.int32),
+            "ids": _padded(plan.token_ids, num_rows, 0),
+            "slots": _padded(plan.slots, num_rows, -1),
+            "positions": _padded(plan.positions, num_rows, 0),
             "first_items": schedule.first_items,
             "decode_tiles": schedule.decode_tiles.reshape(-1),
             "prefill_tiles": schedule.prefill_tiles.reshape(-1),
@@ -218,7 +224,6 @@ class TritonAttention:
             step.parts,
             step.stats,
             step.arrivals,
-            step.table_stride,
             q.stride(0),
             out.stride(0),
             pages.stride(0),
@@ -293,6 +298,12 @@ class TritonAttention:
             num_warps=tiles.prefill_warps,
             num_stages=tiles.prefill_stages,
         )
+
+
+def _padded(values: np.ndarray, size: int, padding: int) -> I32:
+    padded = np.full(size, padding, np.int32)
+    padded[: len(values)] = values
+    return padded
 
 
 def _processors(device: torch.device) -> int:

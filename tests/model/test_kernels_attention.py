@@ -15,7 +15,7 @@ from test_model_attention import make_plan, naive
 from torch import Tensor
 
 from diptych.errors import ConfigError
-from diptych.model.kernels.schedule import make_schedule
+from diptych.model.kernels.schedule import Cuts, make_schedule
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import AttentionTiles, TritonAttention
 
@@ -173,7 +173,7 @@ def test_a_graphs_step_is_an_eager_step_with_padding() -> None:
     s = Sequences(10, [100, 30, 65], 4, 2, 16, 16)
     attention = s.backend(torch.float32, SMALL)
     s.attend(attention, [(0, 0, 99), (1, 0, 29), (2, 0, 64)])
-    attention.reserve(rows=4, pages=8, items=8)
+    attention.reserve(rows=4, pages=8, tokens=300)
     for spans in ([(2, 64, 1), (0, 99, 1), (1, 29, 1)], [(1, 28, 1), (2, 63, 1)]):
         expected = s.attend(attention, spans)
         rows, (q, k, v) = s.spans(spans)
@@ -193,12 +193,12 @@ def test_what_does_not_fit_a_graph_is_refused() -> None:
     plans = {n: make_plan(s.spans(spans)[0], 16) for n, spans in enumerate(([(1, 29, 1)], [(1, 0, 2)], [(0, 199, 1)]))}
     with pytest.raises(RuntimeError, match="reserve"):
         attention.begin_graph(plans[0], 2)
-    attention.reserve(rows=2, pages=8, items=4)
+    attention.reserve(rows=2, pages=8, tokens=130)
     assert attention.begin_graph(plans[0], 2)
     assert not attention.begin_graph(plans[1], 2)  # a chunk
     assert not attention.begin_graph(plans[2], 2)  # 13 pages
     assert not attention.begin_graph(make_plan(s.spans([(1, 29, 1), (2, 64, 1)])[0], 16), 1)  # two rows
-    attention.reserve(rows=2, pages=16, items=3)
+    attention.reserve(rows=2, pages=16, tokens=100)  # 3 splits
     assert not attention.begin_graph(plans[2], 2)  # 4 splits
 
 
@@ -216,7 +216,7 @@ def test_the_schedule_has_every_token_and_every_key_once(seed: int) -> None:
         cached, new = rnd.randrange(0, 900), rnd.choice([1, 1, 2, 100])
         rows.append((cached, new, list(range(-(-(cached + new) // 16)))))
     plan = make_plan(rows, 16)
-    schedule = make_schedule(plan, 16, 128, 4, 16)
+    schedule = make_schedule(plan, 16, Cuts(128, 4, 32, 0, 16))
     tokens = [
         (row, token + i, position + i)
         for row, token, count, position in np.concatenate((schedule.decode_tiles, schedule.prefill_tiles)).tolist()
@@ -236,6 +236,24 @@ def test_the_schedule_has_every_token_and_every_key_once(seed: int) -> None:
         first.append(len(items))
     assert schedule.items.tolist() == items
     assert schedule.first_items.tolist() == first
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_splits_by_the_batch_are_each_sequences_share(seed: int) -> None:
+    rnd = random.Random(seed)
+    cuts = Cuts(0, 32, 64, 50, 16)
+    assert cuts.sizes(np.array([1024])).tolist() == [64]  # not less than a block
+    assert cuts.sizes(np.array([16384])).tolist() == [512]  # 32 splits at most
+    assert cuts.sizes(np.array([1024] * 32)).tolist() == [512] * 32
+    assert cuts.sizes(np.array([1024] * 128)).tolist() == [1024] * 128
+    lengths = np.array([rnd.randrange(1, 5000) for _ in range(rnd.randrange(1, 80))])
+    sizes = cuts.sizes(lengths)
+    counts = -(-lengths // sizes)
+    assert (sizes % 64 == 0).all()
+    assert counts.max() <= 32
+    assert counts.sum() <= cuts.most_items(len(lengths), int(lengths.sum()))
+    share = lengths.sum() / 50
+    assert (sizes < 1.5 * share + 64).all()
 
 
 def test_a_packed_product_attends_as_its_parts() -> None:

@@ -1,10 +1,9 @@
 """What the attention kernels do in a step, as arrays made on the CPU from the plan alone: no device, no torch.
 
 A tile is some consecutive new tokens of one sequence: (row of the page table, first token of the step, number of
-tokens, position of the first). Sequences with one new token are decode tiles, whose keys are cut into splits: of a size
-that the token's position decides, so that they are the same in any company. An item is a split of a tile: (row, token,
-position, first key, the key after the last, which of the tile's items, how many those are, the first key's page). The
-other sequences are cut into prefill tiles, those with the most keys first.
+tokens, position of the first). Sequences with one new token are decode tiles, whose keys are cut into splits. An item
+is a split of a tile: (row, token, position, first key, the key after the last, which of the tile's items, how many they
+are, the first key's page). The other sequences are cut into prefill tiles, those with the most keys first.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diptych.types import I32, Plan
+from diptych.types import I32, I64, Plan
 
 TILE_FIELDS = 4
 ITEM_FIELDS = 8
@@ -29,17 +28,40 @@ class Schedule:
     prefill_tiles: I32  # [prefill tiles, 4]
 
 
-def make_schedule(plan: Plan, page_size: int, split_tokens: int, max_splits: int, tile_tokens: int) -> Schedule:
-    """`split_tokens`: keys of a split, doubled until a sequence has `max_splits` at most. `tile_tokens`: the most
-    tokens of a prefill tile."""
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Where sequences are cut. `split` keys to a split, whatever the batch is; doubled where a sequence would have more
+    than `max_splits`. Or, `split` being 0, each has as many as its share of `items`, which should be in a step."""
+
+    split: int
+    max_splits: int
+    block: int  # splits are multiples of it
+    items: int
+    tile_tokens: int  # at most in a prefill tile
+
+    def sizes(self, lengths: I64) -> I64:
+        """The keys of a split, by sequence."""
+        if not self.split:
+            share = max(1.0, lengths.sum() / self.items)
+            counts = np.clip(np.rint(lengths / share), 1, self.max_splits).astype(np.int64)
+            return -(-lengths // (counts * self.block)) * self.block
+        sizes = np.full(len(lengths), self.split, np.int64)
+        while (large := lengths > sizes * self.max_splits).any():
+            sizes[large] *= 2
+        return sizes
+
+    def most_items(self, rows: int, tokens: int) -> int:
+        """Of a step of `rows` sequences with `tokens` tokens in all."""
+        return rows + (tokens // self.split if self.split else self.items)
+
+
+def make_schedule(plan: Plan, page_size: int, cuts: Cuts) -> Schedule:
     new = np.diff(plan.q_starts)
     decode = np.flatnonzero(new == 1)
     lengths = plan.kv_lens[decode].astype(np.int64)
     ones = np.ones(len(decode), np.int32)
     tiles = np.stack((decode, plan.q_starts[decode], ones, lengths - 1), 1).astype(np.int32)
-    sizes = np.full(len(decode), split_tokens, np.int64)
-    while (large := lengths > sizes * max_splits).any():
-        sizes[large] *= 2
+    sizes = cuts.sizes(lengths)
     splits = -(-lengths // sizes)
     first = np.zeros(len(decode) + 1, np.int32)
     np.cumsum(splits, out=first[1:])
@@ -51,7 +73,8 @@ def make_schedule(plan: Plan, page_size: int, split_tokens: int, max_splits: int
     pages = plan.pages[rows, start // page_size]
     fields = (rows, tiles[tile, 1], tiles[tile, 3], start, stop, index, splits[tile], pages)
     items = np.stack(fields, 1).astype(np.int32)
-    return Schedule(tiles, items, first, _prefill_tiles(plan, np.flatnonzero(new > 1), tile_tokens))
+    prefill = _prefill_tiles(plan, np.flatnonzero(new > 1), cuts.tile_tokens)
+    return Schedule(tiles, items, first, prefill)
 
 
 def _prefill_tiles(plan: Plan, rows: np.ndarray, tile_tokens: int) -> I32:
