@@ -173,7 +173,9 @@ def _combines(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
     batch, context = 48, 2500
     pool, plan = _decoding(bench, generator, shape, batch, context), plan_of([(context - 1, 1)] * batch, 64)
     q = _randn(bench, generator, batch, shape.heads, shape.dim)
-    backends = [TritonAttention(pool, shape.heads, 0.1, tiles=AttentionTiles(fused=fused)) for fused in (False, True)]
+    backends = [
+        TritonAttention(pool, shape.heads, 0.1, tiles=AttentionTiles(split=256, fused=fused)) for fused in (False, True)
+    ]
     for backend in backends:
         backend.begin(plan)
     apart = backends[0].attend_stored(1, q)
