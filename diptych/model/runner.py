@@ -7,7 +7,8 @@ behind it before the tokens of this one are known on the host: its plan refers t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diptych.config import ServerConfig
+from diptych.errors import EngineBroken
 from diptych.kv.share import layer_range
 from diptych.kv.store import PageStore
 from diptych.model.attention import AttentionBackend
@@ -43,6 +45,23 @@ def device_of(config: ServerConfig) -> str:
     return config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@contextmanager
+def watch_gpu(device: str) -> Iterator[None]:
+    """Lets errors through, but raises EngineBroken instead where no later step can succeed: after some (a bad address,
+    a memory fault; not lack of memory) CUDA refuses everything to the process. After an error it waits for the device.
+    """
+    try:
+        yield
+    except Exception as error:
+        if device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except Exception as end:
+                reason = str(end).partition("\n")[0]
+                raise EngineBroken(f"the GPU computes nothing more for this process ({reason})") from error
+        raise
+
+
 @dataclass(slots=True)
 class Pending:
     """A step that was launched. What it holds of the host's memory is there once `done` is."""
@@ -61,7 +80,7 @@ class Runner:
 
     `exact` says whether the self-test found that rows do not depend on the batch; `overlaps`, whether `launch` returns
     before the step is computed. Raises ConfigError for a model folder or settings that cannot work; `progress` hears
-    what the start is at. `launch` and `collect` are for one thread.
+    what the start is at. `launch` and `collect` are for one thread, and raise EngineBroken when the GPU is lost.
     """
 
     def __init__(
@@ -108,6 +127,10 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Pending:
         """Enqueue a step. In `plan.token_ids`, -1 - r is the token that row r of the plan launched before samples."""
+        with watch_gpu(self.device):
+            return self._launch(plan)
+
+    def _launch(self, plan: Plan) -> Pending:
         torch.get_num_threads()  # makes --cpu-threads hold in the thread that calls; oneDNN would not ask
         pending = Pending(plan, time.perf_counter(), [b for b, row in enumerate(plan.rows) if row.samples])
         targets = [b for b, row in enumerate(plan.rows) if row.prompt_targets]
@@ -132,7 +155,8 @@ class Runner:
     def collect(self, pending: Pending) -> StepResult:
         """Wait for a launched step: its results."""
         if pending.done is not None:
-            pending.done.synchronize()
+            with watch_gpu(self.device):
+                pending.done.synchronize()
         now = time.perf_counter()
         duration_s = now - max(pending.launched_at, self._collected_at)
         self._collected_at = now

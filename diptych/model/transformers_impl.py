@@ -55,8 +55,8 @@ def attend(
     if strange or not getattr(module, "is_causal", True) or key.shape != value.shape:
         raise ConfigError(f"attention of this model is more than we compute: {', '.join(strange) or 'no causal KV'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # A model that puts heads together from parts (part of them rotated, say) has a head's tokens in a row, not a token's
-    # heads.
+    # A model that puts heads together from parts (one of them rotated, say) has the tokens of a head side by side;
+    # backends want the heads of a token so.
     out = _backend.get().attend(
         module.layer_idx,  # type: ignore[arg-type]
         (query[0].transpose(0, 1) * scale).contiguous(),
