@@ -22,9 +22,6 @@ from diptych.model.fit import kv_part, part
 if TYPE_CHECKING:
     from diptych.model.allreduce import DeviceGroup
 
-if TYPE_CHECKING:
-    from diptych.model.allreduce import DeviceGroup
-
 EXCHANGE_TIMEOUT_S = 300.0  # a rank that is later than this is lost; a dead one is noticed at once
 
 

@@ -23,7 +23,7 @@ _overlaps = False
 
 
 def set_overlap(on: bool) -> None:
-    """Whether kernels launched from now on overlap. Off until it is measured; needs a Hopper GPU or a newer one."""
+    """Whether kernels launched from now on overlap, as only Hopper GPUs and newer ones can. At first they do not."""
     global _overlaps
     _overlaps = on
 
