@@ -63,7 +63,7 @@ def attach_decode(engine: Engine, site: Site, fetch_route: FetchRoute, *, fake: 
         fake=fake,
         rng=site.rng,
     )
-    DecodeRole(engine, hub, site.counters)
+    DecodeRole(engine.requests, hub, site.counters)
     return hub
 
 
@@ -84,7 +84,7 @@ async def attach_prefill(
         fake=fake,
         rng=site.rng,
     )
-    PrefillRole(engine, hub, site.counters)
+    PrefillRole(engine.requests, hub, site.counters)
     address = await hub.start(site.transport, host)
     ip, _, port = address.rpartition("://")[2].rpartition(":")
     tp_size = len(site.addresses) // site.pp_size

@@ -20,7 +20,8 @@ import numpy as np
 
 from diptych.engine.ranks import Follower, PagesMoved, RankReady, ToRank
 from diptych.sched.plan import MAX_IN_FLIGHT
-from diptych.testing.mock_model import NUM_LAYERS, U64, Inputs, MockRunner, num_cached, resolve
+from diptych.testing.mock_model import U64
+from diptych.testing.mock_runner import NUM_LAYERS, Inputs, MockRunner, num_cached, resolve
 from diptych.testing.pipe import PipeChannel, Pipes
 from diptych.transfer.commands import AnyEvent
 from diptych.transfer.plane import DataPlane
@@ -164,7 +165,7 @@ class SimRank:
 
 
 class SimFollower:
-    """The process of a rank above 0, as `diptych.engine.worker.follow` sets it up. `start`, then `kill`."""
+    """The process of a rank above 0, as `diptych.engine.follow` sets it up. `start`, then `kill`."""
 
     def __init__(
         self,

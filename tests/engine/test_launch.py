@@ -7,7 +7,7 @@ import asyncio
 from diptych.config import ServerConfig
 from diptych.engine.client import EngineLink
 from diptych.engine.launch import SILENCE_S, STALL_S, EngineProcesses
-from diptych.testing.mock_model import MockRunner
+from diptych.testing.mock_runner import MockRunner
 from diptych.testing.virtual import run_virtual
 from diptych.types import Outputs
 

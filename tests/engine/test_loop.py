@@ -20,7 +20,8 @@ from diptych.sched.audit import audit
 from diptych.sched.plan import schedule
 from diptych.sched.queue import add
 from diptych.sched.state import SchedConfig, SchedState, new_state
-from diptych.testing.mock_model import MockRunner, expected
+from diptych.testing.mock_model import expected
+from diptych.testing.mock_runner import MockRunner
 from diptych.testing.virtual import run_virtual
 from diptych.types import (
     Abort,
@@ -57,7 +58,7 @@ class Server:
         self.passes: list[list[str]] = []
         self._broken = broken
         self.engine = Engine(self.state, self, self._emit, grammars=None, watchdog_s=watchdog_s)
-        UnifiedRole(self.engine)
+        UnifiedRole(self.engine.requests)
 
     def launch(self, plan: Plan) -> asyncio.Task[StepResult]:
         return asyncio.ensure_future(self._compute(plan))

@@ -79,7 +79,7 @@ async def serve(runner: Runner, overlap: bool, monkeypatch: pytest.MonkeyPatch) 
     ranks.overlaps = overlap  # on a CPU there is nothing to win, but it can be done
     grammars = GrammarCompiler(MODEL, runner.info.vocab_size, runner.info.eos_token_ids)
     engine = Engine(new_state(config, NUM_PAGES), ranks, emit, grammars=grammars)
-    UnifiedRole(engine)
+    UnifiedRole(engine.requests)
     running = asyncio.create_task(engine.run())
     for request in wanted:
         engine.deliver(Submit(request))

@@ -10,8 +10,9 @@ import pytest
 
 from diptych.errors import ClientGone
 from diptych.sched.audit import audit
-from diptych.testing.cluster import Cluster, SimServer
+from diptych.testing.cluster import Cluster
 from diptych.testing.mock_model import expected
+from diptych.testing.server import SimServer
 from diptych.testing.virtual import run_virtual
 from diptych.transfer.commands import Cancel
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, Finish, Request, Sampling

@@ -13,8 +13,9 @@ import random
 import pytest
 
 from diptych.sched.audit import audit
-from diptych.testing.cluster import Cluster, SimServer
+from diptych.testing.cluster import Cluster
 from diptych.testing.mock_model import expected
+from diptych.testing.server import SimServer
 from diptych.testing.virtual import run_virtual
 from diptych.types import FAKE_BOOTSTRAP_HOST, Bootstrap, LogprobSpec, Output, Request, Sampling
 

@@ -14,7 +14,8 @@ from diptych.sched.plan import schedule
 from diptych.sched.queue import abort, add, check_request, join, release, reserve, retract
 from diptych.sched.rows import split
 from diptych.sched.state import Counters, SchedConfig, Seq, Status, new_state
-from diptych.testing.mock_model import MockRunner, expected
+from diptych.testing.mock_model import expected
+from diptych.testing.mock_runner import MockRunner
 from diptych.types import (
     Finish,
     FirstToken,

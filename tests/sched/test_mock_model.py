@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sched_server import request
 
-from diptych.testing.mock_model import HEAD_DIM, NUM_LAYERS, MockRunner, expected
+from diptych.testing.mock_model import expected
+from diptych.testing.mock_runner import HEAD_DIM, NUM_LAYERS, MockRunner
 from diptych.types import LogprobSpec, Plan, Row, RowResult, Sampling, TokenLogprob
 
 PAGE = 4

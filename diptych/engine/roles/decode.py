@@ -12,7 +12,7 @@ import math
 
 import msgspec
 
-from diptych.engine.loop import Engine
+from diptych.engine.requests import Requests
 from diptych.engine.roles.figures import HandoverFigures
 from diptych.sched.events import ChunkDone, Sampled
 from diptych.sched.queue import (
@@ -53,19 +53,19 @@ class DecodeRole:
 
     retracts = True
 
-    def __init__(self, engine: Engine, hub: ReceiveHub, counters: Counters) -> None:
-        self._engine = engine
+    def __init__(self, requests: Requests, hub: ReceiveHub, counters: Counters) -> None:
+        self._requests = requests
         self._hub = hub
         self._figures = HandoverFigures(counters)
         self._prealloc: dict[str, _Asking] = {}
         self._transfer: dict[str, _Arrival] = {}
         self._draining: list[Receiver] = []
-        engine.role = self
+        requests.role = self
 
     def admit(self, request: Request, now: float) -> None:
-        check_request(self._engine.state, request, len(self._prealloc))
+        check_request(self._requests.state, request, len(self._prealloc))
         if request.bootstrap is None:
-            add(self._engine.state, request, now)
+            add(self._requests.state, request, now)
             return
         receiver = self._hub.open(request.bootstrap)
         if isinstance(receiver, NobodyReceiver):  # pages that nobody fills must not pass for a prefix of others
@@ -75,7 +75,7 @@ class DecodeRole:
     def advance(self, now: float) -> None:
         for receiver in [receiver for receiver in self._draining if receiver.drained]:
             self._draining.remove(receiver)
-            writer_stopped(self._engine.state, receiver.room)
+            writer_stopped(self._requests.state, receiver.room)
         self._advance_transfer(now)
         self._advance_prealloc()
 
@@ -85,19 +85,19 @@ class DecodeRole:
             if receiver.state == KVPoll.Success and receiver.first is not None:
                 del self._transfer[rid]
                 self._figures.succeeded(receiver.timing)
-                for event in join(self._engine.state, arrival.seq, receiver.first, now):
-                    self._engine.on_event(event)
+                for event in join(self._requests.state, arrival.seq, receiver.first, now):
+                    self._requests.on_event(event)
             elif receiver.state == KVPoll.Failed:
                 self._give_up(rid, self._figures.lost(receiver.error, met=True), now)
 
     def _advance_prealloc(self) -> None:
-        state = self._engine.state
+        state = self._requests.state
         state.reserving_since = math.inf
         for rid, asking in list(self._prealloc.items()):
             receiver = asking.receiver
             if receiver.state == KVPoll.Failed:
                 del self._prealloc[rid]
-                self._engine.refuse(rid, self._figures.lost(receiver.error, met=False))
+                self._requests.refuse(rid, self._figures.lost(receiver.error, met=False))
             elif receiver.state == KVPoll.WaitingForInput and state.reserving_since == math.inf:
                 seq = reserve(state, asking.request, asking.arrival_at)
                 if seq is None:
@@ -111,13 +111,13 @@ class DecodeRole:
     def _give_up(self, rid: str, finish: Finish, now: float) -> None:
         """A reserved request ends without its KV. Its pages come back when nobody can write to them any more."""
         arrival = self._transfer.pop(rid)
-        abort(self._engine.state, rid, now)
-        self._engine.publish_end(arrival.seq, finish)
-        self._engine.forget(rid)
+        abort(self._requests.state, rid, now)
+        self._requests.publish_end(arrival.seq, finish)
+        self._requests.forget(rid)
         if arrival.receiver.drained:
-            release(self._engine.state, arrival.seq, keep=False)
+            release(self._requests.state, arrival.seq, keep=False)
         else:
-            leave_to_writer(self._engine.state, arrival.seq)
+            leave_to_writer(self._requests.state, arrival.seq)
             self._draining.append(arrival.receiver)
 
     def chunk_done(self, event: ChunkDone) -> None:
@@ -133,7 +133,7 @@ class DecodeRole:
             return True
         if rid in self._transfer:
             self._transfer[rid].receiver.abort(finish.message, finish.code)
-            self._give_up(rid, finish, self._engine.now())
+            self._give_up(rid, finish, self._requests.now())
         return False
 
     def held(self) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from diptych.engine.loop import Engine
+from diptych.engine.requests import Requests
 from diptych.engine.roles.figures import HandoverFigures
 from diptych.errors import BadRequest
 from diptych.sched.events import ChunkDone, Sampled
@@ -36,12 +36,12 @@ class PrefillRole:
 
     retracts = False  # pages that are being sent must stay as they are
 
-    def __init__(self, engine: Engine, hub: SendHub, counters: Counters) -> None:
-        self._engine = engine
+    def __init__(self, requests: Requests, hub: SendHub, counters: Counters) -> None:
+        self._requests = requests
         self._hub = hub
         self._figures = HandoverFigures(counters)
         self._handovers: dict[str, _Handover] = {}
-        engine.role = self
+        requests.role = self
 
     def admit(self, request: Request, now: float) -> None:
         if request.bootstrap is None:
@@ -52,10 +52,10 @@ class PrefillRole:
         # Prefill makes one token whatever was asked: the rest is decode's.
         sampling = msgspec.structs.replace(request.sampling, max_new_tokens=1)
         request = msgspec.structs.replace(request, sampling=sampling)
-        check_request(self._engine.state, request, self._num_bootstrapping())
+        check_request(self._requests.state, request, self._num_bootstrapping())
         bootstrap = request.bootstrap
         assert bootstrap is not None
-        num_pages = -(-len(request.prompt) // self._engine.state.config.page_size)
+        num_pages = -(-len(request.prompt) // self._requests.state.config.page_size)
         sender = self._hub.open(bootstrap.room, num_pages, nobody=bootstrap.host == FAKE_BOOTSTRAP_HOST)
         self._handovers[request.rid] = _Handover(request, sender)
 
@@ -65,13 +65,13 @@ class PrefillRole:
             if state == KVPoll.Failed:
                 self._lose(rid, handover)
             elif handover.seq is None and state >= KVPoll.WaitingForInput:
-                handover.seq = add(self._engine.state, handover.request, now)
+                handover.seq = add(self._requests.state, handover.request, now)
             elif handover.computed and handover.seq is not None and state == KVPoll.Success:
                 del self._handovers[rid]
                 self._figures.succeeded(handover.sender.timing)
                 # How the request ends is decode's to say; this side's answer always ends by length, after one token.
-                self._engine.publish_end(handover.seq, Finish("length"))
-                self._engine.end(handover.seq, keep=True)
+                self._requests.publish_end(handover.seq, Finish("length"))
+                self._requests.end(handover.seq, keep=True)
 
     def chunk_done(self, event: ChunkDone) -> None:
         handover = self._handovers.get(event.seq.rid)
@@ -89,12 +89,12 @@ class PrefillRole:
         del self._handovers[rid]
         finish = self._figures.lost(handover.sender.error, met=handover.seq is not None)
         if handover.seq is None:
-            self._engine.refuse(rid, finish)
+            self._requests.refuse(rid, finish)
         elif handover.computed:
-            self._engine.publish_end(handover.seq, finish)
-            self._engine.end(handover.seq, keep=True)
+            self._requests.publish_end(handover.seq, finish)
+            self._requests.end(handover.seq, keep=True)
         else:
-            self._engine.end_early(rid, finish)
+            self._requests.end_early(rid, finish)
 
     def abort(self, rid: str, finish: Finish) -> bool:
         handover = self._handovers.pop(rid, None)
@@ -103,8 +103,8 @@ class PrefillRole:
         handover.sender.abort(finish.message, finish.code)
         if handover.computed and handover.seq is not None:
             # The scheduler has finished with it: only the hand-over held its pages.
-            self._engine.publish_end(handover.seq, finish)
-            self._engine.end(handover.seq, keep=True)
+            self._requests.publish_end(handover.seq, finish)
+            self._requests.end(handover.seq, keep=True)
             return False
         return True
 

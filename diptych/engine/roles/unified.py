@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diptych.engine.loop import Engine
+from diptych.engine.requests import Requests
 from diptych.sched.events import ChunkDone, Sampled
 from diptych.sched.queue import add, check_request
 from diptych.sched.state import Seq
@@ -14,13 +14,13 @@ class UnifiedRole:
 
     retracts = True
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        engine.role = self
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        requests.role = self
 
     def admit(self, request: Request, now: float) -> None:
-        check_request(self._engine.state, request)
-        add(self._engine.state, request, now)
+        check_request(self._requests.state, request)
+        add(self._requests.state, request, now)
 
     def advance(self, now: float) -> None:
         pass
