@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from msgspec.structs import replace
 
-from diptych.engine.ranks import Follower, MovePages, RunPlan
+from diptych.engine.ranks import Follower, MovePages, Ranks, RunPlan
 from diptych.model.selftest import plan_of_one
 from diptych.transfer.commands import AnyCommand, Send
 from diptych.types import Plan
@@ -104,3 +104,15 @@ async def test_a_failed_plan_ends_the_follower() -> None:
         with pytest.raises(RuntimeError, match="no memory"):
             await follower.obey()
     follower.close()
+
+
+@pytest.mark.parametrize(("capable", "wanted"), [(False, False), (False, True), (True, False), (True, True)])
+def test_steps_overlap_where_the_runner_can_and_the_settings_want_it(capable: bool, wanted: bool) -> None:
+    """--disable-overlap-schedule."""
+
+    class Idle:
+        overlaps = capable
+
+    ranks = Ranks(cast(Any, Idle()), lambda *_: None, lambda _: None, overlap=wanted)
+    assert ranks.overlaps == (capable and wanted)
+    ranks.close()
