@@ -133,7 +133,7 @@ class ServerConfig:
     cuda_graph_max_bs: int = flag(
         0,
         f"sequences of the largest decode step that is captured as a CUDA graph; 0: --max-running-requests, but at "
-        f"most {MOST_CAPTURED}",
+        f"most {MOST_CAPTURED}; none is with --pp-size above 1, nor with --attention-backend torch",
     )
     disable_cuda_graph: bool = flag(False, "launch each kernel of a decode step by itself")
     disable_overlap_schedule: bool = flag(False, "plan a step only when the one before it is done")
@@ -270,8 +270,22 @@ class ServerConfig:
                 raise ConfigError(f"--disaggregation-bootstrap-allow: {item.strip()} is no network, address or name")
         if self.device == "cpu":
             self._check_cpu()
-        elif self.device == "cuda" and self.chunked_prefill_size == -1:
+        elif self.device == "cuda":
+            self._check_gpu()
+
+    def _check_gpu(self) -> None:
+        if self.chunked_prefill_size == -1:
             raise ConfigError("--chunked-prefill-size -1 bounds no step's memory on a GPU; give a number of tokens")
+        if self.cuda_graph_max_bs and (why := self._graphless()):
+            raise ConfigError(f"--cuda-graph-max-bs: with {why} no decode step is captured; leave one of them out")
+
+    def _graphless(self) -> str:
+        """The flag that rules CUDA graphs out, or ""."""
+        if self.disable_cuda_graph:
+            return "--disable-cuda-graph"
+        if self.attention_backend == "torch":
+            return "--attention-backend torch"
+        return f"--pp-size {self.pp_size}" if self.pp_size > 1 else ""
 
     def _check_cpu(self) -> None:
         for name, default in GPU_ONLY.items():
@@ -291,7 +305,7 @@ class ServerConfig:
         filled["device"] = device
         if self.attention_backend == "auto":
             filled["attention_backend"] = "triton" if device == "cuda" else "torch"
-        if device == "cuda" and not self.disable_cuda_graph:
+        if device == "cuda" and not self._graphless():
             rows = filled["max_running_requests"]
             filled["cuda_graph_max_bs"] = min(self.cuda_graph_max_bs or MOST_CAPTURED, rows)
         config = replace(self, **filled)

@@ -108,11 +108,13 @@ def test_the_device_fills_in_what_was_not_said() -> None:
     assert on("cpu").on_device("cpu") == on("cpu")
     said = "--page-size 32 --max-running-requests 9 --chunked-prefill-size 100 --attention-backend torch".split()
     assert of(on("cpu", *said)) == (32, 9, 100, "cpu", "torch", 0)
-    assert of(on("cuda", *said)) == (32, 9, 100, "cuda", "torch", 9)
+    assert of(on("cuda", *said)) == (32, 9, 100, "cuda", "torch", 0)
+    assert of(on("cuda", *said[:-1], "triton")) == (32, 9, 100, "cuda", "triton", 9)
     assert on("cuda", "--max-running-requests", "1000").cuda_graph_max_bs == 256
     assert on("cuda", "--cuda-graph-max-bs", "24").cuda_graph_max_bs == 24
     assert on("cuda", "--cuda-graph-max-bs", "999").cuda_graph_max_bs == 256
     assert on("cuda", "--disable-cuda-graph").cuda_graph_max_bs == 0
+    assert on("cuda", "--pp-size", "2").cuda_graph_max_bs == 0
     assert on("cpu", "--chunked-prefill-size", "-1").chunked_prefill_size == -1
 
 
@@ -128,6 +130,9 @@ def test_the_device_fills_in_what_was_not_said() -> None:
         ("cpu", "--max-total-tokens 15", "--max-total-tokens 15 is less than a page of 16"),
         ("cuda", "--max-total-tokens 63", "--max-total-tokens 63 is less than a page of 64"),
         ("cuda", "--chunked-prefill-size -1", "--chunked-prefill-size -1 bounds no step's memory on a GPU"),
+        ("cuda", "--cuda-graph-max-bs 8 --disable-cuda-graph", "--cuda-graph-max-bs: with --disable-cuda-graph no"),
+        ("cuda", "--cuda-graph-max-bs 8 --attention-backend torch", "with --attention-backend torch no decode step"),
+        ("cuda", "--cuda-graph-max-bs 8 --pp-size 2", "with --pp-size 2 no decode step is captured"),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(device: str, flags: str, message: str) -> None:

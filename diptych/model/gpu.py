@@ -18,7 +18,6 @@ from diptych.model.fused_decoder import FusedDecoder
 from diptych.model.graphs import DecodeGraphs
 from diptych.model.kernels import launch
 from diptych.model.kernels.fixed import fixed_product
-from diptych.model.parallel import Parallel
 from diptych.model.pool import KVPool
 from diptych.model.selftest import attention_is_exact, products_are_exact
 from diptych.model.triton_attention import TritonAttention
@@ -51,7 +50,6 @@ def is_exact(model: Any, attention: TritonAttention, dtype: torch.dtype) -> bool
 @torch.inference_mode()
 def capture(
     config: ServerConfig,
-    parallel: Parallel,
     model: Any,
     attention: TritonAttention,
     last: Tensor,
@@ -59,7 +57,10 @@ def capture(
     progress: Callable[[str], None],
 ) -> DecodeGraphs | None:
     """Graphs of the decode step, unless the settings or the model do not want them. `last`: see DecodeGraphs."""
-    if config.disable_cuda_graph or not isinstance(model, FusedDecoder) or parallel.stages > 1:
+    if not config.cuda_graph_max_bs:
+        return None
+    if not isinstance(model, FusedDecoder):
+        progress("graphs: none, this model's decode steps cannot be captured")
         return None
     pool = attention.pool
     num_tokens = pool.pages.shape[0] * pool.page_size  # sequences that share pages can have more, and go without

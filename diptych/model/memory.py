@@ -71,7 +71,7 @@ def pool_pages(config: ServerConfig, page_bytes: int, loaded: Loaded) -> int:
         return cpu_pages(config, page_bytes, loaded.info.context_len)
     from diptych.model.graphs import batch_sizes
 
-    captured = [] if config.disable_cuda_graph else batch_sizes(config.cuda_graph_max_bs)
+    captured = batch_sizes(config.cuda_graph_max_bs) if config.cuda_graph_max_bs else []
     needed = step_bytes(config, loaded.width, loaded.dtype.itemsize, loaded.info.vocab_size, captured)
     memory = measure()
     pages = least(gpu_pages(config, page_bytes, memory, needed))

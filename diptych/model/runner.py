@@ -116,7 +116,7 @@ class Runner:
             self.model, self.attention = fuse(config, self.model, self.pool)
             self.exact = is_exact(self.model, self.attention, loaded.dtype)
             context = self.info.context_len
-            self._graphs = capture(config, self.parallel, self.model, self.attention, self._last, context, progress)
+            self._graphs = capture(config, self.model, self.attention, self._last, context, progress)
         else:
             self.attention = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
 
