@@ -44,7 +44,7 @@ def is_exact(model: Any, attention: TritonAttention, dtype: torch.dtype) -> bool
     shape = (model.num_heads, model.num_kv_heads, pool.head_dim, pool.page_size)
     return products_are_exact(
         [(k, n) for n, k in weights], dtype, device, lambda weight: partial(fixed_product, weight=weight), int
-    ) and attention_is_exact(*shape, dtype, device, backend)
+    ) and attention_is_exact(*shape, dtype, device, backend, pool.pages.dtype)
 
 
 @torch.inference_mode()

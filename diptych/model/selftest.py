@@ -65,10 +65,11 @@ def attention_is_exact(
     dtype: torch.dtype,
     device: str,
     backend_of: Callable[[KVPool], AttentionBackend],
+    stored: torch.dtype | None = None,
 ) -> bool:
-    """Whether a token attends the same as one of a long prompt, and alone."""
+    """Whether a token attends the same as one of a long prompt, and alone. `stored`: the pool's type, if another."""
     num_pages = -(-TOKENS // page_size)
-    attention = backend_of(KVPool(num_pages, page_size, kv_heads, 1, head_dim, dtype, device))
+    attention = backend_of(KVPool(num_pages, page_size, kv_heads, 1, head_dim, stored or dtype, device))
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, kv_heads, kv_heads)
     q, k, v = (torch.randn(TOKENS, n, head_dim, generator=generator).to(device, dtype) for n in sizes)

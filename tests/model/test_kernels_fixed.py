@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from diptych.model.kernels.fixed import fixed_product
+from diptych.model.pool import KVPool
+from diptych.model.selftest import attention_is_exact
+from diptych.model.triton_attention import TritonAttention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no products of bfloat16
@@ -23,3 +26,15 @@ def test_products_of_few_rows_and_of_many(n: int, k: int, dtype: torch.dtype) ->
     torch.testing.assert_close(whole.double(), x.double() @ weight.double().T, rtol=0, atol=ERROR[dtype])
     for rows in (slice(5, 6), slice(7, 10), slice(3, 60), slice(1000, 1200)):
         assert torch.equal(fixed_product(x[rows], weight), whole[rows])
+
+
+@pytest.mark.parametrize("stored", [HALF, torch.float8_e4m3fn])
+def test_attention_is_tried_over_a_pool_of_the_servers_type(stored: torch.dtype) -> None:
+    pools: list[KVPool] = []
+
+    def backend(pool: KVPool) -> TritonAttention:
+        pools.append(pool)
+        return TritonAttention(pool, 4, 0.1, fixed=True)
+
+    assert attention_is_exact(4, 2, 16, 16, HALF, DEVICE, backend, stored)
+    assert [pool.pages.dtype for pool in pools] == [stored]
