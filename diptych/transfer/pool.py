@@ -71,6 +71,7 @@ class DataLink:
             for taken in self._untaken.values():
                 if not taken.done():
                     taken.set_exception(LinkClosed(error.message))
+                    taken.exception()  # its frame may still be on its way out, and hears it there
             raise
 
 

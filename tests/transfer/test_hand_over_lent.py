@@ -1,6 +1,7 @@
 """Hand-overs in which decode copies out of prefill's pool: the faults of a bad network again, and those of copies."""
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,8 @@ from diptych.testing.network import MemoryNetwork
 from diptych.testing.virtual import run_virtual
 from diptych.transfer import wire
 from diptych.transfer.cuda import CudaTransport
+from diptych.transfer.link import LinkClosed
+from diptych.transfer.pool import DataLink
 from diptych.transfer.room import KVPoll
 from diptych.transfer.shm import ShmTransport
 from diptych.transfer.tcp import TcpTransport
@@ -266,3 +269,32 @@ def test_which_transports_a_server_has():
     assert schemes("cuda", "cuda") == ["cuda"]
     with pytest.raises(ConfigError, match="has no GPU; choose auto"):
         schemes("cuda", "cpu")
+
+
+def test_a_link_that_breaks_while_a_frame_leaves_is_told_once():
+    class Breaking:
+        gone = asyncio.Event()
+
+        async def send(self, header, payload=None):
+            await self.recv()
+
+        async def recv(self):
+            await self.gone.wait()
+            raise LinkClosed("the other side is gone")
+
+    async def main():
+        unheard = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+        link = DataLink(Breaking(), True, asyncio.get_running_loop().create_future())
+        listening = asyncio.create_task(link.listen())
+        delivering = asyncio.create_task(link.deliver(b"", memoryview(b""), wire.Taken(1, 1, 0), 5))
+        await asyncio.sleep(0)  # both wait, and the listener hears it first
+        link.link.gone.set()
+        await asyncio.wait({listening, delivering})
+        assert isinstance(listening.exception(), LinkClosed) and delivering.exception() is None
+        assert link.broken == "the other side is gone"
+        del listening, delivering
+        gc.collect()
+        assert unheard == []
+
+    asyncio.run(main())
