@@ -26,7 +26,7 @@ def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int], gr
     """The token of each row: `[rows]` int64, on the device of `logits` `[rows, vocab]`, which are not changed.
     `greedy`: their argmax, where it is known.
 
-    Does not wait for the device, but for rows with top_p or min_p and no top_k: they may need a second look.
+    Never waits for a GPU: rows that draw do so in kernels of their own (model/kernels/sampling.py).
     """
     changed = [index for index, row in enumerate(rows) if _changes_logits(row)]
     if changed:
@@ -35,7 +35,11 @@ def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int], gr
             change_logits(rows[index], logits[index], eos_token_ids)
     tokens = logits.argmax(-1) if greedy is None or changed else greedy.clone()  # the lowest id among equals
     drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy]
-    if drawn:
+    if drawn and logits.device.type == "cuda":
+        from diptych.model.kernels.sampling import draw  # Triton is imported only where it is used
+
+        draw([rows[i] for i in drawn], drawn, logits, tokens)
+    elif drawn:
         where = to_device(drawn, np.int64, logits.device)
         tokens[where] = _draw([rows[i] for i in drawn], logits.index_select(0, where).float())
     return tokens
@@ -75,16 +79,18 @@ def _penalize(row: Row, logits: Tensor) -> None:
     API reference, "frequency and presence penalties")."""
     if row.history is None:
         raise ValueError(f"row of {row.rid} has a penalty but no history")
-    history = to_device(row.history, np.int64, logits.device)
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = history.unique()
+        seen = to_device(np.unique(row.history), np.int64, logits.device)
         values = logits[seen]
         penalty = sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sampling.frequency_penalty or sampling.presence_penalty:
-        counts = torch.bincount(history[row.num_prompt :], minlength=logits.shape[0]).to(logits.dtype)
-        logits -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+        found, times = np.unique(row.history[row.num_prompt :], return_counts=True)
+        counts = to_device(times, np.float32, logits.device)
+        logits[to_device(found, np.int64, logits.device)] -= (
+            sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+        )
 
 
 def _forbidden(mask: bytes, vocab_size: int) -> np.ndarray:
