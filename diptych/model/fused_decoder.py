@@ -4,6 +4,9 @@ are faster than cuBLAS. The reference is Decoder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from diptych.model.decoder import Decoder, Layer
@@ -12,6 +15,9 @@ from diptych.model.kernels.fused import add_norm, silu_mul
 from diptych.model.kernels.matmul import product, product_parts, wins
 from diptych.model.layers import Linear, RMSNorm
 from diptych.model.triton_attention import TritonAttention
+
+MANY_ROWS = 2048  # with which each half still fills a GPU
+ROW_TILE = 128  # halves are multiples of it
 
 
 class FusedDecoder:
@@ -24,8 +30,17 @@ class FusedDecoder:
         self.num_layers, self.scale = decoder.num_layers, decoder.scale
         self._eps = decoder.config.norm_eps
         self._cos, self._sin = decoder.cos.squeeze(1), decoder.sin.squeeze(1)
+        self._unbiased = all(
+            bias is None for layer in decoder.layers for bias in (layer.qkv.bias, layer.o_bias, layer.down_bias)
+        )
         # After its last layer a stage but the first has nothing to norm; add_norm is then done for its sum alone.
         self._final = decoder.ends.norm if decoder.ends is not None else decoder.layers[-1].mlp_norm
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of the weights of a layer's products, on this rank."""
+        layer = self.decoder.layers[0]
+        return sum(linear.weight.nbytes for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None, wanted: Tensor | None, attention: TritonAttention
@@ -33,23 +48,45 @@ class FusedDecoder:
         """As Decoder.forward, but `attention` knows the positions already. `wanted` None: all rows."""
         decoder = self.decoder
         x = decoder.begin(tokens)
-        layers, place = decoder.layers, decoder.parallel
+        place = decoder.parallel
+        if len(x) >= MANY_ROWS and place.world > 1 and place.stages == 1 and wanted is not None and self._unbiased:
+            return self.forward_in_halves(x, wanted, attention)
         last = self.num_layers - 1 if place.stage == place.stages - 1 else None
-        normed = layers[0].attention_norm(x)
-        for index, layer in enumerate(layers):
-            mixed = self._attend(index, layer, normed, attention)
+        normed = decoder.layers[0].attention_norm(x)
+        for index, layer in enumerate(decoder.layers):
+            mixed = self._attend(index, layer, self._product(layer.qkv, normed), attention)
             if index == last and wanted is not None:  # what follows concerns each row by itself
-                if not len(wanted):
-                    x = x[:0]
-                    break
                 x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
-            normed = self._add(x, layer.o, mixed, layer.o_bias, layer.mlp_norm)
-            inner = silu_mul(self._product(layer.gate_up, normed), x.dtype)
-            following = layers[index + 1].attention_norm if index + 1 < self.num_layers else self._final
-            normed = self._add(x, layer.down, inner, layer.down_bias, following)
+                if not len(wanted):
+                    return x
+            normed = self._after_attention(index, x, mixed)
         if place.stages > 1:
             return decoder.hand_on(x, len(tokens) if wanted is None else len(wanted))
-        return normed if wanted is None or len(wanted) else x
+        return normed
+
+    def forward_in_halves(self, x: Tensor, wanted: Tensor, attention: TritonAttention) -> Tensor:
+        """`forward` for many rows on several ranks, from the embedded tokens on: while the sums of one half of the rows
+        are exchanged, the other half is computed. What lies between two attentions concerns each row by itself."""
+        decoder, eps, begin_sum = self.decoder, self._eps, self.decoder.parallel.begin_sum
+        middle = len(x) // 2 // ROW_TILE * ROW_TILE
+        halves = [slice(0, middle), slice(middle, len(x))]
+        sums: list[Callable[[], Tensor]] = []
+        for index, layer in enumerate(decoder.layers):
+            qkv = x.new_empty(len(x), layer.qkv.weight.shape[0])
+            for number, half in enumerate(halves):
+                norm = layer.attention_norm
+                normed = add_norm(x[half], sums[number](), norm.weight, eps) if index else norm(x[half])
+                self._product_into(qkv[half], layer.qkv, normed)
+            mixed = self._attend(index, layer, qkv, attention)
+            if index == self.num_layers - 1:
+                break
+            sums = [begin_sum(self._product(layer.o, mixed[half], whole=True)) for half in halves]
+            for number, half in enumerate(halves):
+                normed = add_norm(x[half], sums[number](), layer.mlp_norm.weight, eps)
+                inner = silu_mul(self._product(layer.gate_up, normed, whole=True), x.dtype)
+                sums[number] = begin_sum(self._product(layer.down, inner, whole=True))
+        x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
+        return self._after_attention(self.num_layers - 1, x, mixed) if len(wanted) else x
 
     def logits(self, features: Tensor) -> Tensor | None:
         """Logits `[rows, vocab]` in the model's type; None on ranks that have none."""
@@ -59,9 +96,16 @@ class FusedDecoder:
         joined = decoder.parallel.join(self._product(decoder.ends.head, normed, whole=True))
         return None if joined is None else joined[:, : decoder.config.vocab_size]
 
-    def _attend(self, index: int, layer: Layer, x: Tensor, attention: TritonAttention) -> Tensor:
-        qkv = self._product(layer.qkv, x)
+    def _attend(self, index: int, layer: Layer, qkv: Tensor, attention: TritonAttention) -> Tensor:
         return attention.attend_qkv(index, qkv, layer.qk_norm, self._eps, self._cos, self._sin)
+
+    def _after_attention(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of a layer, in place in `x`: what the next one's norm makes of it."""
+        layers = self.decoder.layers
+        layer, following = layers[index], layers[index + 1].attention_norm if index + 1 < len(layers) else self._final
+        normed = self._add(x, layer.o, mixed, layer.o_bias, layer.mlp_norm)
+        inner = silu_mul(self._product(layer.gate_up, normed), x.dtype)
+        return self._add(x, layer.down, inner, layer.down_bias, following)
 
     def _product(self, linear: Linear, x: Tensor, *, whole: bool = False) -> Tensor:
         """A product, or, unless it must be `whole`, its unreduced parts for the kernel that follows."""
@@ -72,6 +116,12 @@ class FusedDecoder:
         if tiles is None:
             return linear(x)
         return (product if whole else product_parts)(x, linear.weight, tiles)
+
+    def _product_into(self, out: Tensor, linear: Linear, x: Tensor) -> None:
+        if self._fixed:
+            out.copy_(self._product(linear, x))
+        else:
+            torch.mm(x, linear.weight.t(), out=out)
 
     def _add(self, x: Tensor, linear: Linear, inputs: Tensor, bias: Tensor | None, norm: RMSNorm) -> Tensor:
         """Add to `x`, in place, a product whose inputs are split over the ranks; what `norm` makes of the sum."""

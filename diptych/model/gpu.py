@@ -16,7 +16,6 @@ from diptych.config import ServerConfig
 from diptych.model.decoder import Decoder
 from diptych.model.fused_decoder import FusedDecoder
 from diptych.model.graphs import DecodeGraphs
-from diptych.model.kernels import launch
 from diptych.model.kernels.fixed import fixed_product
 from diptych.model.pool import KVPool
 from diptych.model.selftest import attention_is_exact, products_are_exact
@@ -26,7 +25,6 @@ from diptych.model.triton_attention import TritonAttention
 def fuse(config: ServerConfig, model: Any, pool: KVPool) -> tuple[Any, TritonAttention]:
     """The model (see CausalModel) as it runs on a GPU, and the attention that it is run with. Raises ConfigError for
     shapes that the kernels do not take."""
-    launch.set_overlap(torch.cuda.get_device_capability() >= (9, 0))
     fixed = config.deterministic
     attention = TritonAttention(pool, model.num_heads, model.scale, fixed=fixed)
     return FusedDecoder(model, fixed=fixed) if isinstance(model, Decoder) else model, attention

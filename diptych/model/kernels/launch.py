@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -26,6 +27,11 @@ def set_overlap(on: bool) -> None:
     """Whether kernels launched from now on overlap, as only Hopper GPUs and newer ones can. At first they do not."""
     global _overlaps
     _overlaps = on
+
+
+def can_overlap() -> bool:
+    """Whether the GPU knows this kind of launch: a Hopper or a newer one."""
+    return torch.cuda.get_device_capability() >= (9, 0)
 
 
 def options() -> dict[str, bool]:

@@ -107,7 +107,7 @@ TILES: dict[tuple[int, int], tuple[tuple[int, ProductTiles], ...]] = {
     # Qwen3-32B: qkv, o, gate_up, down, head
     (10240, 5120): ((16, _tiles(128, 2, 3)),),
     (5120, 8192): ((32, _tiles(128, 2, 4)), (64, _tiles(64, 2, 5))),
-    (51200, 5120): ((8, _tiles(128, 2, 4)), (32, _tiles(128, 1, 4))),
+    (51200, 5120): ((8, _tiles(128, 2, 4)), (16, _tiles(128, 1, 4))),
     (5120, 25600): ((32, _tiles(128, 4, 3)), (64, _tiles(64, 4, 4, 128))),
     (151936, 5120): ((16, _tiles(128, 1, 3)), (32, _tiles(128, 1, 4))),
     # half of it, for two ranks
