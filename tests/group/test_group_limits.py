@@ -42,6 +42,16 @@ def test_the_demo_manifest_leaves_nothing_out() -> None:
     ]
 
 
+def test_the_manifest_for_two_gpus_wants_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = (EXAMPLES / "two-gpus.yaml").read_text()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    prepared = prepare(launch(manifest, claims={"model": "/demo"}))
+    assert (prepared.gpus, prepared.notes) == (("4", "6"), ("claim model is /demo",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(ConfigError, match="the pods ask for 2 GPUs"):
+        prepare(launch(manifest, claims={"model": "/demo"}))
+
+
 def test_other_fields_and_objects_are_said_once() -> None:
     first = role("a", shell("true"), container={"lifecycle": {}}, pod={"tolerations": []})
     second = role("b", shell("true"), container={"lifecycle": {}}, pod={"tolerations": []})
