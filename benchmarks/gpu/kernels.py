@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-SECTIONS = ("products", "decode", "prefill", "fused", "layer")
+SECTIONS = ("products", "decode", "prefill", "fused", "layer", "sampling")
 
 
 def main() -> None:

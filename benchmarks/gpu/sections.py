@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import checks
+from benchmarks.gpu import checks, draws
+from benchmarks.gpu.draws import sampling as sampling
 from benchmarks.gpu.shapes import HALVES, QWEN3_8B, QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
 from diptych.model.kernels import fused as kernels
@@ -349,6 +350,8 @@ def compile_jobs(bench: Bench, only: list[str]) -> Iterator[Callable[[], Any]]:
             for _, kind, way in layer_ways(bench, batch):
                 for size in sizes_of(shape):
                     yield partial(compile_multiply, bench, kind, batch, size, way)
+    if "sampling" in only:
+        yield from draws.compile_jobs(bench)
     if "products" in only:
         for _, (n, k), all_rows in product_cases(bench):
             for rows, cut in pairs(all_rows, product_variants(n, k)):

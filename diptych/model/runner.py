@@ -117,6 +117,10 @@ class Runner:
             self.exact = is_exact(self.model, self.attention, loaded.dtype)
             context = self.info.context_len
             self._graphs = capture(config, self.model, self.attention, self._last, context, progress)
+            if self.overlaps and self.parallel.leads:
+                from diptych.model.draws import compile_draws
+
+                compile_draws(loaded.dtype, self.info.vocab_size, self.device)
         else:
             self.attention = PagedAttention(self.pool, self.model.num_heads, self.model.scale)
 

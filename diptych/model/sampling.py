@@ -26,7 +26,7 @@ def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int], gr
     """The token of each row: `[rows]` int64, on the device of `logits` `[rows, vocab]`, which are not changed.
     `greedy`: their argmax, where it is known.
 
-    Never waits for a GPU: rows that draw do so in kernels of their own (model/kernels/sampling.py).
+    Never waits for a GPU: rows that draw do so in kernels (model/draws.py).
     """
     changed = [index for index, row in enumerate(rows) if _changes_logits(row)]
     if changed:
@@ -36,7 +36,7 @@ def sample(rows: Sequence[Row], logits: Tensor, eos_token_ids: Sequence[int], gr
     tokens = logits.argmax(-1) if greedy is None or changed else greedy.clone()  # the lowest id among equals
     drawn = [index for index, row in enumerate(rows) if not row.sampling.greedy]
     if drawn and logits.device.type == "cuda":
-        from diptych.model.kernels.sampling import draw  # Triton is imported only where it is used
+        from diptych.model.draws import draw  # Triton is imported only where it is used
 
         draw([rows[i] for i in drawn], drawn, logits, tokens)
     elif drawn:

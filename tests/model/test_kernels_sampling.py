@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diptych.model.kernels import sampling as kernels
-from diptych.model.kernels.sampling import draw
+from diptych.model import draws
+from diptych.model.draws import draw
 from diptych.model.sampling import sample
 from diptych.types import Row, Sampling
 
@@ -32,9 +32,9 @@ CUTS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them in a small vocabulary; a list that takes several steps."""
-    monkeypatch.setattr(kernels, "BLOCK", 256)
-    monkeypatch.setattr(kernels, "DRAWN", 256)
-    monkeypatch.setattr(kernels, "LISTED", 128)
+    monkeypatch.setattr(draws, "BLOCK", 256)
+    monkeypatch.setattr(draws, "DRAWN", 256)
+    monkeypatch.setattr(draws, "LISTED", 128)
 
 
 def rows_of(count: int, cuts: Sequence[dict[str, Any]] = CUTS) -> list[Row]:
