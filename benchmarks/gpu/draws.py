@@ -36,7 +36,7 @@ def sampling(bench: Bench) -> None:
             ours, tokens = Draw(asked, range(rows), logits), torch.zeros(rows, dtype=torch.int64, device=bench.device)
             bench.add(what, "ours, graph", [partial(ours.into, tokens)], logits.nbytes)
             _called(bench, what, "ours, called", partial(draw, asked, range(rows), logits, tokens))
-            torchs = _called(bench, what, "torch, called", lambda asked=asked, logits=logits: _by_torch(asked, logits))
+            torchs = _called(bench, what, "torch, called", partial(_by_torch, asked, logits))
             same = int((tokens == torchs).sum())
             bench.rows.append({"what": what, "variant": "tokens equal to torch's", "equal": same, "of": rows})
             print(f"{what:44} {same} of {rows} tokens equal to torch's", flush=True)
