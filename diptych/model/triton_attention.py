@@ -97,9 +97,15 @@ class TritonAttention:
     def _check(self) -> None:
         dim = self.pool.head_dim
         if dim & (dim - 1) or dim < MIN_ROWS:
-            raise ConfigError(f"attention on a GPU takes a head_dim that is a power of two from 16 on, not {dim}")
+            raise ConfigError(
+                f"--attention-backend triton takes a head_dim that is a power of two from 16 on, not {dim}: "
+                "choose --attention-backend torch"
+            )
         if self.padded_group > min(self.tiles.prefill_m, 64):
-            raise ConfigError(f"attention on a GPU takes up to 64 query heads for a key-value head, not {self.group}")
+            raise ConfigError(
+                f"--attention-backend triton takes up to 64 query heads for a key-value head, not {self.group}: "
+                "choose --attention-backend torch"
+            )
 
     # ---- once a step ---------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ def main() -> None:
     stage = int(sys.argv[1])
     torch.set_num_threads(1)
     place = parallel.init(stage, 1, 2, f"file://{sys.argv[2]}")
-    runner = Runner(ServerConfig(model_path=sys.argv[3], page_size=PAGE, max_total_tokens=512, pp_size=2), place)
+    config = ServerConfig(model_path=sys.argv[3], device="cpu", page_size=PAGE, max_total_tokens=512, pp_size=2)
+    runner = Runner(config, place)
     if stage == 1:
         runner.attention = Held(runner.pool, runner.model.num_heads, runner.model.scale)
     driver = Driver(runner, PAGE)

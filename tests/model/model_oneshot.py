@@ -1,4 +1,5 @@
-"""One rank of several, as a process: `python model_oneshot.py RANK WORLD FOLDER`; `run_ranks` starts them all.
+"""One rank of several, as a process: `python model_oneshot.py RANK WORLD FOLDER`; `run_ranks` starts them all, in
+Triton's interpreter.
 
 The ranks have one another's memory through files, and make the same calls, some after a pause of their own. Each prints
 which of its results were not, bit for bit, the sum in rank order; then the tokens that rank 0 shares, and whether gloo
@@ -8,17 +9,15 @@ leads to the same sums and norms.
 from __future__ import annotations
 
 import mmap
-import os
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import numpy as np
 import torch
+from model_devices import CPU_PROCESS
 from torch import Tensor
 
 from diptych.model import parallel
@@ -42,6 +41,7 @@ def run_ranks(folder: Path, world: int) -> list[str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=CPU_PROCESS,
         )
         for rank in range(world)
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
+from model_devices import CPU_PROCESS
 from model_driver import Driver, Sequence, prompt_of
 
 from diptych.config import ServerConfig
@@ -88,6 +89,7 @@ def run_ranks(folder: Path, tp: int, pp: int = 1) -> list[dict[str, Any]]:
             [sys.executable, __file__, *map(str, (rank, tp, pp, store, folder))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=CPU_PROCESS,
         )
         for rank in range(tp * pp)
     ]
@@ -105,7 +107,9 @@ def main() -> None:
     rank, tp, pp, store, folder = *map(int, sys.argv[1:4]), sys.argv[4], sys.argv[5]
     torch.set_num_threads(1)
     place = parallel.init(rank, tp, pp, f"file://{store}")
-    config = ServerConfig(model_path=folder, page_size=PAGE, max_total_tokens=1024, tp_size=tp, pp_size=pp)
+    config = ServerConfig(
+        model_path=folder, device="cpu", page_size=PAGE, max_total_tokens=1024, tp_size=tp, pp_size=pp
+    )
     sys.stdout.write(msgspec.json.encode(answers(Runner(config, place))).decode())
     dist.destroy_process_group()
 

@@ -27,7 +27,7 @@ from diptych.model.runner import Runner
 )
 def test_ranks_together_compute_the_model(world: int, config: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
     write(tmp_path, config())
-    one = answers(Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=1024)))
+    one = answers(Runner(ServerConfig(model_path=str(tmp_path), device="cpu", page_size=PAGE, max_total_tokens=1024)))
     many = run_ranks(tmp_path, world)[0]
     assert (torch.tensor(many["logits"]) - torch.tensor(one["logits"])).abs().max() < 1e-4
     whole, chunked, together = many["runs"]

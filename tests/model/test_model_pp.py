@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from model_checkpoints import llama, qwen3, write
+from model_devices import CPU_PROCESS
 from model_driver import Driver, Sequence, prompt_of
 from model_ranks import PAGE, answers, run_ranks
 from transformers import PreTrainedConfig
@@ -30,7 +31,7 @@ from diptych.model.runner import Runner
 )
 def test_stages_compute_what_one_process_does(pp: int, config: Callable[[], PreTrainedConfig], tmp_path: Path) -> None:
     write(tmp_path, config())
-    one = answers(Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=1024)))
+    one = answers(Runner(ServerConfig(model_path=str(tmp_path), device="cpu", page_size=PAGE, max_total_tokens=1024)))
     check(run_ranks(tmp_path, 1, pp), msgspec.json.decode(msgspec.json.encode(one)), [2, 1] if pp == 2 else [1, 1, 1])
 
 
@@ -52,10 +53,10 @@ def check(ranks: list[dict[str, Any]], expected: dict[str, Any], layers: list[in
 def test_a_stage_is_done_with_a_chunk_when_it_has_handed_it_on(tmp_path: Path) -> None:
     """The second stage has not begun to compute when the first one returns: it may begin the next chunk."""
     write(tmp_path, qwen3())
-    one = Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=512))
+    one = Runner(ServerConfig(model_path=str(tmp_path), device="cpu", page_size=PAGE, max_total_tokens=512))
     expected = Driver(one, PAGE).generate(Sequence(prompt_of(40)), 1)
     command = [sys.executable, str(Path(__file__).with_name("model_chunks.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": CPU_PROCESS}
     first, second = (
         subprocess.Popen([*command, str(stage), str(tmp_path / "store"), str(tmp_path)], **pipes) for stage in range(2)
     )
@@ -78,7 +79,9 @@ def test_a_stage_is_done_with_a_chunk_when_it_has_handed_it_on(tmp_path: Path) -
 def test_stages_agree_on_the_model(load_format: str, tmp_path: Path) -> None:
     """Each reads its own tensors and has looked at the names and shapes of all."""
     write(tmp_path, qwen3(num_hidden_layers=3))
-    config = ServerConfig(model_path=str(tmp_path), page_size=PAGE, load_format=load_format, max_total_tokens=64)
+    config = ServerConfig(
+        model_path=str(tmp_path), device="cpu", page_size=PAGE, load_format=load_format, max_total_tokens=64
+    )
     one, first, second = (Runner(config, Parallel(0, 1, None, *place)).info for place in ((0, 1), (0, 2), (1, 2)))
     assert one == first == second
 
@@ -88,6 +91,6 @@ def test_all_stages_have_as_many_pages(tmp_path: Path, monkeypatch: pytest.Monke
     write(tmp_path, qwen3(num_hidden_layers=3))
     page_bytes = memory.kv_page_bytes(2, 2, 16, PAGE, 4)
     monkeypatch.setattr(memory, "DEFAULT_POOL_BYTES", 100 * page_bytes)
-    config = ServerConfig(model_path=str(tmp_path), page_size=PAGE, pp_size=2)
+    config = ServerConfig(model_path=str(tmp_path), device="cpu", page_size=PAGE, pp_size=2)
     stages = [Runner(config, Parallel(stage=stage, stages=2)) for stage in range(2)]
     assert [(runner.num_pages, runner.store.num_layers) for runner in stages] == [(100, 2), (100, 1)]

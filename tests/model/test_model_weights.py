@@ -25,7 +25,7 @@ from diptych.model.weights import DummySource, SafetensorsSource, UploadedSource
 
 
 def start(folder: Path | str, **changes: Any) -> Runner:
-    return Runner(ServerConfig(model_path=str(folder), **{"max_total_tokens": 512, **changes}))
+    return Runner(ServerConfig(model_path=str(folder), device="cpu", **{"max_total_tokens": 512, **changes}))
 
 
 def change(folder: Path, **changes: Any) -> None:
