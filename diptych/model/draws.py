@@ -23,7 +23,7 @@ from diptych.model.noise import row_key
 from diptych.model.staging import to_device
 from diptych.types import Row, Sampling
 
-BLOCK, WARPS = 4096, 8  # tokens of a program that measures
+BLOCK, WARPS = 2048, 8  # tokens of a program that measures; more would leave one program a processor, for registers
 LISTED = 1024  # tokens of a step through the list
 DRAWN = 1024  # tokens of a program that draws
 DIGIT = 4  # bits
