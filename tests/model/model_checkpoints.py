@@ -49,14 +49,14 @@ def write(folder: Path, config: PreTrainedConfig, seed: int = 0, **save: Any) ->
 
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """`[len(tokens), vocab]`."""
-    return model(torch.tensor([tokens])).logits[0]
+    """`[len(tokens), vocab]`, on the model's device."""
+    return model(torch.tensor([tokens], device=model.device)).logits[0]
 
 
 @torch.no_grad()
-def reference_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy tokens by the library's own generate, whatever the end-of-sequence ids are."""
-    inputs = torch.tensor([prompt])
+def reference_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int, **settings: Any) -> list[int]:
+    """Greedy tokens by the library's own generate, whatever the end-of-sequence ids are. `settings`: generate's."""
+    inputs = torch.tensor([prompt], device=model.device)
     out = model.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
@@ -65,5 +65,6 @@ def reference_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int)
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        **settings,
     )
     return out[0, len(prompt) :].tolist()

@@ -1,4 +1,5 @@
-"""Our decoders against transformers, in float32 on random small models, over our pages and in chunks."""
+"""Our decoders against transformers on the same device, on random small models, over our pages and in chunks: in
+float32, and in bfloat16 by how far both are from float32."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model_checkpoints import llama, qwen3, reference_greedy, reference_logits, write
+from model_devices import BACKENDS
 from model_driver import GREEDY, Driver, Sequence, prompt_of
 from transformers import PreTrainedConfig
 
@@ -16,7 +18,7 @@ from diptych.config import ServerConfig
 from diptych.model.runner import Runner
 from diptych.types import LogprobSpec, Sampling
 
-PAGE = 8
+PAGE = 16
 
 
 def rope(kind: str, **values: Any) -> dict[str, Any]:
@@ -46,19 +48,34 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings: a device and its attention."""
+    return BACKENDS[request.param]
+
+
+def start(folder: Path, backend: dict[str, Any], **changes: Any) -> Runner:
+    settings = {"page_size": PAGE, "max_total_tokens": 512, "dtype": "float32", **backend, **changes}
+    return Runner(ServerConfig(model_path=str(folder), **settings))
+
+
+def logits_of(runner: Runner, prompt: list[int]) -> torch.Tensor:
+    plan = Driver(runner, PAGE).plan([(Sequence(prompt), len(prompt))])
+    with torch.inference_mode():
+        features = runner._features(plan, range(len(prompt)))
+        assert features is not None
+        logits = runner._logits(features)
+    assert logits is not None
+    return logits
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    reference = write(tmp_path, MODELS[name](), seed=len(name))
-    config = ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=512, context_length=144 + 1)
-    runner = Runner(config)
+def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, backend: dict[str, Any], tmp_path: Path) -> None:
+    reference = write(tmp_path, MODELS[name](), seed=len(name)).to(backend["device"])
+    runner = start(tmp_path, backend, context_length=144 + 1)
     driver = Driver(runner, PAGE)
     prompt = prompt_of(120)
-
-    seq = Sequence(prompt)
-    with torch.inference_mode():
-        ours = runner._logits(runner._features(driver.plan([(seq, len(prompt))]), range(len(prompt))))
-    assert ours is not None
-    assert (ours - reference_logits(reference, prompt)).abs().max() < 1e-4
+    assert (logits_of(runner, prompt) - reference_logits(reference, prompt)).abs().max() < 1e-4
 
     # Past 130 tokens, "dynamic" changes its angles with each token.
     expected = reference_greedy(reference, prompt, 24)
@@ -66,19 +83,36 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path:
     assert driver.generate(Sequence(prompt), 24, chunk=17) == expected
 
 
-def test_a_checkpoint_in_bfloat16_is_computed_in_float32(tmp_path: Path) -> None:
+def test_a_checkpoint_in_bfloat16_is_computed_in_float32_on_a_cpu(backend: dict[str, Any], tmp_path: Path) -> None:
+    """And elsewhere, where it is asked for."""
     reference = write(tmp_path, qwen3())
     reference.bfloat16().save_pretrained(tmp_path)
-    reference.float()  # bfloat16's values, exactly
+    reference.float().to(backend["device"])  # bfloat16's values, exactly
     prompt = prompt_of(50)
-    runner = Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=256))
-    assert runner.info.kv_dtype == "float32"
+    on_cpu = backend["device"] == "cpu"
+    assert start(tmp_path, backend, dtype="auto").info.kv_dtype == ("float32" if on_cpu else "bfloat16")
+    runner = start(tmp_path, backend, dtype="auto" if on_cpu else "float32")
     assert Driver(runner, PAGE).generate(Sequence(prompt), 16) == reference_greedy(reference, prompt, 16)
 
 
-def test_prompt_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
-    reference = write(tmp_path, llama())
-    runner = Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=512))
+@pytest.mark.parametrize("config", [qwen3, llama])
+def test_bfloat16_is_as_near_to_float32_as_with_transformers(
+    config: Callable[[], PreTrainedConfig], backend: dict[str, Any], tmp_path: Path
+) -> None:
+    """Both round after every product, in other places: the root mean square of one's errors is near the other's."""
+    reference = write(tmp_path, config()).bfloat16().to(backend["device"])
+    reference.save_pretrained(tmp_path)
+    prompt = prompt_of(120)
+    theirs = reference_logits(reference, prompt).float()
+    exact = reference_logits(reference.float(), prompt)
+    ours = logits_of(start(tmp_path, backend, dtype="bfloat16"), prompt).float()
+    error, their_error = ((logits - exact).square().mean().sqrt() for logits in (ours, theirs))
+    assert 0 < error < 1.5 * their_error
+
+
+def test_prompt_logprobs_are_those_of_transformers(backend: dict[str, Any], tmp_path: Path) -> None:
+    reference = write(tmp_path, llama()).to(backend["device"])
+    runner = start(tmp_path, backend)
     prompt = prompt_of(70)
     spec = LogprobSpec(prompt_start=0, top=4, token_ids=(3, 200))
     seq = Sequence(prompt, logprobs=spec)
@@ -95,21 +129,12 @@ def test_prompt_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
     assert seq.output_logprobs[0].logprob == pytest.approx(table[-1].max().item(), abs=1e-4)
 
 
-def test_a_last_token_may_be_sampled_with_penalties_like_transformers(tmp_path: Path) -> None:
-    reference = write(tmp_path, llama())
-    runner = Runner(ServerConfig(model_path=str(tmp_path), page_size=PAGE, max_total_tokens=512))
+def test_a_last_token_may_be_sampled_with_penalties_like_transformers(backend: dict[str, Any], tmp_path: Path) -> None:
+    reference = write(tmp_path, llama()).to(backend["device"])
+    runner = start(tmp_path, backend)
     prompt = prompt_of(40)
     sampling = Sampling(temperature=0.0, repetition_penalty=1.7)
-    inputs = torch.tensor([prompt])
-    expected = reference.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=20,
-        do_sample=False,
-        repetition_penalty=1.7,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, 40:].tolist()
+    expected = reference_greedy(reference, prompt, 20, repetition_penalty=1.7)
     ours = Driver(runner, PAGE).generate(Sequence(prompt, sampling), 20)
     assert ours == expected
     assert ours != Driver(runner, PAGE).generate(Sequence(prompt, GREEDY), 20)
