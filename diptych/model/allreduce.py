@@ -8,7 +8,6 @@ itself what NCCL moves. So a sum has the same bits whichever way it takes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -59,19 +58,6 @@ class DeviceGroup:
             return self._ordered_sum(x)
         dist.all_reduce(x, group=self._group)
         return x
-
-    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
-        """See Parallel.begin_sum. Large sums of two ranks go over NCCL's own stream."""
-        if self._world > 2 or (self._one_shot is not None and self._one_shot.takes(x)):
-            total = self.sum(x)
-            return lambda: total
-        work = dist.all_reduce(x, group=self._group, async_op=True)
-
-        def end() -> Tensor:
-            work.wait()  # the current stream waits, not the CPU
-            return x
-
-        return end
 
     def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Parallel.sum_add_norm."""

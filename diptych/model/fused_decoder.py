@@ -4,9 +4,6 @@ are faster than cuBLAS. The reference is Decoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from diptych.model.decoder import Decoder, Layer
@@ -15,9 +12,6 @@ from diptych.model.kernels.fused import add_norm, silu_mul
 from diptych.model.kernels.matmul import product, product_parts, wins
 from diptych.model.layers import Linear, RMSNorm
 from diptych.model.triton_attention import TritonAttention
-
-MANY_ROWS = 2048  # with which each half still fills a GPU
-ROW_TILE = 128  # halves are multiples of it
 
 
 class FusedDecoder:
@@ -30,9 +24,6 @@ class FusedDecoder:
         self.num_layers, self.scale = decoder.num_layers, decoder.scale
         self._eps = decoder.config.norm_eps
         self._cos, self._sin = decoder.cos.squeeze(1), decoder.sin.squeeze(1)
-        self._unbiased = all(
-            bias is None for layer in decoder.layers for bias in (layer.qkv.bias, layer.o_bias, layer.down_bias)
-        )
         # After its last layer a stage but the first has nothing to norm; add_norm is then done for its sum alone.
         self._final = decoder.ends.norm if decoder.ends is not None else decoder.layers[-1].mlp_norm
 
@@ -49,8 +40,6 @@ class FusedDecoder:
         decoder = self.decoder
         x = decoder.begin(tokens)
         place = decoder.parallel
-        if len(x) >= MANY_ROWS and place.world > 1 and place.stages == 1 and wanted is not None and self._unbiased:
-            return self.forward_in_halves(x, wanted, attention)
         last = self.num_layers - 1 if place.stage == place.stages - 1 else None
         normed = decoder.layers[0].attention_norm(x)
         for index, layer in enumerate(decoder.layers):
@@ -63,30 +52,6 @@ class FusedDecoder:
         if place.stages > 1:
             return decoder.hand_on(x, len(tokens) if wanted is None else len(wanted))
         return normed
-
-    def forward_in_halves(self, x: Tensor, wanted: Tensor, attention: TritonAttention) -> Tensor:
-        """`forward` for many rows on several ranks, from the embedded tokens on: while the sums of one half of the rows
-        are exchanged, the other half is computed. What lies between two attentions concerns each row by itself."""
-        decoder, eps, begin_sum = self.decoder, self._eps, self.decoder.parallel.begin_sum
-        middle = len(x) // 2 // ROW_TILE * ROW_TILE
-        halves = [slice(0, middle), slice(middle, len(x))]
-        sums: list[Callable[[], Tensor]] = []
-        for index, layer in enumerate(decoder.layers):
-            qkv = x.new_empty(len(x), layer.qkv.weight.shape[0])
-            for number, half in enumerate(halves):
-                norm = layer.attention_norm
-                normed = add_norm(x[half], sums[number](), norm.weight, eps) if index else norm(x[half])
-                self._product_into(qkv[half], layer.qkv, normed)
-            mixed = self._attend(index, layer, qkv, attention)
-            if index == self.num_layers - 1:
-                break
-            sums = [begin_sum(self._product(layer.o, mixed[half], whole=True)) for half in halves]
-            for number, half in enumerate(halves):
-                normed = add_norm(x[half], sums[number](), layer.mlp_norm.weight, eps)
-                inner = silu_mul(self._product(layer.gate_up, normed, whole=True), x.dtype)
-                sums[number] = begin_sum(self._product(layer.down, inner, whole=True))
-        x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
-        return self._after_attention(self.num_layers - 1, x, mixed) if len(wanted) else x
 
     def logits(self, features: Tensor) -> Tensor | None:
         """Logits `[rows, vocab]` in the model's type; None on ranks that have none."""
@@ -116,12 +81,6 @@ class FusedDecoder:
         if tiles is None:
             return linear(x)
         return (product if whole else product_parts)(x, linear.weight, tiles)
-
-    def _product_into(self, out: Tensor, linear: Linear, x: Tensor) -> None:
-        if self._fixed:
-            out.copy_(self._product(linear, x))
-        else:
-            torch.mm(x, linear.weight.t(), out=out)
 
     def _add(self, x: Tensor, linear: Linear, inputs: Tensor, bias: Tensor | None, norm: RMSNorm) -> Tensor:
         """Add to `x`, in place, a product whose inputs are split over the ranks; what `norm` makes of the sum."""

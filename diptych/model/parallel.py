@@ -8,7 +8,6 @@ batch it stands (a ring all-reduce adds each part of a tensor in another order).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -76,10 +75,6 @@ class HostGroup:
         dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
         return torch.cat(parts, -1) if parts is not None else None
 
-    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
-        total = self.sum(x)
-        return lambda: total
-
     def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
         from diptych.model.kernels import allreduce, fused  # for tests alone: in Triton's interpreter
 
@@ -126,10 +121,6 @@ class Parallel:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, added in rank order; the same bits on each rank. May reuse `x`."""
         return x if self.group is None else self.group.sum(x)
-
-    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
-        """`sum` in two parts: what is enqueued between them may overlap with it on a GPU."""
-        return (lambda: x) if self.group is None else self.group.begin_sum(x)
 
     def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x += the sum of every rank's `delta`, in place; returns RMSNorm(x) * weight. By kernels.
