@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_checkpoints import llama, qwen3, reference_greedy, reference_logits, write
+from model_devices import BACKENDS
 from model_driver import GREEDY, VOCAB, Driver, Sequence, prompt_of
 from transformers import (
     Gemma2Config,
@@ -37,12 +38,12 @@ from diptych.model.triton_attention import TritonAttention
 from diptych.types import LogprobSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAGE = 8
+PAGE = 16
 NUM_OUTPUTS = 10
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 48,
+    "hidden_size": 64,  # heads of 16: the GPU's kernels take them
     "intermediate_size": 80,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -57,7 +58,7 @@ FOREIGN: dict[str, Callable[[], PreTrainedConfig]] = {
     "Gemma2, soft caps and alternating windows": lambda: Gemma2Config(
         **SHAPE,
         num_key_value_heads=1,
-        head_dim=24,
+        head_dim=32,
         sliding_window=16,
         query_pre_attn_scalar=30,
         attn_logit_softcapping=5.0,
@@ -65,20 +66,22 @@ FOREIGN: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "Phi, part of the head rotated": lambda: PhiConfig(**SHAPE, partial_rotary_factor=0.5),
     "GPT2, learned positions": lambda: GPT2Config(
-        vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, bos_token_id=None
+        vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.2, bos_token_id=None
     ),
 }
 
 
 def start(folder: Path, **changes: Any) -> Runner:
-    return Runner(ServerConfig(model_path=str(folder), page_size=PAGE, **{"max_total_tokens": 2048, **changes}))
+    settings = {"device": "cpu", "page_size": PAGE, "max_total_tokens": 2048, **changes}
+    return Runner(ServerConfig(model_path=str(folder), **settings))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FOREIGN)
-def test_other_architectures_answer_as_the_library_does(name: str, tmp_path: Path) -> None:
-    reference = write(tmp_path, FOREIGN[name](), seed=2)
-    runner = start(tmp_path)
-    assert runner.exact
+def test_other_architectures_answer_as_the_library_does(name: str, backend: str, tmp_path: Path) -> None:
+    reference = write(tmp_path, FOREIGN[name](), seed=2).to(BACKENDS[backend]["device"])
+    runner = start(tmp_path, dtype="float32", **BACKENDS[backend])
+    assert runner.exact or runner.device != "cpu"
     assert runner.info.context_len == 256
     assert runner.info.num_parameters == sum(p.numel() for p in reference.parameters())
     prompt = prompt_of(50, 3)
@@ -114,10 +117,11 @@ def test_company_and_chunks_do_not_show_here_either(tmp_path: Path) -> None:
         assert one.prompt_logprobs == other.prompt_logprobs
 
 
-def test_our_own_architectures_run_there_too_and_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_our_own_architectures_run_there_too_and_agree(backend: str, tmp_path: Path) -> None:
     write(tmp_path, qwen3())
     prompt = prompt_of(40)
-    there, here = start(tmp_path, model_impl="transformers"), start(tmp_path, model_impl="diptych")
+    there, here = (start(tmp_path, model_impl=impl, **BACKENDS[backend]) for impl in ("transformers", "diptych"))
     assert there.info.num_kv_heads == here.info.num_kv_heads
     assert there.store.layout == here.store.layout
     outputs = [Driver(runner, PAGE).generate(Sequence(prompt), NUM_OUTPUTS) for runner in (there, here)]
@@ -162,7 +166,7 @@ def test_what_cannot_run_is_said(
 
 
 def start_ranks(folder: Path, **settings: Any) -> None:
-    config = ServerConfig(model_path=str(folder), page_size=PAGE, **settings)
+    config = ServerConfig(model_path=str(folder), device="cpu", page_size=PAGE, **settings)
     group: Any = object() if config.tp_size > 1 else None  # never used: what is refused is refused before
     Runner(config, Parallel(0, config.tp_size, group, 0, config.pp_size))
 
