@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diptych.config import ServerConfig
+from diptych.errors import ConfigError
 from diptych.model.decoder import Decoder
 from diptych.model.fused_decoder import FusedDecoder
 from diptych.model.graphs import DecodeGraphs
@@ -26,6 +27,8 @@ def fuse(config: ServerConfig, model: Any, pool: KVPool) -> tuple[Any, TritonAtt
     """The model (see CausalModel) as it runs on a GPU, and the attention that it is run with. Raises ConfigError for
     shapes that the kernels do not take."""
     fixed = config.deterministic
+    if fixed and not isinstance(model, Decoder):
+        raise ConfigError("--deterministic on a GPU is for the models that we compute ourselves; leave it out")
     attention = TritonAttention(pool, model.num_heads, model.scale, fixed=fixed)
     return FusedDecoder(model, fixed=fixed) if isinstance(model, Decoder) else model, attention
 

@@ -68,7 +68,7 @@ def test_graphs_give_what_launches_one_by_one_give(folder: Path, dtype: str) -> 
 def test_the_kernels_say_what_torch_says(folder: Path) -> None:
     ours, plain = sequences(), sequences()
     generate(runner_of(folder, dtype="float32"), ours)
-    generate(runner_of(folder, dtype="float32", attention_backend="torch"), plain)
+    generate(runner_of(folder, dtype="float32", attention_backend="torch", cuda_graph_max_bs=0), plain)
     assert [seq.outputs for seq in ours] == [seq.outputs for seq in plain]
     torch.testing.assert_close(logprobs_of(ours), logprobs_of(plain), rtol=0, atol=2e-3)
 
