@@ -158,6 +158,7 @@ TEMPLATES = [{"name": "base", "template": role("a", TRUE)["template"]}]
             group(role("a", TRUE), name="1st"),
             "metadata.name: '1st' must be lower-case letters, digits and dashes, a letter",
         ),
+        (group(role("a", TRUE), name="a.b"), "metadata.name: 'a.b' must be lower-case letters, digits and dashes"),
         (
             group(role("a" * 20, TRUE), name="g" * 32),
             "spec.roles[0].name: " + "g" * 32 + "-" + "a" * 20 + " has 53 characters, a StatefulSet may have 52",
