@@ -12,6 +12,7 @@ from kube_world import group, role
 
 from diptych.group.operator.resources import Json
 from diptych.group.revision import restore
+from diptych.testing.kube import Behaviour
 
 STATEFUL_SET = {"apiVersion": "apps/v1", "kind": "StatefulSet"}
 DEPLOYMENT = {"apiVersion": "apps/v1", "kind": "Deployment"}
@@ -192,6 +193,7 @@ def test_coordinated_scaling_keeps_the_ready_pods_of_both_roles_within_one(drive
 
 @every_kind
 def test_the_group_restarts_as_one_when_a_pod_fails_and_not_when_one_is_deleted(driver: Driver, workload: Json) -> None:
+    driver.cluster.pods.behaviour = Behaviour(ended_s=1.0)  # long enough to be seen as it ends
     driver.create(group("g", role("a", 2, workload=workload, restartPolicy="RecreateRBGOnPodRestart"), role("b")))
     driver.run(10)
     before, deleted = uids(driver), min(driver.pods("a"))
