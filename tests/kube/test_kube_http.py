@@ -235,6 +235,16 @@ def test_a_custom_object_is_checked_against_its_schema(
     assert field in caught.value.body and why in caught.value.body
 
 
+def test_a_definition_may_restrict_the_names_of_its_objects(server: KubeServer, clients: Clients) -> None:
+    definition = crd()
+    properties = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    properties["metadata"] = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 3}}}
+    server.cluster.create(definition)
+    with pytest.raises(ApiException) as caught:
+        clients.custom.create_namespaced_custom_object(*GROUP, toy(size=1))
+    assert caught.value.status == 422 and "metadata.name" in caught.value.body and "Too long" in caught.value.body
+
+
 def test_unknown_parts_are_kept_where_the_schema_says_so(server: KubeServer) -> None:
     server.cluster.create(crd())
     free = {"any": [{"thing": 1}]}

@@ -89,7 +89,7 @@ def admit(kind: Kind, new: Obj, live: Obj | None, gates: frozenset[str], now: st
             raise bad_request(f"{kind.name} cannot be handled: a field has the wrong type ({error})") from None
     found = list(rules.metadata_causes(kind, obj))
     if kind.schema is not None:
-        found += schema.causes({k: v for k, v in obj.items() if k != "metadata"}, _without_metadata(kind.schema))
+        found += schema.causes(obj, kind.schema)  # of metadata it can restrict the name
     else:
         found += rules.built_in_causes(kind, obj)
         found += rules.change_causes(kind, live, obj) if live else []
@@ -105,13 +105,6 @@ def admit(kind: Kind, new: Obj, live: Obj | None, gates: frozenset[str], now: st
     if found:
         raise invalid(kind.name, kind.group, obj["metadata"]["name"], found)
     return obj
-
-
-def _without_metadata(of: Obj) -> Obj:
-    """The schema with no say on what every object has."""
-    required = [name for name in of.get("required", []) if name not in ("apiVersion", "kind", "metadata")]
-    properties = {k: v for k, v in of.get("properties", {}).items() if k not in ("apiVersion", "kind", "metadata")}
-    return {**of, "required": required, "properties": properties}
 
 
 def spec_changed(kind: Kind, live: Obj, new: Obj) -> bool:
