@@ -22,6 +22,7 @@ from asking import counters, endless, settle, until
 from mixed_requests import generate
 from pd_cluster import PDCluster, start_cluster, start_router
 
+from diptych.model.layers import padded_rows
 from diptych.testing.processes import ServerProcess
 
 pytestmark = pytest.mark.timeout(400)
@@ -29,10 +30,11 @@ pytestmark = pytest.mark.timeout(400)
 NUM_REQUESTS = 2000
 NUM_CLIENTS = 24
 POOL_TOKENS = 4096
+CHUNK = 512  # rows of a step of prompts at most, the default
 MB = 1 << 20
 SERVER_MB = 700  # API and engine process, besides weights and KV pool
 ROUTER_MB = 150
-GROWTH_MB = 24  # of a process, over the second half: most row counts have been met by then (each keeps about 1.9 MB)
+GROWTH_MB = 24  # of a process, over the second half: row counts have been met by then (each keeps about 1.9 MB)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ def test_nothing_is_left_after_a_storm() -> None:
         pd = start_cluster(stack, 2, "--max-total-tokens", str(POOL_TOKENS), "--log-level", "warning")
         for index in range(2):  # all of each pool is used once, so that all of it is in memory
             generate(pd.router, endless(index, POOL_TOKENS - 32, 2))
+        for rows in sorted({padded_rows(rows) for rows in range(1, CHUNK + 1)}):  # so is what each row count keeps
+            for index in range(2):  # on both prefill servers: the router takes them in turns
+                generate(pd.router, endless(2 * rows + index, rows, 1))
         storm(pd.router, 200, seed=1)
         pd.router.stop()  # its connections end with it
         settle(pd)
