@@ -14,11 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-SM_REGISTERS, REGISTER_UNIT, SM_WARPS = (
-    65536,
-    256,
-    64,
-)  # of a multiprocessor: compute capability 9.0
+# Of a multiprocessor of compute capability 9.0: registers and warps; shared memory in bytes.
+SM_REGISTERS, REGISTER_UNIT, SM_WARPS = 65536, 256, 64
 SM_SHARED, SHARED_OVERHEAD = 228 << 10, 1 << 10
 _overlaps = False
 
