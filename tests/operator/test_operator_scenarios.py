@@ -10,6 +10,8 @@ import pytest
 from driver import Driver, image_of, is_pod_ready, set_image
 from kube_world import group, role
 
+from diptych.group.operator import view
+from diptych.group.operator.observe import REVISION
 from diptych.group.operator.resources import Json
 from diptych.group.revision import restore
 from diptych.testing.kube import ApiError, Behaviour
@@ -105,6 +107,53 @@ def test_an_edit_that_no_pod_sees_is_a_revision_and_rolls_nothing(driver: Driver
     assert uids(driver) == before and driver.ready("g")
     assert driver.read("StatefulSet", "g-b")["metadata"]["generation"] == other
     assert sorted(each["revision"] for each in driver.cluster.objects("ControllerRevision") if owned(each)) == [1, 2]
+
+
+WRITTEN_DEFAULTS = {
+    "restartPolicy": "Always",
+    "terminationGracePeriodSeconds": 30,
+    "containers": [{"name": "engine", "image": "engine:1", "imagePullPolicy": "IfNotPresent", "resources": {}}],
+}
+
+
+@pytest.mark.parametrize("workload", [STATEFUL_SET, DEPLOYMENT], ids=lambda each: each["kind"])
+def test_writing_out_defaults_of_a_pod_rolls_nothing_and_what_follows_does(driver: Driver, workload: Json) -> None:
+    """Neither does leaving them out again. (A LeaderWorkerSet's own controller would roll for it.)"""
+    driver.create(group("g", role("a", 2, workload=workload), role("b")))
+    driver.run(5)
+    before = uids(driver)
+    driver.edit("g", first_role(template={"spec": WRITTEN_DEFAULTS}))
+    driver.run(20)
+    assert uids(driver) == before and driver.ready("g")
+    driver.edit("g", first_role(template=role("a")["template"]))
+    driver.run(20)
+    assert uids(driver) == before and driver.ready("g")
+    driver.edit("g", first_role(template={"spec": {**WRITTEN_DEFAULTS, "terminationGracePeriodSeconds": 31}}))
+    driver.run(60)
+    assert renewed(before, uids(driver)) == {name for name in before if name.startswith("g-a-")}
+
+
+def test_an_operator_that_leaves_defaults_out_rolls_nothing_of_one_that_did_not(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Revisions were once named after templates as written. Those in use keep their names, on the way back too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(view, "without_defaults", lambda template: template)
+        driver.create(group("g", role("a", 2, rolloutStrategy={"rollingUpdate": {"partition": 1}})))
+        driver.edit("g", first_role(template={"spec": WRITTEN_DEFAULTS}))
+        driver.run(5)
+        named = {pod["metadata"]["labels"][REVISION] for pod in driver.pods().values()}
+    driver.restart()
+    before = uids(driver)
+    driver.run(20)
+    assert uids(driver) == before and driver.ready("g")
+    driver.edit("g", set_image("engine:2"))
+    driver.run(30)
+    assert renewed(before, uids(driver)) == {"g-a-1"}
+    driver.edit("g", set_image("engine:1"))
+    driver.run(30)
+    assert renewed(before, uids(driver)) == {"g-a-1"} and driver.ready("g")
+    assert {pod["metadata"]["labels"][REVISION] for pod in driver.pods().values()} == named
 
 
 def owned(revision: Json) -> bool:

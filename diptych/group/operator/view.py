@@ -9,6 +9,7 @@ import msgspec
 
 from diptych.errors import ConfigError
 from diptych.group.actions import Backoff, Desired, Kind, Observed, Target
+from diptych.group.defaults import without_defaults
 from diptych.group.desired import desired_group, template_revision
 from diptych.group.gang import min_member
 from diptych.group.kinds import RoleBasedGroup
@@ -56,8 +57,6 @@ class View:
         self._profiles = _profiles(cluster, self.spec["roles"])
         gang = objects.gang_of(group)
         self.templates = {name: _templates(group, role, self._profiles, gang) for name, role in self.roles.items()}
-        self.revisions = {name: self._revision(role, gang) for name, role in self.roles.items()}
-        self.desired = self._desired()
         self.workloads: dict[str, tuple[Kind, Json]] = {}  # by role
         self.doubles: list[tuple[Kind, Json]] = []  # of a role whose kind was changed
         for kind, resource in WORKLOADS.items():
@@ -68,6 +67,8 @@ class View:
         strangers = self._find_strays()
         self._pods = [pod for pod in self._pods if pod["metadata"]["labels"].get(ROLE_LABEL) not in strangers]
         self.observed = observe(group, self.workloads, self._pods)
+        self.revisions = {name: self._revision(role, gang) for name, role in self.roles.items()}
+        self.desired = self._desired()
 
     def _desired(self) -> Desired:
         if self.deleted:  # its spec may be anything
@@ -86,12 +87,22 @@ class View:
 
     def _revision(self, role: Json, gang: str) -> str:
         """Of the role's pods. A profile that says NoUpdate counts by its name: a change of it reaches new pods only
-        together with another change."""
+        together with another change. Nor do fields count that say only their default, where the API server fills them
+        in; they once did, and what runs under such a name keeps it."""
         counted = {
             name: profile if profile.get("updateStrategy") == "RollingUpdate" else {}
             for name, profile in self._profiles.items()
         }
-        return template_revision({"t": _templates(self.group, role, counted, gang), "p": sorted(_named(role))})
+        templates, profiles = _templates(self.group, role, counted, gang), sorted(_named(role))
+        written = template_revision({"t": templates, "p": profiles})
+        if workload_kind(role) == "LeaderWorkerSet" or written in self._in_use(role["name"]):
+            return written
+        return template_revision({"t": [without_defaults(each) for each in templates], "p": profiles})
+
+    def _in_use(self, name: str) -> set[str]:
+        """Revisions of the role's workload and pods."""
+        seen = self.observed.role(name)
+        return {seen.target.revision, *(pod.revision for pod in seen.pods)} if seen else set()
 
     def _sort_in(self, kind: Kind, workload: Json) -> None:
         name = workload["metadata"]["name"].removeprefix(f"{self.group['metadata']['name']}-")

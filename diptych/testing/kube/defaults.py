@@ -44,9 +44,6 @@ def _container(container: Obj) -> None:
     for hook in container.get("lifecycle", {}).values():
         if "httpGet" in hook:
             _set(hook["httpGet"], path="/", scheme="HTTP")
-    resources = container["resources"]
-    for name, value in resources.get("limits", {}).items():
-        resources.setdefault("requests", {}).setdefault(name, value)
 
 
 def pod_spec(spec: Obj) -> None:
@@ -71,6 +68,10 @@ def pod_spec(spec: Obj) -> None:
 def _pod(obj: Obj) -> None:
     spec = obj["spec"]
     pod_spec(spec)
+    for container in [*spec.get("containers", []), *spec.get("initContainers", [])]:  # not in templates
+        resources = container["resources"]
+        for name, value in resources.get("limits", {}).items():
+            resources.setdefault("requests", {}).setdefault(name, value)
     _set(
         spec,
         enableServiceLinks=True,
