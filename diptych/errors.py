@@ -80,6 +80,12 @@ class Unavailable(DiptychError):
     code = "service_unavailable"
 
 
+class EngineLost(Unavailable):
+    """The engine died while it had the request, which may be why."""
+
+    code = "engine_lost"
+
+
 class UpstreamError(DiptychError):
     """A server behind the router failed or answered nonsense."""
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from diptych.errors import BadRequest, ClientGone, DeadlineExceeded, DiptychError, Overloaded, Unavailable
+from diptych.errors import BadRequest, ClientGone, DeadlineExceeded, DiptychError, EngineLost, Overloaded, Unavailable
 from diptych.types import (
     Abort,
     Complete,
@@ -48,7 +48,7 @@ class EngineClient(Protocol):
         """The request's outputs, up to the one with `finish`; what comes while nobody waits becomes one Output. With
         `whole` there is one only, at the end. Closing the iterator early aborts the request.
 
-        `heard` is called as soon as something comes, with that. Raises Unavailable when the engine dies meanwhile.
+        `heard` is called as soon as something comes, with that. Raises EngineLost when the engine dies meanwhile.
         """
 
     def complete(self, rid: str) -> None:
@@ -103,7 +103,7 @@ class _Stream:
     async def get(self) -> Output:
         while (latest := self._latest) is None or (self._whole and latest.finish is None):
             if self.dead:
-                raise Unavailable("the engine of this server has stopped; the request was lost, send it again")
+                raise EngineLost("the engine of this server has stopped; the request was lost, send it again")
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self._take(latest)

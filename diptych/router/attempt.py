@@ -48,6 +48,13 @@ class Blame(msgspec.Struct):
         return not self.lost.reused if self.lost is not None else _is_fault(self.reply.status)
 
     @property
+    def died(self) -> bool:
+        """The server, or its engine, died while it had the request."""
+        if self.lost is not None:
+            return self.lost.sent and not self.lost.reused
+        return verdict.has_died(self.reply.status, self.reply.data)
+
+    @property
     def leaving(self) -> bool:
         """The server has said that it takes nothing new any more."""
         return self.lost is None and verdict.is_leaving(self.reply.status, self.reply.data)
@@ -163,17 +170,17 @@ class Attempt:
             await asyncio.wait((other,), timeout=VERDICT_S)
 
     def _judge(self, prefill: Blame | None, decode: Blame | None, *, answered: bool) -> Failure | None:
-        """Who is to blame: a server that was lost is the cause of the other's failure, never the reverse.
+        """Who is to blame: a server that was lost or leaves is the cause of the other's failure, never the reverse.
 
         `answered`: decode has begun to answer well, so that a prefill server lost after its work is no loss.
         """
         found = [blame for blame in (prefill, decode) if blame is not None]
-        lost = [blame for blame in found if blame.lost is not None]
-        blames = lost or found[:1]
+        gone = [blame for blame in found if blame.lost is not None or blame.leaving]
+        blames = gone or found[:1]
         if not blames or (answered and all(blame.lost is not None and blame.lost.sent for blame in blames)):
             return None
         failure = Failure(blames[0].reply, blames)
-        if not lost:
+        if not gone:
             failure.blames = self._guilty(blames[0])
         now = self._loop.time()
         for blame in failure.blames:

@@ -17,7 +17,7 @@ from diptych.router.headers import to_client, to_server
 from diptych.router.limits import Gate
 from diptych.router.metrics import RouterMetrics
 from diptych.router.replies import error_event
-from diptych.router.retry import MAX_LOST, RetryBudget, backoff_s
+from diptych.router.retry import MAX_DEATHS, GivenUp, RetryBudget, backoff_s
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Core:
         arrived_at = self._loop.time()
         headers = to_server(request.headers, self._config.key, extra)
         avoid: set[Server] = set()
-        num_lost = 0
+        deaths: set[tuple[Server, int]] = set()  # servers that died while they had it, each in one of its lives
         for retry in itertools.count():
             attempt, body = self._prepare(request, ask, avoid, extra)
             failure = await attempt.run(request.method, request.path, headers, body, client)
@@ -69,9 +69,14 @@ class Core:
                 self._metrics.fallbacks += attempt.alone and self._config.disaggregated
                 self._metrics.served(request.route, arrived_at, attempt.first_at, self._loop.time())
                 return
-            num_lost += any(blame.lost is not None and blame.lost.sent for blame in failure.blames)
+            died = next((blame.leg.server for blame in failure.blames if blame.died), None)
+            if died is not None:  # of a pair that went at once, as with their machine, one counts
+                deaths.add((died, died.num_lives))
             self._note(attempt, failure, avoid)
-            if not self._may_retry(failure, retry, num_lost):
+            if len(deaths) == MAX_DEATHS:
+                self._metrics.given_up += 1
+                raise GivenUp(f"{MAX_DEATHS} servers died while they had this request; it is sent to no other")
+            if not self._may_retry(failure, retry):
                 client.send(failure.reply.status, to_client(failure.reply.headers, extra), failure.reply.data)
                 return
             self._metrics.retries += 1
@@ -110,13 +115,13 @@ class Core:
             elif blame.leaving:
                 self._fleet.leave(server)
 
-    def _may_retry(self, failure: Failure, retry: int, num_lost: int) -> bool:
+    def _may_retry(self, failure: Failure, retry: int) -> bool:
         """The requests of a server that is lost or leaving may all move, as it goes once; other failures share the
         budget.
         """
         if not failure.retryable or self._config.disable_retries:
             return False
-        if retry >= self._config.retry_max_retries or num_lost > MAX_LOST:
+        if retry >= self._config.retry_max_retries:
             self._metrics.retries_exhausted += 1
             return False
         if failure.moves or self._budget.spend(self._loop.time()):

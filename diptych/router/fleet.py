@@ -24,6 +24,7 @@ class Server:
         self.address = address
         self.role = role  # prefill | decode | worker
         self.healthy = config.disable_health_check
+        self.num_lives = 0  # times it has become healthy
         self.draining = False  # as it said last: unhealthy then, but it ends the requests it has
         self.local_prefill = False  # a decode server that can do both phases, as its last good check said
         self.breaker = Breaker(config)
@@ -144,6 +145,7 @@ class Fleet:
         if server.healthy == healthy:
             return
         server.healthy = healthy
+        server.num_lives += healthy
         log.log(
             logging.INFO if healthy else logging.WARNING, "%s server %s is %s", server.role, server.address.url, why
         )

@@ -55,6 +55,7 @@ class RouterMetrics:
         self.retries = 0
         self.retries_exhausted = 0
         self.retries_over_budget = 0
+        self.given_up = 0
         self.broken_streams = 0
         self.disconnects = 0
         self.fallbacks = 0
@@ -112,6 +113,7 @@ class _RouterCollector(Collector):
             ("smg_worker_retries", "attempts after the first", metrics.retries),
             ("smg_worker_retries_exhausted", "requests that failed after their last retry", metrics.retries_exhausted),
             ("diptych_router_retries_over_budget", "retries that the budget forbade", metrics.retries_over_budget),
+            ("diptych_router_given_up", "requests under which two servers died", metrics.given_up),
             ("diptych_router_broken_streams", "streams whose server was lost", metrics.broken_streams),
             ("diptych_router_prefill_fallbacks", "requests that a decode server prefilled itself", metrics.fallbacks),
             ("diptych_router_client_disconnects", "clients that left before their answer ended", metrics.disconnects),

@@ -8,6 +8,7 @@ import msgspec
 
 from diptych.errors import DiptychError, Overloaded, Unavailable
 from diptych.router.exchange import Client, Headers
+from diptych.router.retry import GivenUp
 
 JSON = (b"content-type", b"application/json")
 RETRY_AFTER_S = 1.0  # what a client is told when the error does not say
@@ -25,6 +26,8 @@ def send_error(client: Client, error: DiptychError, headers: Headers) -> None:
     if isinstance(error, Overloaded | Unavailable):
         seconds = getattr(error, "retry_after_s", RETRY_AFTER_S)
         extra.append((b"retry-after", b"%d" % max(1, round(seconds))))
+    elif isinstance(error, GivenUp):
+        extra.append((b"x-should-retry", b"false"))  # OpenAI's libraries repeat other 5xx by themselves
     client.send(error.status, extra, error_body(error))
 
 

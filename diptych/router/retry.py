@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import random
 
+from diptych.errors import DiptychError
 from diptych.router.config import RouterConfig
 
 STATUSES = frozenset((408, 429, 500, 502, 503, 504))
-MAX_LOST = 2  # servers that may die under one request: it may be what kills them
+MAX_DEATHS = 2  # of servers under one request: then it is not sent again, as it may be what kills them
 BUDGET_SHARE = 0.1  # retries a request earns for all
 BUDGET_RESERVE = 10.0  # retries that are there without any request having earned them
 BUDGET_REFILL_PER_S = 1.0  # how fast the reserve comes back
 BUDGET_MAX = 100.0
+
+
+class GivenUp(DiptychError):
+    """The request may be what servers die of. Its status is one that proxies do not repeat by themselves."""
+
+    code = "servers_died"
 
 
 class RetryBudget:

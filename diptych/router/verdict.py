@@ -11,6 +11,7 @@ from enum import Enum
 import msgspec
 
 LEAVING = (b"draining", b"the engine of this server has stopped")
+_DIED = b'"engine_lost"'  # the code of errors.EngineLost
 OTHER = {"prefill": "decode", "decode": "prefill"}
 
 _TRANSFER_FAILED = re.compile(rb"kv_transfer|KVTransferError|transfer failed", re.IGNORECASE)
@@ -46,6 +47,11 @@ def does_prefill(answer: bytes) -> bool:
 def is_leaving(status: int, answer: bytes) -> bool:
     """Whether a server says that it takes nothing new any more, for good."""
     return status == 503 and any(word in answer for word in LEAVING)
+
+
+def has_died(status: int, answer: bytes) -> bool:
+    """Whether a server says that its engine died while it had the request."""
+    return status == 503 and _DIED in answer
 
 
 def guilt(teller: str, status: int, answer: bytes) -> Guilt:

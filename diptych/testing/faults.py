@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import os
 import random
+import signal
 from collections.abc import Callable
 
 import msgspec
@@ -38,6 +39,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     frame_delay_s: float = 0.0  # wait before each data frame: keeps a transfer under way
     retract_every: int = 0  # steps after which all that runs loses its pages; 0: never
     poison_token: int = -1  # a step that samples after a prompt which has it fails, when all its KV is stored
+    deadly_token: int = -1  # the process is killed when it is to compute a prompt which has it
 
 
 class Faults:
@@ -77,6 +79,8 @@ class Faults:
     def disturb(self, state: SchedState, now: float) -> None:
         """Before a step: spoil what is to be computed, and take memory away."""
         for seq in state.seqs.values():
+            if self.plan.deadly_token in seq.request.prompt:
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.plan.poison_token in seq.request.prompt:
                 seq.request = replace(seq.request, sampling=replace(seq.request.sampling, logit_bias={NO_TOKEN: 1.0}))
         self._retract(state, now)

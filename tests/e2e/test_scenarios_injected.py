@@ -133,6 +133,24 @@ def test_poison_ends_an_engine_of_several_ranks() -> None:
         assert any("step 1 failed on rank 0 of 2" in line for line in server.log), server.tail()
 
 
+def test_a_request_that_kills_engines_kills_two() -> None:
+    """The router gives up on it, and says so; the third server lives, and serves others."""
+    with ExitStack() as stack:
+        env = faults(deadly_token=POISON)
+        servers = [stack.enter_context(ServerProcess("serve", *MODEL, env=env)) for _ in range(3)]
+        urls = [server.wait_ready().url for server in servers]
+        flags = ("--port", "0", "--policy", "round_robin")
+        router = stack.enter_context(ServerProcess("route", "--worker-urls", *urls, *flags)).wait_ready()
+        deadly = endless(90, 40, 4)
+        deadly["input_ids"][20] = POISON
+        status, text = ask(router.url, "/generate", deadly)
+        assert (status, json.loads(text)["error"]["code"]) == (500, "servers_died")
+        until(lambda: sum(server.process.poll() == 1 for server in servers) == 2, "two servers have ended")
+        for index in range(4):
+            assert ask(router.url, "/generate", endless(index, 40, 4))[0] == 200
+        assert metrics(router.get("/metrics"))["diptych_router_given_up_total"] == 1
+
+
 def assert_poisoned(answer: tuple[int, str]) -> None:
     assert answer[0] == 500
     assert json.loads(answer[1])["error"]["message"] == "the model failed on this request"

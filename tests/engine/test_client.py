@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from diptych.engine.client import EngineLink
-from diptych.errors import BadRequest, Unavailable
+from diptych.errors import BadRequest, EngineLost, Unavailable
 from diptych.types import (
     Abort,
     Complete,
@@ -119,7 +119,7 @@ async def test_a_whole_answer_is_lost_with_its_engine() -> None:
     await asyncio.sleep(0)
     link.receive(Outputs([Output(rid=submitted(sent[0]), tokens=[1])]))
     link.died()
-    with pytest.raises(Unavailable):
+    with pytest.raises(EngineLost):
         await first
 
 
@@ -179,11 +179,12 @@ async def test_a_dead_engine_ends_streams_and_questions() -> None:
     question = asyncio.create_task(link.control("state"))
     await asyncio.sleep(0)
     link.died()
-    for task in (stream, question):
-        with pytest.raises(Unavailable):
-            await task
-    with pytest.raises(Unavailable):
-        await anext(link.generate(request("b")))
+    with pytest.raises(EngineLost):
+        await stream
+    for late in (question, anext(link.generate(request("b")))):
+        with pytest.raises(Unavailable) as told:
+            await late
+        assert not isinstance(told.value, EngineLost)  # no request was with it
 
 
 async def test_control_answers_by_id() -> None:

@@ -9,6 +9,7 @@ import pytest
 from mock_server import die_after, hang, refuse, reset, say
 from router_cluster import until
 
+from diptych.errors import EngineLost
 from diptych.router.breaker import Circuit
 
 BODY = {"text": "a"}
@@ -131,13 +132,64 @@ async def test_requests_on_a_dying_server_move(cluster):
     assert all(task.result()[0] == 200 for task in tasks)
 
 
-async def test_a_request_that_kills_servers_is_not_sent_to_all_of_them(cluster):
-    c = await cluster(1, 6, retry_max_retries=5, disable_health_check=True)
-    for server in c.decode:
-        server.scripts.append(reset())
+def lose_engine():
+    words = refuse(503, "the engine of this server has stopped; the request was lost", code=EngineLost.code)
+
+    async def run(server, request, body):
+        server.healthy = False
+        return await words(server, request, body)
+
+    return run
+
+
+@pytest.mark.parametrize("death", [reset, lose_engine])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_request_under_which_two_servers_died_is_sent_to_no_third(cluster, role, death):
+    c = await cluster(4, 4, disable_health_check=True)
+    servers = getattr(c, role)
+    for server in servers:
+        server.scripts.append(death())
+    async with c.http.post("/generate", json=BODY) as response:
+        error = json.loads(await response.read())["error"]
+        assert (response.status, response.headers["x-should-retry"]) == (500, "false")
+    assert error["code"] == "servers_died" and "2 servers died" in error["message"]
+    assert sum(len(server.bodies) for server in servers) == 2
+    assert c.router.metrics.given_up == 1
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_request_under_which_one_engine_died_is_served(cluster, role):
+    c = await cluster(3, 3)
+    getattr(c, role)[0].scripts.append(lose_engine())
+    assert (await c.post("/generate", BODY))[0] == 200
+    assert not fleet_server(c, getattr(c, role)[0]).healthy and c.router.metrics.given_up == 0
+
+
+async def test_an_engine_that_died_is_the_cause_of_what_the_other_side_tells_first(cluster):
+    c = await cluster(1, 4)
+    told = [asyncio.Event() for _ in range(2)]
+
+    def tell_first(event):
+        async def run(server, request, body):
+            asyncio.get_running_loop().call_soon(event.set)
+            return await refuse(500, "the link broke", code="kv_transfer_failed")(server, request, body)
+
+        return run
+
+    def die_later(event):
+        async def run(server, request, body):
+            await event.wait()
+            return await lose_engine()(server, request, body)
+
+        return run
+
+    for event, server in zip(told, c.decode, strict=False):
+        c.prefill[0].scripts.append(tell_first(event))
+        server.scripts.append(die_later(event))
     status, data = await c.post("/generate", BODY)
-    assert status == 502 and "decode failed" in message(data)
-    assert sum(len(server.bodies) for server in c.decode) == 3
+    assert status == 500 and b"servers_died" in data
+    assert [fleet_server(c, server).healthy for server in c.decode] == [False, False, True, True]
+    assert fleet_server(c, c.prefill[0]).healthy and fleet_server(c, c.prefill[0]).num_failed == 0
 
 
 async def test_no_server_left_is_a_503_that_says_so(cluster):

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from mock_server import hang, refuse
 
-from diptych.errors import DeadlineExceeded, DiptychError, TransferError
+from diptych.errors import DeadlineExceeded, DiptychError, EngineLost, TransferError, Unavailable
 from diptych.router.replies import error_body
-from diptych.router.verdict import Guilt, does_prefill, guilt, is_leaving
+from diptych.router.verdict import Guilt, does_prefill, guilt, has_died, is_leaving
 from diptych.transfer.room import HubOptions, KVPoll, RoomEnd
 from diptych.types import Finish
 
@@ -100,6 +100,13 @@ def test_who_is_leaving() -> None:
     assert is_leaving(503, b'{"error":{"message":"the engine of this server has stopped"}}')
     assert not is_leaving(503, b'{"error":{"message":"the queue is full"}}')
     assert not is_leaving(503, b"the engine of this server does not answer")  # it may again
+
+
+def test_who_has_died() -> None:
+    words = "the engine of this server has stopped; the request was lost, send it again"
+    assert has_died(503, error_body(EngineLost(words))) and is_leaving(503, error_body(EngineLost(words)))
+    assert not has_died(503, error_body(Unavailable(words)))  # before it had the request
+    assert not has_died(500, error_body(EngineLost(words)))
 
 
 @pytest.mark.parametrize(
