@@ -47,17 +47,17 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     present = {role.name for role in observed.roles}
     if desired.deleted:
         return list(_delete(present, desired, observed))
-    actions: list[Action] = list(restart.forgotten(desired, observed))
+    actions: list[Action] = [*restart.forgotten(desired, observed), *restart.starts(desired, observed, now)]
     failures = restart.group_failures(desired, observed, now)
     if failures != observed.failures.get(desired.group):
         actions.append(RecordFailures(desired.group, failures))
     if failures is not None and failures.pending:
         due = restart.restart_at(failures, desired.backoff)
         if now >= due:
-            return [*actions, *restart.ended_pods(observed, desired.roles), *_empty(desired, observed)]
+            return [*actions, *restart.ended_pods(observed, desired.roles, emptying=True), *_empty(desired, observed)]
         actions.append(Wait(due, f"a pod of {desired.group} failed; the whole group is restarted after a pause"))
     actions += restart.pod_restarts(desired, observed, now)
-    actions += restart.ended_pods(observed, (role for role in desired.roles if role.restart_policy == "None"))
+    actions += restart.ended_pods(observed, desired.roles)
     actions += _role_actions(desired, observed, now, {each.uid for each in actions if isinstance(each, DeletePod)})
     names = {role.name for role in desired.roles}
     actions += [DeleteRole(role.name) for role in observed.roles if role.name in names and _is_replaced(role, desired)]

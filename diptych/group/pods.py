@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from diptych.group.actions import Backoff, Failures, PodState, Target, Wait
+from diptych.group.actions import Backoff, Failures, PodState, RestartPolicy, Target, Wait
 from diptych.group.restart import restart_at
 
 
@@ -42,12 +42,13 @@ def control(
     pods: Sequence[PodState],
     now: float,
     backoff: Backoff,
-    failures: Mapping[str, Failures] | None,
+    failures: Mapping[str, Failures],
+    policy: RestartPolicy = "None",
 ) -> Iterator[PodAction]:
     """The actions that are due for one role's pods.
 
     `kept`: the revision of ordinals below the partition (`kept_revision`). `failures` by pod name, for pods that are
-    restarted in place; None: pods that ended stay as they are, because a restart policy deals with them.
+    restarted in place. With a `policy` those are only the unproven; the others that ended stay, for it to deal with.
     """
     by_index = {pod.index: pod for pod in pods}
     for index in sorted(by_index, reverse=True):
@@ -57,7 +58,7 @@ def control(
         pod = by_index.get(index)
         if pod is None:
             yield StartPod(index, target.revision if target.on_delete or index >= target.partition else kept)
-        elif pod.phase == "exited" and failures is not None:
+        elif pod.phase == "exited" and (policy == "None" or pod.unproven):
             due = restart_at(failures.get(pod.name), backoff)
             yield RestartPod(index) if now >= due else Wait(due, f"{pod.name} restarts after a pause")
     yield from _roll(target, by_index)

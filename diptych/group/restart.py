@@ -3,6 +3,10 @@
 A pod has failed when it ended for good, or when one of its containers was restarted in place. Deleting a pod, whoever
 does it, is no failure: a scale-down, a rollout or a drained node restarts nothing but that pod.
 
+What fails before it was ever ready concerns only itself: nobody has worked with it yet, and an update to something that
+cannot start must not take along what runs. Its kubelet starts it again, ever more slowly. Those restarts are kept in
+mind, because once it is ready they look like any others.
+
 Each failure is recorded before anything is done about it, with the uid of the pod, so that it counts once. Until the
 back-off is over, nothing is touched: the failed pods stay, with their logs.
 """
@@ -50,13 +54,36 @@ def restart_at(failures: Failures | None, backoff: Backoff) -> float:
 
 
 def failed_pods(role: DesiredRole, observed: Observed) -> list[PodState]:
-    """Pods of the role that have failed, those that are to end anyway left out."""
-    seen = observed.role(role.name)
+    """Pods of the role that have failed since they were ready, those that are to end anyway left out."""
     return [
         pod
-        for pod in (seen.pods if seen else ())
-        if pod.index < role.replicas and (pod.phase == "exited" or (pod.phase == "running" and pod.restarts > 0))
+        for pod in _wanted_pods(role, observed)
+        if not pod.unproven
+        and (pod.phase == "exited" or (pod.phase == "running" and pod.restarts > _at_start(pod, observed)))
     ]
+
+
+def starts(desired: Desired, observed: Observed, now: float) -> Iterator[RecordFailures]:
+    """Records of restarts before pods were first ready."""
+    for role in desired.roles:
+        for pod in _wanted_pods(role, observed) if role.restart_policy != "None" else ():
+            if pod.unproven and pod.phase == "running" and pod.restarts > _at_start(pod, observed):
+                yield RecordFailures(start_of(pod), Failures(pod.restarts, now, pod.uid))
+
+
+def start_of(pod: PodState) -> str:
+    """Key of `Observed.failures`."""
+    return f"{pod.name}/start"
+
+
+def _at_start(pod: PodState, observed: Observed) -> int:
+    record = observed.failures.get(start_of(pod))
+    return record.count if record is not None and record.uid == pod.uid else 0
+
+
+def _wanted_pods(role: DesiredRole, observed: Observed) -> list[PodState]:
+    seen = observed.role(role.name)
+    return [pod for pod in (seen.pods if seen else ()) if pod.index < role.replicas]
 
 
 def group_failures(desired: Desired, observed: Observed, now: float) -> Failures | None:
@@ -94,15 +121,16 @@ def pod_restarts(desired: Desired, observed: Observed, now: float) -> Iterator[A
                 yield DeletePod(role.name, pod.name, pod.uid, "it failed, and its role is restarted by instance")
 
 
-def ended_pods(observed: Observed, roles: Iterable[DesiredRole]) -> Iterator[DeletePod]:
+def ended_pods(observed: Observed, roles: Iterable[DesiredRole], emptying: bool = False) -> Iterator[DeletePod]:
     """Deletions of Deployments' pods that ended for good: their ReplicaSets have made others, and forget them.
 
-    Left alone they would count as old pods, or as pods of a group that is to be empty, for ever.
+    Left alone they would count as old pods, or as pods of a group that is to be empty (`emptying`), for ever. Those
+    that a restart policy minds are left to it.
     """
     for role in roles:
         seen = observed.role(role.name)
         for pod in seen.pods if seen is not None and seen.kind == "Deployment" else ():
-            if pod.phase == "exited":
+            if pod.phase == "exited" and (emptying or pod.unproven or role.restart_policy == "None"):
                 yield DeletePod(role.name, pod.name, pod.uid, "it ended, and its ReplicaSet has made another")
 
 
@@ -111,6 +139,7 @@ def forgotten(desired: Desired, observed: Observed) -> Iterator[Action]:
     known = {desired.group}
     for role in desired.roles:
         known |= {unit(desired, role, index) for index in range(max(role.replicas, 1))}
+        known |= {key for pod in _wanted_pods(role, observed) for key in (pod.name, start_of(pod))}
     for key in observed.failures:
         if key not in known:
             yield RecordFailures(key, None)

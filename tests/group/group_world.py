@@ -121,9 +121,8 @@ class World:
     def _all_things(self, role: str) -> None:
         workload = self.workloads[role]
         policy = next((each.restart_policy for each in self.desired.roles if each.name == role), "None")
-        failures = self.in_place if policy == "None" else None
         pods = tuple(workload.pods.values())
-        for step in control(workload.heard, workload.kept, pods, self.now, self.desired.backoff, failures):
+        for step in control(workload.heard, workload.kept, pods, self.now, self.desired.backoff, self.in_place, policy):
             match step:
                 case StartPod(index, revision):
                     self._start(role, index, revision)
@@ -163,7 +162,9 @@ class World:
 
     def _start(self, role: str, index: int, revision: str) -> None:
         name = names.pod_name(self.desired.group, role, index)
-        pod = PodState(name=name, index=index, uid=f"uid{next(self.uids)}", revision=revision, scheduled=False)
+        pod = PodState(
+            name=name, index=index, uid=f"uid{next(self.uids)}", revision=revision, scheduled=False, unproven=True
+        )
         self.workloads[role].pods[index] = pod
 
     def _stop(self, role: str, index: int) -> None:
@@ -185,7 +186,7 @@ class World:
             pods[pod.index] = replace(pod, scheduled=True)
         elif what == "ready" and pod.revision not in self.broken:
             since = pod.ready_since if pod.ready else self.now
-            pods[pod.index] = replace(pod, scheduled=True, ready=True, ready_since=since)
+            pods[pod.index] = replace(pod, scheduled=True, ready=True, ready_since=since, unproven=False)
         elif what == "unready":
             pods[pod.index] = replace(pod, ready=False)
         elif what == "crash" and self.naive:

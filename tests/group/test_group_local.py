@@ -223,6 +223,21 @@ async def test_the_group_restarts_as_one_when_its_policy_says_so(run_group: Any,
     assert events[:5] == ["start toy-b-0", "start toy-a-0", "stop toy-a-0", "start toy-b-0", "start toy-a-0"]
 
 
+async def test_what_ends_before_it_is_ready_restarts_alone_whatever_the_policy(run_group: Any, tmp_path: Path) -> None:
+    log, mark = tmp_path / "log", tmp_path / "mark"
+    code = f"""
+    import pathlib, sys, time
+    count = int(pathlib.Path({str(mark)!r}).read_text()) if pathlib.Path({str(mark)!r}).exists() else 0
+    pathlib.Path({str(mark)!r}).write_text(str(count + 1))
+    sys.exit(1)
+    """
+    broken = role("broken", ["python3", "-c", python(code)[-1]], restartPolicy="RecreateRBGOnPodRestart")
+    async with run_group(text(group(role("well", toy("--log", str(log))), broken))) as running:
+        await running.until(lambda now: any(pod.role == "broken" and pod.restarts >= 2 for pod in now.pods))
+        assert running.pod("toy-well-0").restarts == 0
+    assert log.read_text().splitlines().count("start toy-well-0") == 1
+
+
 async def test_a_wildcard_bind_means_the_pods_own_address(run_group: Any) -> None:
     """Two pods of one machine listen on 0.0.0.0:8000 through diptych.net, and find each other by name."""
     code = f"""

@@ -49,17 +49,18 @@ SEED = group(role("scheduler", 1, "decode", "prefill"), role("prefill", 2), role
 
 def pods(name: str, text: str) -> tuple[PodState, ...]:
     """One letter an ordinal: `+` ready, `.` starting, `?` not scheduled, `x` exited, `~` stopping, `r` restarted,
-    `-` not there."""
+    `s` restarted and `X` exited before it was ready, `-` not there."""
     return tuple(
         PodState(
             name=f"g-{name}-{index}",
             index=index,
             uid=f"{name}{index}",
             revision="r",
-            phase={"x": "exited", "~": "stopping"}.get(letter, "running"),  # type: ignore[arg-type]
+            phase={"x": "exited", "X": "exited", "~": "stopping"}.get(letter, "running"),  # type: ignore[arg-type]
             scheduled=letter != "?",
             ready=letter == "+",
-            restarts=int(letter == "r"),
+            restarts=int(letter in "rs"),
+            unproven=letter in "sX",
         )
         for index, letter in enumerate(text)
         if letter != "-"
@@ -225,6 +226,23 @@ def test_the_whole_group_is_restarted_in_order() -> None:
     assert at(WHOLE, seen(done, a="", b="++"), 103.0) == [apply("a", 1)]
 
 
+def test_what_fails_before_it_was_ever_ready_concerns_only_itself() -> None:
+    at_start = {"g-b-0/start": Failures(1, 100.0, "b0")}
+    assert at(WHOLE, seen(a="+", b="s+"), 100.0) == [RecordFailures("g-b-0/start", at_start["g-b-0/start"])]
+    assert at(WHOLE, seen(at_start, a="+", b="s+"), 101.0) == []
+    assert at(WHOLE, seen(a="+", b="X+"), 101.0) == []
+    # Once it is ready, that restart is known, and another one counts.
+    assert at(WHOLE, seen(at_start, a="+", b="r+"), 102.0) == []
+    (before,) = (role for role in seen(a="+", b="r+").roles if role.name == "b")
+    crashed = replace(before, pods=(replace(before.pods[0], restarts=2), before.pods[1]))
+    observed = replace(seen(at_start, a="+"), roles=(*seen(a="+").roles, crashed))
+    assert RecordFailures("g", Failures(1, 103.0, "b0", pending=True)) in at(WHOLE, observed, 103.0)
+    # The record is of that very pod, and goes with it.
+    other = {"g-b-0/start": Failures(1, 100.0, "another")}
+    assert RecordFailures("g", Failures(1, 104.0, "b0", pending=True)) in at(WHOLE, seen(other, a="+", b="r+"), 104.0)
+    assert RecordFailures("g-b-0/start", None) in at(WHOLE, seen(at_start, a="+", b="-+"), 104.0)
+
+
 def test_a_restart_of_the_group_that_was_asked_for_waits_and_survives_that_the_pod_recovers() -> None:
     again = {"g": Failures(3, 100.0, "b0", pending=True)}
     (wait,) = at(WHOLE, seen(again, a="+", b="++"), 101.0)
@@ -248,6 +266,8 @@ def test_a_restart_of_the_group_is_not_held_up_by_an_evicted_pod_of_a_deployment
     assert actions == [RecordFailures("g", failed), deleted, apply("a", 0)]
     empty = Observed(roles=(replace(there, target=Target(0, 0, "r"), pods=()),), failures={"g": failed})
     assert at(roles, empty) == [RecordFailures("g", replace(failed, pending=False)), apply("a", 1)]
+    unproven = Observed(roles=(replace(there, pods=(replace(evicted, unproven=True),)),))
+    assert at(roles, unproven) == [deleted]
 
 
 def test_a_restart_is_given_up_with_its_policy() -> None:

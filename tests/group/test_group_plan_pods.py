@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from diptych.group.actions import Backoff, Failures, PodState, Target, Wait
+from diptych.group.actions import Backoff, Failures, PodState, RestartPolicy, Target, Wait
 from diptych.group.pods import PodAction, RestartPod, StartPod, StopPod, control, kept_revision
 
 BACKOFF = Backoff()
 
 
 def pods(text: str) -> list[PodState]:
-    """`o` old, `n` new, both ready; `u` new and not ready; `x` old and exited; `~` ends; `-` is missing."""
+    """`o` old, `n` new, both ready; `u` new and not ready; `x` old and exited, `X` before it was ever ready; `~` ends;
+    `-` is missing."""
     return [
         PodState(
             name=f"g-a-{index}",
             index=index,
             revision="new" if letter in "nu" else "old",
-            phase={"x": "exited", "~": "stopping"}.get(letter, "running"),  # type: ignore[arg-type]
+            phase={"x": "exited", "X": "exited", "~": "stopping"}.get(letter, "running"),  # type: ignore[arg-type]
             ready=letter in "on",
+            unproven=letter == "X",
         )
         for index, letter in enumerate(text)
         if letter != "-"
@@ -26,9 +28,13 @@ def pods(text: str) -> list[PodState]:
 
 
 def due(
-    target: Target, text: str, now: float = 0.0, failures: dict[str, Failures] | None = None, in_place: bool = True
+    target: Target,
+    text: str,
+    now: float = 0.0,
+    failures: dict[str, Failures] | None = None,
+    policy: RestartPolicy = "None",
 ) -> list[PodAction]:
-    return list(control(target, "old", pods(text), now, BACKOFF, (failures or {}) if in_place else None))
+    return list(control(target, "old", pods(text), now, BACKOFF, failures or {}, policy))
 
 
 def test_missing_pods_start_at_once_each_with_its_revision() -> None:
@@ -56,7 +62,8 @@ def test_what_ended_is_restarted_in_place_after_its_pause() -> None:
     failures = {"g-a-0": Failures(3, last_at=100.0)}
     assert due(target, "x", 119.9, failures) == [Wait(120.0, "g-a-0 restarts after a pause")]
     assert due(target, "x", 120.0, failures) == [RestartPod(0)]
-    assert due(target, "x", in_place=False) == []
+    assert due(target, "x", policy="RecreateRBGOnPodRestart") == []
+    assert due(target, "X", policy="RecreateRBGOnPodRestart") == [RestartPod(0)]
 
 
 def test_a_revision_is_kept_once_all_pods_have_it_and_are_ready() -> None:

@@ -102,3 +102,25 @@ def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> No
 )
 def test_whether_a_controller_has_seen_its_spec(kind: str, status: Json, settled: bool) -> None:
     assert seen(kind, **status).settled is settled
+
+
+@pytest.mark.parametrize(
+    ("conditions", "unproven"),
+    [
+        ({}, False),  # evicted by an old kubelet, say: unknown
+        ({"Initialized": ("True", 5), "Ready": ("True", 5)}, False),
+        ({"Initialized": ("True", 5), "Ready": ("False", 5)}, True),
+        ({"Initialized": ("True", 9), "Ready": ("False", 5)}, True),  # containers that initialize take their time
+        ({"Initialized": ("True", 5), "Ready": ("False", 6)}, False),
+        ({"Ready": ("False", 1)}, True),  # as old as the pod
+        ({"Ready": ("False", 2)}, False),
+    ],
+)
+def test_a_pod_is_unproven_until_it_was_ready(conditions: dict[str, tuple[str, int]], unproven: bool) -> None:
+    each = pod("g-a-0")
+    each["metadata"]["creationTimestamp"] = "2026-01-01T00:00:01Z"
+    each["status"]["conditions"] = [
+        {"type": name, "status": status, "lastTransitionTime": f"2026-01-01T00:00:0{second}Z"}
+        for name, (status, second) in conditions.items()
+    ]
+    assert [state.unproven for state in seen("StatefulSet", each).pods] == [unproven]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from diptych.testing.kube import ApiError, Behaviour
 STATEFUL_SET = {"apiVersion": "apps/v1", "kind": "StatefulSet"}
 DEPLOYMENT = {"apiVersion": "apps/v1", "kind": "Deployment"}
 LWS = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
-INSTANCE = "RecreateRoleInstanceOnPodRestart"
+INSTANCE, WHOLE = "RecreateRoleInstanceOnPodRestart", "RecreateRBGOnPodRestart"
 
 every_kind = pytest.mark.parametrize("workload", [STATEFUL_SET, DEPLOYMENT, LWS], ids=lambda each: each["kind"])
 
@@ -314,23 +313,34 @@ def test_an_update_of_a_role_goes_on_while_an_instance_of_it_waits(driver: Drive
     assert set(images(driver).values()) == {"engine:2"} and driver.ready("g")
 
 
-def test_a_pod_that_was_never_ready_is_made_anew_ever_more_slowly(driver: Driver) -> None:
-    """Upstream waits for the first time that it is ready; here the pauses alone keep it from a storm."""
-    births: list[float] = []
-    driver.cluster.pods.rule(name="g-a-0", ready_s=None, crash_s=1.0)
-    driver.create(group("g", role("a", restartPolicy=INSTANCE)))
-    known: set[str] = set()
+@pytest.mark.parametrize("policy", [INSTANCE, WHOLE])
+def test_a_pod_that_fails_before_it_was_ever_ready_is_left_to_its_kubelet(driver: Driver, policy: str) -> None:
+    broken = driver.cluster.pods.rule(name="g-a-1", ready_s=None, crash_s=20.0)
+    driver.create(group("g", role("a", 2, restartPolicy=policy)))
+    driver.run(5)
+    before = uids(driver)
+    driver.run(90)
+    assert uids(driver) == before and restarting(driver) == "False"
+    broken()
+    driver.run(30)  # it comes up in the end: the restarts of before are no failures of today
+    assert driver.ready("g") and uids(driver) == before
+    driver.cluster.pods.crash("g-a-1")
+    driver.run(30)
+    assert driver.ready("g") and renewed(before, uids(driver)) == ({"g-a-1"} if policy == INSTANCE else set(before))
 
-    def note() -> None:
-        if new := set(uids(driver).values()) - known:
-            known.update(new)
-            births.append(driver.cluster.clock.now())
 
-    driver.checks.append(note)
-    driver.run(60)
-    pauses = [two - one for one, two in pairwise(births)]
-    assert len(pauses) == 3 and pauses[0] < 3 and 10 <= pauses[1] < 14 and 20 <= pauses[2] < 24
-    driver.cluster.pods.rule(name="g-a-0", ready_s=0.0, crash_s=None)
+def test_an_update_that_cannot_start_takes_no_other_pod_along(driver: Driver) -> None:
+    driver.create(group("g", role("a", 3, restartPolicy=WHOLE), role("b")))
+    driver.run(5)
+    before = uids(driver)
+    fixed = driver.cluster.pods.rule(name="g-a-2", ready_s=None, crash_s=10.0)
+    driver.edit("g", set_image("broken:1", "a"))
+    driver.run(120)
+    assert renewed(before, uids(driver)) == {"g-a-2"}
+    driver.edit("g", set_image("engine:1", "a"))
+    fixed()
+    driver.run(30)
+    assert renewed(before, uids(driver)) == {"g-a-2"} and driver.ready("g")
 
 
 # ---- names, variables, adapters ----------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Fleet:
                     phase=pod.phase,
                     ready=pod.ready,
                     ready_since=pod.ready_since,
+                    unproven=not pod.been_ready,
                 )
                 states.setdefault(facts.role, []).append(state)
         return states

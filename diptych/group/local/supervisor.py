@@ -27,6 +27,7 @@ from diptych.group.actions import (
     PodState,
     RecordFailures,
     RecordRollout,
+    RestartPolicy,
     Rollback,
     Rollout,
     Target,
@@ -42,10 +43,11 @@ from diptych.group.local.launch import Prepared, prepare, with_claims
 from diptych.group.local.paths import GroupFolder, write_atomically
 from diptych.group.local.process import LocalPod
 from diptych.group.local.services import LocalServices
-from diptych.group.local.state import GroupStatus, PodStatus, PodView, RoleView, Snapshot
-from diptych.group.plan import group_ready, plan, updating, waiting_for
+from diptych.group.local.state import Snapshot
+from diptych.group.local.views import group_status, pod_view, role_views
+from diptych.group.plan import plan
 from diptych.group.pods import PodAction, RestartPod, StartPod, StopPod, control, kept_revision
-from diptych.group.restart import count_failure, restart_at, unit
+from diptych.group.restart import count_failure
 
 Key = tuple[str, int]  # role, index
 NOTHING = Target(0, 0, "")
@@ -152,20 +154,12 @@ class Supervisor:
         observed = self._observe()
         return Snapshot(
             group=self._desired.group,
-            status=self._status(observed),
+            status=group_status(self._desired, observed, self._been_ready),
             supervisor_pid=os.getpid(),
             started_at=self._started_at,
             source=self._prepared.launch.source,
-            roles=tuple(
-                RoleView(
-                    name=role.name,
-                    replicas=role.replicas,
-                    ready=sum(pod.ready for pod in self._fleet if pod.setup.facts.role == role.name),
-                    waiting_for=tuple(waiting_for(role, self._desired, observed)),
-                )
-                for role in self._desired.roles
-            ),
-            pods=tuple(self._view(pod) for pod in self._fleet),
+            roles=role_views(self._desired, observed, self._fleet),
+            pods=tuple(pod_view(pod, self._desired, self._failures) for pod in self._fleet),
             services=self._services.views(),
             message=self._message,
         )
@@ -194,8 +188,8 @@ class Supervisor:
         for seen in self._observe().roles:
             kept = self._kept.get(seen.name, seen.target.revision)
             self._kept[seen.name] = kept = kept_revision(seen.target, kept, seen.pods)
-            failures = self._failures if self._restarts_in_place(seen.name) else None
-            for step in control(seen.target, kept, seen.pods, now, self._desired.backoff, failures):
+            policy = self._policy(seen.name)
+            for step in control(seen.target, kept, seen.pods, now, self._desired.backoff, self._failures, policy):
                 self._control(seen.name, step)
                 actions.append(step)
         self._route()
@@ -285,14 +279,13 @@ class Supervisor:
         self._tasks.create_task(pod)
 
     def ended(self, pod: LocalPod) -> None:
-        """See Owner."""
-        if self._restarts_in_place(pod.setup.facts.role):
+        """See Owner. What a restart policy minds is counted by `plan`."""
+        if self._policy(pod.setup.facts.role) == "None" or not pod.been_ready:
             backoff = self._desired.backoff
             self._failures[pod.name] = count_failure(self._failures.get(pod.name), pod.ended_at, backoff)
 
-    def _restarts_in_place(self, role: str) -> bool:
-        """Whether a pod of the role that ended is started again as it is: no restart policy makes it anew."""
-        return any(each.name == role and each.restart_policy == "None" for each in self._desired.roles)
+    def _policy(self, role: str) -> RestartPolicy:
+        return next((each.restart_policy for each in self._desired.roles if each.name == role), "None")
 
     def _route(self) -> None:
         """Sends each Service's connections to the pods that are ready now."""
@@ -327,38 +320,3 @@ class Supervisor:
             self._shown = snapshot
             write_atomically(self._folder.state, msgspec.json.encode(snapshot))
             self._on_change(snapshot)
-
-    def _status(self, observed: Observed) -> GroupStatus:
-        if self._desired.deleted:
-            return "stopping"
-        if group_ready(self._desired, observed) and not updating(self._desired, observed):
-            return "ready"
-        return "not ready" if self._been_ready else "starting"
-
-    def _view(self, pod: LocalPod) -> PodView:
-        facts = pod.setup.facts
-        role = next((each for each in self._desired.roles if each.name == facts.role), None)
-        failures = self._failures.get(unit(self._desired, role, facts.index)) if role else None
-        reason = pod.reason
-        if pod.phase == "exited":
-            wait_s = restart_at(failures, self._desired.backoff) - pod.ended_at
-            reason += f"; restarts after {wait_s:.0f} s" if wait_s > 0 else ""
-        return PodView(
-            name=pod.name,
-            role=facts.role,
-            index=facts.index,
-            status=_pod_status(pod),
-            ip=facts.ip,
-            since=pod.since,
-            restarts=pod.restarts,
-            failures=failures.count if failures else 0,
-            reason=reason,
-            gpus=pod.gpus,
-            pids=pod.pids,
-        )
-
-
-def _pod_status(pod: LocalPod) -> PodStatus:
-    if pod.phase == "running":
-        return "ready" if pod.ready else "not ready" if pod.been_ready else "starting"
-    return "restarting" if pod.phase == "exited" else "stopping"

@@ -97,7 +97,8 @@ def _target(kind: Kind, spec: Json, revision: str) -> Target:
 
 def _pod(pod: Json) -> PodState:
     metadata, status = pod["metadata"], pod.get("status") or {}
-    ready: Json = next((each for each in status.get("conditions") or [] if each["type"] == "Ready"), {})
+    conditions = {each["type"]: each for each in status.get("conditions") or []}
+    ready: Json = conditions.get("Ready", {})
     labels = metadata.get("labels") or {}
     return PodState(
         name=metadata["name"],
@@ -109,7 +110,16 @@ def _pod(pod: Json) -> PodState:
         ready=ready.get("status") == "True",
         ready_since=unix_time(ready.get("lastTransitionTime")),
         restarts=_restarts(status),
+        unproven=_is_unproven(conditions, metadata),
     )
+
+
+def _is_unproven(conditions: Mapping[str, Json], metadata: Json) -> bool:
+    """Whether the pod has not been ready yet: its kubelet first writes Ready, False, when the pod begins."""
+    ready, began = conditions.get("Ready"), conditions.get("Initialized", {}).get("lastTransitionTime")
+    if ready is None or ready.get("status") == "True":
+        return False
+    return unix_time(ready.get("lastTransitionTime")) <= unix_time(began or metadata.get("creationTimestamp"))
 
 
 def _index(name: str, labels: Mapping[str, str]) -> int:
@@ -150,6 +160,7 @@ def _whole(leader: PodState, members: Sequence[PodState], size: int) -> PodState
         ready=len(members) >= size and all(each.ready for each in members),
         ready_since=max(each.ready_since for each in members),
         restarts=sum(each.restarts for each in members),
+        unproven=any(each.unproven for each in members),
     )
 
 
