@@ -88,4 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def entry() -> None:
     """Console script."""
+    if os.getpid() == 1:  # a container's first process: the kernel drops a SIGTERM that has no handler yet
+        signal.signal(signal.SIGTERM, _leave)
     sys.exit(main())
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
