@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster_place import REAL, Place, our_place, real_place
 from driver import Driver
 from kube_world import World
 
@@ -24,3 +25,11 @@ def driver() -> Iterator[Driver]:
     made.checks.clear()
     made.run(700, tick_s=10.0)
     assert made.rests(), made.api.writes[-10:]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A namespace with an operator, on our API server or on a real cluster."""
+    with real_place() if REAL else our_place(tmp_path) as made:
+        made.start()
+        yield made

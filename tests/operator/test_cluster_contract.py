@@ -1,27 +1,11 @@
 """The contract with any cluster: a few stories, told on our API server or, with DIPTYCH_TEST_CLUSTER=1, on the cluster
-of the kubeconfig.
-
-There everything lives in a namespace that is made for it and deleted afterwards; the CRDs must be installed
-(`diptych crds | kubectl apply -f -`), and no other operator may watch that namespace. What differs between the two is
-a bug of ours.
+of the kubeconfig (see cluster_place). What differs between the two is a bug of ours.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from cluster_place import IMAGE, SECOND_IMAGE, Place, role
 
-import pytest
-from kube_world import World
-
-from diptych.group.operator.api import Api, Conflict
-from diptych.group.operator.main import Operator, connect
-from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import (
     ADAPTER,
     CONFIG_MAP,
@@ -31,104 +15,7 @@ from diptych.group.operator.resources import (
     SERVICE,
     STATEFUL_SET,
     Json,
-    Kind,
 )
-
-REAL = os.environ.get("DIPTYCH_TEST_CLUSTER") == "1"
-IMAGE = os.environ.get("DIPTYCH_TEST_IMAGE", "registry.k8s.io/pause:3.9")
-SECOND_IMAGE = os.environ.get("DIPTYCH_TEST_IMAGE_2", "registry.k8s.io/pause:3.10")
-DEADLINE_S = 300.0 if REAL else 30.0
-NAMESPACES = Kind("", "v1", "Namespace", "namespaces", namespaced=False)
-GROUP_LABEL = "rolebasedgroup.workloads.x-k8s.io/name"
-
-
-class Place:
-    """A namespace with an operator."""
-
-    def __init__(self, configuration: Callable[[], Any], namespace: str) -> None:
-        self.namespace = namespace
-        self.api = Api(configuration(), Metrics())
-        self._operator = Operator(configuration(), namespace, namespace, identity="contract")
-        self._thread = threading.Thread(target=self._operator.run)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._operator.stop()
-        self._thread.join(60)
-        self.api.close()
-        assert not self._thread.is_alive()
-
-    def create(self, name: str, *roles: Json, **spec: Any) -> None:
-        self.api.create(
-            GROUP, {"metadata": {"namespace": self.namespace, "name": name}, "spec": {"roles": roles, **spec}}
-        )
-
-    def edit(self, name: str, change: Callable[[Json], Any]) -> None:
-        while True:
-            obj = self.api.get(GROUP, self.namespace, name)
-            change(obj)
-            try:
-                self.api.replace(GROUP, obj)
-                return
-            except Conflict:
-                continue
-
-    def delete(self, kind: Kind, name: str) -> None:
-        self.api.delete(kind, self.namespace, name, self.api.get(kind, self.namespace, name)["metadata"]["uid"])
-
-    def objects(self, kind: Kind, name: str) -> dict[str, Json]:
-        """Those of a group that are not ending."""
-        found, _ = self.api.list(kind, self.namespace, f"{GROUP_LABEL}={name}")
-        return {each["metadata"]["name"]: each for each in found if "deletionTimestamp" not in each["metadata"]}
-
-    def images(self, name: str) -> dict[str, str]:
-        pods = self.objects(POD, name)
-        return {pod: each["spec"]["containers"][0]["image"] for pod, each in pods.items()}
-
-    def until(self, done: Callable[[], Any], what: str) -> None:
-        ends = time.monotonic() + DEADLINE_S
-        while not done():
-            assert time.monotonic() < ends, f"{what} did not come about within {DEADLINE_S:g} s"
-            time.sleep(0.5 if REAL else 0.02)
-
-    def is_ready(self, name: str) -> bool:
-        found = self.api.get(GROUP, self.namespace, name)
-        status = found.get("status") or {}
-        conditions = {each["type"]: each["status"] for each in status.get("conditions") or []}
-        return (
-            status.get("observedGeneration") == found["metadata"]["generation"]
-            and conditions.get("Ready") == "True"
-            and conditions.get("RollingUpdateInProgress") == "False"
-        )
-
-    def wait_ready(self, name: str) -> None:
-        self.until(lambda: self.is_ready(name), f"{name} is ready")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    if not REAL:
-        world = World(tmp_path)
-        made = Place(world.configuration, "default")
-        yield made
-        made.close()
-        world.close()
-        return
-    namespace = f"diptych-test-{uuid.uuid4().hex[:8]}"
-    api = Api(connect(None)[0], Metrics())
-    created = api.create(NAMESPACES, {"metadata": {"name": namespace}})
-    made = Place(lambda: connect(None)[0], namespace)
-    try:
-        yield made
-    finally:
-        made.close()
-        api.delete(NAMESPACES, "", namespace, created["metadata"]["uid"])
-        api.close()
-
-
-def role(name: str, replicas: int, **more: Any) -> Json:
-    template = {"spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": IMAGE}]}}
-    return {"name": name, "replicas": replicas, "template": template, **more}
 
 
 def test_a_group_comes_in_order_is_repaired_and_goes(place: Place) -> None:

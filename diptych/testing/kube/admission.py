@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from diptych.testing.kube import crds, defaults, rules, schema
+from diptych.testing.kube import crds, defaults, rules, schema, validations
 from diptych.testing.kube.kinds import Kind
 from diptych.testing.kube.status import ApiError, Obj, bad_request, invalid
 from diptych.testing.kube.store import copy
@@ -90,6 +90,7 @@ def admit(kind: Kind, new: Obj, live: Obj | None, gates: frozenset[str], now: st
     found = list(rules.metadata_causes(kind, obj))
     if kind.schema is not None:
         found += schema.causes(obj, kind.schema)  # of metadata it can restrict the name
+        found += validations.rule_causes(obj, kind.schema, found)
     else:
         found += rules.built_in_causes(kind, obj)
         found += rules.change_causes(kind, live, obj) if live else []

@@ -8,6 +8,7 @@ from typing import Any
 from diptych.testing.kube.kinds import Kind
 from diptych.testing.kube.rules import Cause
 from diptych.testing.kube.status import Obj
+from diptych.testing.kube.validations import uncompiled
 
 
 def kinds_of(crd: Obj) -> list[Kind]:
@@ -64,6 +65,7 @@ def crd_causes(crd: Obj) -> Iterator[Cause]:
             yield path, "Required value: schemas are required"
         else:
             yield from _structural(schema, path)
+            yield from ((path, f"Invalid value: {message}") for message in uncompiled(schema))
 
 
 _INFERRED = ("x-kubernetes-int-or-string", "x-kubernetes-preserve-unknown-fields")

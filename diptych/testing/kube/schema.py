@@ -68,7 +68,7 @@ def _type_of(value: Any) -> str:
 
 
 def causes(value: Any, schema: Obj, path: str = "") -> Iterator[Cause]:
-    """What is wrong with `value`. CEL rules (x-kubernetes-validations) are not evaluated here."""
+    """What is wrong with `value`. Its CEL rules are asked afterwards (`validations`)."""
     if value is None and schema.get("nullable"):
         return
     got, wanted = _type_of(value), schema.get("type")
