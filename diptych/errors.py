@@ -137,6 +137,12 @@ class EngineBroken(DiptychError):
     code = "engine_broken"
 
 
+class StepFailed(DiptychError):
+    """A step has no result, but every rank has done its part of it: the next one may follow."""
+
+    code = "step_failed"
+
+
 class RoomInUse(BadRequest):
     """Two requests cannot meet the other side in the same room at once."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from diptych.engine.channel import Channel
-from diptych.errors import EngineBroken
+from diptych.errors import EngineBroken, StepFailed
 from diptych.sched.plan import MAX_IN_FLIGHT
 from diptych.transfer.commands import AnyCommand, AnyEvent
 from diptych.transfer.plane import DataPlane
@@ -158,10 +158,13 @@ class Ranks:
         return Launched(plan.step, self.thread.submit(self.runner.launch, plan))
 
     async def collect(self, launched: Launched) -> StepResult:
-        """Wait for the oldest. Raises EngineBroken if it fails while others take part: where they stand is unknown
-        then, and the next exchanges would mix different steps."""
+        """Wait for the oldest. Raises EngineBroken if it fails while others take part, but for StepFailed: where they
+        stand is unknown then, and the next exchanges would mix different steps."""
         try:
             result = await asyncio.wrap_future(self.thread.submit(self._collect, launched.pending))
+        except StepFailed:
+            self._collected = launched.step
+            raise
         except Exception as error:
             if not self._channels:
                 raise

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diptych.config import ServerConfig
-from diptych.errors import EngineBroken
+from diptych.errors import EngineBroken, StepFailed
 from diptych.kv.share import layer_range
 from diptych.kv.store import PageStore
 from diptych.model.attention import AttentionBackend
@@ -31,7 +31,7 @@ from diptych.model.parallel import Parallel
 from diptych.model.pool import KVPool
 from diptych.model.sampling import sample
 from diptych.model.staging import to_device, to_host
-from diptych.types import LogprobSpec, ModelInfo, Plan, RowResult, StepResult, TokenLogprob
+from diptych.types import LogprobSpec, ModelInfo, Plan, Row, RowResult, StepResult, TokenLogprob
 
 if TYPE_CHECKING:
     from diptych.model.graphs import DecodeGraphs
@@ -73,6 +73,7 @@ class Pending:
     logprobs: tuple[list[int], Reader] | None = None  # rows that ask for them
     prompts: list[tuple[int, list[Reader]]] = field(default_factory=list)
     done: torch.cuda.Event | None = None
+    error: Exception | None = None  # why there are no results
 
 
 class Runner:
@@ -157,13 +158,15 @@ class Runner:
         return pending
 
     def collect(self, pending: Pending) -> StepResult:
-        """Wait for a launched step: its results."""
+        """Wait for a launched step: its results. Raises StepFailed for what went wrong on this rank alone."""
         if pending.done is not None:
             with watch_gpu(self.device):
                 pending.done.synchronize()
         now = time.perf_counter()
         duration_s = now - max(pending.launched_at, self._collected_at)
         self._collected_at = now
+        if pending.error is not None:
+            raise StepFailed("the model's results could not be made tokens of") from pending.error
         if not self.parallel.leads:
             return StepResult(rows=[], duration_s=duration_s)
         rows = [RowResult(-1) for _ in pending.plan.rows]
@@ -209,27 +212,46 @@ class Runner:
 
     # ---- what comes of it --------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _apart(self, pending: Pending) -> Iterator[None]:
+        """For what this rank does without the others. They go on with the step, and so must it: an error waits until
+        `collect`.
+        """
+        try:
+            with watch_gpu(self.device):
+                yield
+        except EngineBroken:
+            raise
+        except Exception as error:
+            pending.error = pending.error or error
+
     def _sample(self, pending: Pending, logits: Tensor | None, greedy: Tensor | None = None) -> None:
         """Enqueue the choice of a token for each row that samples. `greedy`: the argmax of `logits`, if it is known."""
         sampling = pending.sampling
         rows = [pending.plan.rows[b] for b in sampling]
+        tokens = None
         if logits is not None:
-            tokens = sample(rows, logits, self.info.eos_token_ids, greedy)
-        elif self.overlaps:
-            tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
-        else:
+            with self._apart(pending):
+                tokens = sample(rows, logits, self.info.eos_token_ids, greedy)
+        elif not self.overlaps:
             return  # this rank's plans never refer to tokens
+        if tokens is None:  # another rank's, or none at all
+            tokens = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
         if self.overlaps:
             self.parallel.share_tokens(tokens)
         self._remember(tokens, sampling, len(pending.plan.rows))
-        if logits is None:
-            return
+        if logits is not None and pending.error is None:
+            with self._apart(pending):
+                self._tell(pending, rows, tokens, logits)
+
+    def _tell(self, pending: Pending, rows: Sequence[Row], tokens: Tensor, logits: Tensor) -> None:
+        """Enqueue what goes to the host of the rows that sample."""
         asked = [i for i, row in enumerate(rows) if row.logprobs is not None]
         if asked:
             index = to_device(asked, np.int64, self.device)
             specs = [row.logprobs or LogprobSpec() for row in rows if row.logprobs is not None]
             reader = token_logprobs(logits.index_select(0, index), tokens.index_select(0, index), specs)
-            pending.logprobs = [sampling[i] for i in asked], reader
+            pending.logprobs = [pending.sampling[i] for i in asked], reader
         pending.tokens = to_host(tokens)
 
     def _remember(self, tokens: Tensor, sampling: Sequence[int], num_rows: int) -> None:
@@ -245,16 +267,20 @@ class Runner:
         for b in targets:
             row = pending.plan.rows[b]
             tokens = row.prompt_targets or []
-            readers = self._target_logprobs(tokens, row.logprobs or LogprobSpec(), features[at : at + len(tokens)])
+            spec = row.logprobs or LogprobSpec()
+            readers = self._target_logprobs(pending, tokens, spec, features[at : at + len(tokens)])
             pending.prompts.append((b, readers))
             at += len(tokens)
 
-    def _target_logprobs(self, tokens: list[int], spec: LogprobSpec, features: Tensor) -> list[Reader]:
+    def _target_logprobs(
+        self, pending: Pending, tokens: list[int], spec: LogprobSpec, features: Tensor
+    ) -> list[Reader]:
         block = max(4, LOGIT_BYTES // (4 * self.info.vocab_size) // 4 * 4)
         readers: list[Reader] = []
         for at in range(0, len(tokens), block):
             part = tokens[at : at + block]
             logits = self._logits(features[at : at + block])
             if logits is not None:
-                readers.append(token_logprobs(logits, to_device(part, np.int64, self.device), [spec] * len(part)))
+                with self._apart(pending):
+                    readers.append(token_logprobs(logits, to_device(part, np.int64, self.device), [spec] * len(part)))
         return readers

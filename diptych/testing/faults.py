@@ -24,7 +24,7 @@ from diptych.transfer.link import Link, Listener, Transport
 
 VARIABLE = "DIPTYCH_TEST_FAULTS"
 LIES = ("an old room", "an old epoch", "an old generation")
-NO_TOKEN = 1 << 30  # no vocabulary has it: to raise its logit raises IndexError
+NO_TOKEN = 1 << 30  # no vocabulary has it: to raise its logit raises IndexError, and so does to look it up
 
 
 class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +39,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     frame_delay_s: float = 0.0  # wait before each data frame: keeps a transfer under way
     retract_every: int = 0  # steps after which all that runs loses its pages; 0: never
     poison_token: int = -1  # a step that samples after a prompt which has it fails, when all its KV is stored
+    senseless_token: int = -1  # a forward pass over it fails, but for tensor parallelism, where no rank has all tokens
     deadly_token: int = -1  # the process is killed when it is to compute a prompt which has it
 
 
@@ -81,6 +82,8 @@ class Faults:
         for seq in state.seqs.values():
             if self.plan.deadly_token in seq.request.prompt:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.plan.senseless_token in seq.tokens:
+                seq.tokens[seq.tokens.index(self.plan.senseless_token)] = NO_TOKEN
             if self.plan.poison_token in seq.request.prompt:
                 seq.request = replace(seq.request, sampling=replace(seq.request.sampling, logit_bias={NO_TOKEN: 1.0}))
         self._retract(state, now)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from asking import ask, counters, endless, in_flight, settle, until
 from mixed_requests import assert_same, generate, mixed_requests, one_by_one
-from pd_cluster import MODEL, PDCluster, start_decode, start_prefill, start_router
+from pd_cluster import MODEL, PDCluster, assert_idle, start_decode, start_prefill, start_router
 
 from diptych.testing.processes import ServerProcess, metrics
 
@@ -120,13 +120,32 @@ def test_poison_ends_its_own_request_only(servers: PDCluster, unified: ServerPro
     settle(servers)
 
 
-def test_poison_ends_an_engine_of_several_ranks() -> None:
-    """Which rank got how far is unknown, and their sums could mix two steps: the server says so and ends, with 1."""
-    with ServerProcess("serve", *MODEL, "--tp-size", "2", env=faults(poison_token=POISON)) as server:
+@pytest.mark.parametrize("ranks", [("--tp-size", "2"), ("--pp-size", "2")])
+def test_poison_ends_its_own_request_only_with_several_ranks(ranks: tuple[str, str], unified: ServerProcess) -> None:
+    """Rank 0 fails by itself, after what it does with the others: they stay in step. In the row's own prompt logprobs
+    they have an exchange after that.
+    """
+    with ServerProcess("serve", *MODEL, *ranks, env=faults(poison_token=POISON)) as server:
         server.wait_ready()
-        poison = endless(90, 40, 4)
+        bodies = [endless(index, 40, 30) for index in range(4)]
+        poison = endless(90, 40, 4, return_logprob=True, logprob_start_len=0)
         poison["input_ids"][20] = POISON
-        status, text = ask(server.url, "/generate", poison)
+        with in_flight(server, [*bodies, poison, poison]) as replies:
+            told = [reply.result() for reply in replies]
+        for answer in told[4:]:
+            assert_poisoned(answer)
+        assert [status for status, _ in told[:4]] == [200] * 4
+        assert_same(one_by_one(unified, bodies), [json.loads(text) for _, text in told[:4]], "beside poison")
+        assert_idle(server)
+
+
+def test_a_pass_that_fails_ends_an_engine_of_several_ranks() -> None:
+    """Which rank got how far is unknown, and their sums could mix two steps: the server says so and ends, with 1."""
+    with ServerProcess("serve", *MODEL, "--pp-size", "2", env=faults(senseless_token=POISON)) as server:
+        server.wait_ready()
+        senseless = endless(90, 40, 4)
+        senseless["input_ids"][20] = POISON
+        status, text = ask(server.url, "/generate", senseless)
         assert status == 503
         assert "the engine of this server has stopped" in text
         assert server.process.wait(20) == 1

@@ -15,7 +15,7 @@ from diptych.engine.channel import Channel
 from diptych.engine.loop import Engine
 from diptych.engine.ranks import RankReady, Ranks, RunPlan, ToRank
 from diptych.engine.roles.unified import UnifiedRole
-from diptych.errors import EngineBroken
+from diptych.errors import EngineBroken, StepFailed
 from diptych.sched.audit import audit
 from diptych.sched.plan import schedule
 from diptych.sched.queue import add
@@ -276,6 +276,15 @@ async def test_a_step_that_fails_on_rank_0_of_several_breaks_the_engine() -> Non
         def collect(self, launched: None) -> StepResult:
             raise AssertionError("it was not launched")
 
+    class Unlucky:
+        """All ranks are done, but nothing came of it."""
+
+        def launch(self, plan: Plan) -> None:
+            pass
+
+        def collect(self, launched: None) -> StepResult:
+            raise StepFailed("in sampling")
+
     near, far = socket.socketpair()
     told: asyncio.Queue[Any] = asyncio.Queue()
     follower = Channel(ToRank, told.put_nowait, lambda: None)
@@ -295,6 +304,9 @@ async def test_a_step_that_fails_on_rank_0_of_several_breaks_the_engine() -> Non
     assert plan.rows[0].mask is not None
     with pytest.raises(ValueError):
         await alone.collect(alone.launch(plan))
+    leader.runner = cast(Any, Unlucky())
+    with pytest.raises(StepFailed):
+        await leader.collect(leader.launch(plan))
     for ranks in (alone, leader):
         ranks.close()
     follower.close()
