@@ -170,7 +170,8 @@ class ServerConfig:
     )
     disaggregation_transfer_backend: str = flag(
         "auto",
-        "how KV pages travel; auto: from GPU to GPU or through shared memory on one host, else TCP",
+        "how KV pages travel; auto: from GPU to GPU or through shared memory on one host, else TCP; nixl: straight "
+        "from pool to pool over RDMA, NVLink or TCP (pip install 'diptych[nixl]')",
         choices=("auto", "cuda", "shm", "tcp", "nixl", "fake"),
     )
     disaggregation_decode_enable_radix_cache: bool = flag(
@@ -198,11 +199,11 @@ class ServerConfig:
     # edges
     api_key: str = flag("", "bearer key for the inference endpoints (or env DIPTYCH_API_KEY)")
     admin_api_key: str = flag(
-        "", "bearer key for /flush_cache, /abort_request, /pause_generation ...; set: api-key no longer opens them"
+        "", "bearer key for /drain, /flush_cache, /abort_request ...; set: api-key no longer opens them"
     )
     enable_metrics: bool = flag(False, "serve Prometheus metrics on /metrics")
     metrics_prefix: str = flag("sglang:", "prefix of the metrics' names")
-    drain_timeout: float = flag(120.0, "longest wait for running requests after SIGTERM, in seconds")
+    drain_timeout: float = flag(120.0, "longest wait for running requests after SIGTERM or /drain, in seconds")
     watchdog_timeout: float = flag(300.0, "a step longer than this ends the server, in seconds")
     random_seed: int = flag(0, "seed of the dummy weights, and of seeds drawn for requests without one (0: random)")
     log_level: str = flag("info", "lowest level that is logged", choices=("debug", "info", "warning", "error"))

@@ -19,7 +19,7 @@ import uvloop
 from aiohttp import web
 
 from diptych import net
-from diptych.api.app import KEEPALIVE_S, begin_drain, build_app, spare_collector, start_site
+from diptych.api.app import KEEPALIVE_S, build_app, spare_collector, start_site
 from diptych.api.auth import normal_key
 from diptych.api.context import CONTEXT
 from diptych.config import ServerConfig
@@ -77,7 +77,7 @@ async def _serve(config: ServerConfig) -> int:
         spare_collector()
         print(f"{READY}{_url(config)}", flush=True)
         await _first(stop.wait(), died.wait())
-        begin_drain(app)
+        app[CONTEXT].begin_drain()
         if died.is_set():
             return 1
         await _drain(config, app, cut, died)
@@ -108,16 +108,16 @@ async def _start_bootstrap(config: ServerConfig, key: str, stack: AsyncExitStack
 
 
 async def _drain(config: ServerConfig, app: web.Application, cut: asyncio.Event, died: asyncio.Event) -> None:
-    """Let running requests end, within --drain-timeout."""
+    """Let running requests end, within --drain-timeout of SIGTERM or, if that came first, of /drain."""
     log.info(
         "draining: no new requests, running ones have %g s; a second signal (Ctrl-C) cuts them off",
         config.drain_timeout,
     )
-    try:
-        async with asyncio.timeout(config.drain_timeout):
-            await _first(app[CONTEXT].service.idle(), cut.wait(), died.wait())
-    except TimeoutError:
+    drained = asyncio.ensure_future(app[CONTEXT].drained())
+    await _first(drained, cut.wait(), died.wait())
+    if drained.done() and not drained.result():
         log.warning("requests were still running after --drain-timeout and are cut off")
+    drained.cancel()
 
 
 async def _first(*waits: Awaitable[object]) -> None:

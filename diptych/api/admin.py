@@ -1,4 +1,4 @@
-"""Administration: flush the cache, abort requests, pause and continue, audit."""
+"""Administration: drain, flush the cache, abort requests, pause and continue, audit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiohttp import web
 
 from diptych.api.context import CONTEXT
 from diptych.api.wire import json_response, read_body
-from diptych.errors import BadRequest
+from diptych.errors import BadRequest, DeadlineExceeded
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,18 @@ class AbortBody(msgspec.Struct):
 
 class PauseBody(msgspec.Struct):
     mode: str = "abort"
+
+
+async def drain(request: web.Request) -> web.Response:
+    """Turn unready, for good, and answer when the running requests have ended, or with 504 after --drain-timeout. For a
+    preStop hook; SIGTERM does the same before it ends the server.
+    """
+    ctx = request.app[CONTEXT]
+    log.info("draining: no new requests; %d are running", ctx.service.num_running)
+    ctx.begin_drain()
+    if not await ctx.drained():
+        raise DeadlineExceeded(f"{ctx.service.num_running} requests are still running after --drain-timeout")
+    return json_response({"status": "ok", "message": "no request is running, and none will be taken"})
 
 
 async def flush_cache(request: web.Request) -> web.Response:
@@ -91,6 +103,8 @@ async def audit(request: web.Request) -> web.Response:
 
 def add_routes(app: web.Application) -> None:
     app.router.add_get("/audit", audit, allow_head=False)
+    app.router.add_get("/drain", drain, allow_head=False)
+    app.router.add_post("/drain", drain)
     app.router.add_get("/flush_cache", flush_cache, allow_head=False)
     app.router.add_post("/flush_cache", flush_cache)
     app.router.add_post("/abort_request", abort_request)

@@ -83,14 +83,6 @@ def spare_collector() -> None:
     gc.set_threshold(GC_OBJECTS, 20, 20)
 
 
-def begin_drain(app: web.Application) -> None:
-    """From now on /health and /ready say 503 and new requests are refused; running ones go on.
-
-    The caller waits with `app[CONTEXT].service.idle()` under its own deadline.
-    """
-    app[CONTEXT].draining = True
-
-
 async def start_site(app: web.Application, sock: socket.socket) -> web.AppRunner:
     """Serve `app` on a listening socket. The caller ends it with `await runner.cleanup()`.
 

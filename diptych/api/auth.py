@@ -11,7 +11,7 @@ from diptych.config import ServerConfig
 from diptych.errors import Unauthorized
 
 OPEN = frozenset({"/health", "/health_generate", "/ready", "/metrics"})
-ADMIN = frozenset({"/flush_cache", "/abort_request", "/pause_generation", "/continue_generation"})
+ADMIN = frozenset({"/drain", "/flush_cache", "/abort_request", "/pause_generation", "/continue_generation"})
 
 
 def normal_key(config: ServerConfig) -> str:

@@ -32,7 +32,7 @@ class Context:
     keys: Keys
     places: Places
     metrics: ServerMetrics | None
-    draining: bool = False  # finishes what runs, takes nothing new
+    drain_by: float | None = None  # set: finishes what runs until then (time.monotonic), takes nothing new
     paused: bool = False
     probe: asyncio.Task[None] | None = None  # the running /health_generate, shared by its callers
     started_at: float = field(default_factory=time.time)  # for people: /v1/models
@@ -57,7 +57,22 @@ class Context:
             return "the engine of this server has stopped"
         if self.service.engine.stalled:
             return "the engine of this server does not answer"
-        return "this server is draining" if self.draining else ""
+        return "this server is draining" if self.drain_by is not None else ""
+
+    def begin_drain(self) -> None:
+        """From now on /health and /ready say 503 and new requests are refused; running ones go on."""
+        if self.drain_by is None:
+            self.drain_by = time.monotonic() + self.config.drain_timeout
+
+    async def drained(self) -> bool:
+        """Wait until the running requests have ended, False if they had not within --drain-timeout of `begin_drain`."""
+        assert self.drain_by is not None
+        try:
+            async with asyncio.timeout(self.drain_by - time.monotonic()):
+                await self.service.idle()
+        except TimeoutError:
+            return False
+        return True
 
     def check_serving(self) -> None:
         """Raise Unavailable unless new requests may be taken."""

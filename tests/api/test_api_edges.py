@@ -14,7 +14,6 @@ from api_server import HEALTHY, INFERENCE, TEXT, Serve, Server
 from mock_engine_client import outputs_for
 
 from diptych.api import limits
-from diptych.api.app import begin_drain
 from diptych.api.mistakes import MAX_UNKNOWN
 from diptych.api.wire import HUNG_UP
 from diptych.errors import BadRequest, Overloaded, Unavailable
@@ -576,7 +575,7 @@ async def test_draining(serve: Serve) -> None:
     server.engine.gate.clear()
     running = asyncio.create_task(server.post(CHAT, HI))
     await server.engine.until(lambda: len(server.engine.requests) == 1)
-    begin_drain(server.app)
+    server.ctx.begin_drain()
     for path in HEALTHY:
         status, reply = await server.get(path)
         assert status == 503 and "draining" in reply["error"]["message"]
@@ -588,6 +587,34 @@ async def test_draining(serve: Serve) -> None:
     status, reply = await running
     assert (status, reply["choices"][0]["message"]["content"]) == (200, TEXT)
     await idle
+
+
+async def test_drain_answers_when_the_running_requests_have_ended(serve: Serve) -> None:
+    server = await serve()
+    server.engine.gate.clear()
+    running = asyncio.create_task(server.post(CHAT, HI))
+    await server.engine.until(lambda: len(server.engine.requests) == 1)
+    drain = asyncio.create_task(server.get("/drain"))
+    while (await server.get("/ready"))[0] == 200:
+        pass
+    assert (await server.post(CHAT, HI))[0] == 503 and not drain.done()
+    await server.engine.open_gate()
+    assert (await running)[0] == 200
+    assert (await drain)[0] == 200 and (await server.get("/drain"))[0] == 200
+    assert (await server.get("/ready"))[0] == 503  # for good
+
+
+async def test_drain_has_a_deadline_and_the_end_that_follows_no_other_one(serve: Serve) -> None:
+    server = await serve(drain_timeout=0.05)
+    server.engine.gate.clear()
+    running = asyncio.create_task(server.post(CHAT, HI))
+    await server.engine.until(lambda: len(server.engine.requests) == 1)
+    status, reply = await server.get("/drain")
+    assert status == 504 and "1 requests are still running" in reply["error"]["message"]
+    server.ctx.begin_drain()  # SIGTERM
+    assert not await server.ctx.drained()
+    await server.engine.open_gate()
+    assert (await running)[0] == 200 and await server.ctx.drained()
 
 
 async def test_the_probe_fails_when_the_engine_does(serve: Serve) -> None:
@@ -661,7 +688,7 @@ async def test_every_route_but_health_needs_the_key(serve: Serve) -> None:
 
 async def test_the_admin_key(serve: Serve) -> None:
     server = await serve(api_key="user", admin_api_key="root")
-    for path in ("/flush_cache", "/abort_request", "/pause_generation", "/continue_generation"):
+    for path in ("/drain", "/flush_cache", "/abort_request", "/pause_generation", "/continue_generation"):
         assert await status_of(server, "POST", path, "Bearer user") == 401
         assert await status_of(server, "POST", path, "Bearer root") != 401
     assert await status_of(server, "GET", "/v1/models", "Bearer root") == 401
