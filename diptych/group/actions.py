@@ -136,7 +136,7 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True):
     `index`: the ordinal, -1 for a Deployment's. `revision` equals the role's iff it was made from that template.
     `phase`: stopping, from the moment its end was asked for; exited, when it ended by itself for good (Failed).
     `restarts`: containers restarted within this pod, sidecars left out. `ready` counts only while it runs.
-    `unproven`: it has not been ready yet.
+    `unproven`: it has not been ready yet. `unplaced`: the scheduler says that no node takes it.
     """
 
     name: str
@@ -145,6 +145,7 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True):
     revision: str = ""
     phase: Phase = "running"
     scheduled: bool = True
+    unplaced: bool = False
     ready: bool = False
     ready_since: float = 0.0
     restarts: int = 0

@@ -46,7 +46,7 @@ def _why_unready(role: DesiredRole, desired: Desired, observed: Observed) -> str
     pods = seen.pods if seen else ()
     ready = sum(pod.phase == "running" and pod.ready for pod in pods)
     text = f"{role.name} has {ready} of {role.replicas} replicas ready"
-    unplaced = [pod.name for pod in pods if pod.phase == "running" and not pod.scheduled]
+    unplaced = [pod.name for pod in pods if pod.phase == "running" and pod.unplaced]
     if unplaced:
         return f"{text}, no node has room for {_some(unplaced)}"
     unready = [pod.name for pod in pods if pod.phase != "stopping" and not pod.ready]

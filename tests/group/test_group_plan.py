@@ -48,7 +48,7 @@ SEED = group(role("scheduler", 1, "decode", "prefill"), role("prefill", 2), role
 
 
 def pods(name: str, text: str) -> tuple[PodState, ...]:
-    """One letter an ordinal: `+` ready, `.` starting, `?` not scheduled, `x` exited, `~` stopping, `r` restarted,
+    """One letter an ordinal: `+` ready, `.` starting, `?` no node takes it, `x` exited, `~` stopping, `r` restarted,
     `s` restarted and `X` exited before it was ready, `-` not there."""
     return tuple(
         PodState(
@@ -58,6 +58,7 @@ def pods(name: str, text: str) -> tuple[PodState, ...]:
             revision="r",
             phase={"x": "exited", "X": "exited", "~": "stopping"}.get(letter, "running"),  # type: ignore[arg-type]
             scheduled=letter != "?",
+            unplaced=letter == "?",
             ready=letter == "+",
             restarts=int(letter in "rs"),
             unproven=letter in "sX",

@@ -67,6 +67,16 @@ def test_pods_of_an_earlier_workload_are_ending() -> None:
     assert left.deleting and left.name == "a"
 
 
+def test_a_pod_waits_for_room_only_when_the_scheduler_says_so() -> None:
+    """A new pod has no node for a moment: nothing is wrong with it."""
+    new, left = pod("g-a-0", ready=False), pod("g-a-1", ready=False)
+    new["spec"], new["status"] = {}, {"phase": "Pending"}
+    left["spec"] = {}
+    left["status"]["conditions"] = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]
+    found = seen("StatefulSet", new, left).pods
+    assert [(each.scheduled, each.unplaced) for each in found] == [(False, False), (False, True)]
+
+
 def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> None:
     pods = [
         pod("g-a-0"),

@@ -107,6 +107,7 @@ def _pod(pod: Json) -> PodState:
         revision=labels.get(REVISION, ""),
         phase=_phase(pod),
         scheduled=bool((pod.get("spec") or {}).get("nodeName")),
+        unplaced=conditions.get("PodScheduled", {}).get("reason") == "Unschedulable",
         ready=ready.get("status") == "True",
         ready_since=unix_time(ready.get("lastTransitionTime")),
         restarts=_restarts(status),
@@ -160,6 +161,7 @@ def _whole(leader: PodState, members: Sequence[PodState], size: int) -> PodState
         ready=len(members) >= size and all(each.ready for each in members),
         ready_since=max(each.ready_since for each in members),
         restarts=sum(each.restarts for each in members),
+        unplaced=any(each.unplaced for each in members),
         unproven=any(each.unproven for each in members),
     )
 
