@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from diptych.kv.extents import Extent
+
+
+class Memory(NamedTuple):
+    """Where a pool lies, contiguous."""
+
+    address: int
+    num_bytes: int
+    gpu: int | None  # this process's number of it; None: the host's memory
 
 
 class PageStore(Protocol):
@@ -46,8 +55,16 @@ class PageStore(Protocol):
         """The inverse of read. Raises ValueError if `data` has not the size that read would give."""
 
 
+@runtime_checkable
+class PlacedStore(PageStore, Protocol):
+    """A PageStore whose pool is one piece of memory, that stays there for the life of this process."""
+
+    @property
+    def memory(self) -> Memory: ...
+
+
 class LentPool(Protocol):
-    """Another process's pool, mapped into this one so that its pages can be copied from."""
+    """Another process's pool, whose pages can be copied into ours."""
 
     def copy(self, extents: Sequence[Extent]) -> None:
         """Copy these bytes into our pool; returns when they are there. From any thread; copies take turns.
@@ -56,16 +73,18 @@ class LentPool(Protocol):
         """
 
     def close(self) -> None:
-        """Unmap it as soon as no copy runs. Calling it again does nothing."""
+        """Let go of it as soon as no copy runs. Calling it again does nothing."""
 
 
 @runtime_checkable
-class LendingStore(PageStore, Protocol):
-    """A PageStore whose memory other processes of this host can map."""
+class Lending(Protocol):
+    """A way to copy pages straight out of one process's pool into another's: both sides of it."""
 
     def lend(self) -> bytes:
-        """What `borrow` of another process's store needs; at most 256 bytes. Raises TransferError if there is no way.
-        The memory stays where it is for the life of this process."""
+        """What `borrow` needs on the other side; at most 16 KiB. Raises TransferError if there is no way."""
 
     def borrow(self, handle: bytes, num_bytes: int) -> LentPool:
-        """Map another process's pool of `num_bytes`. Raises TransferError, also for a handle that leads to less."""
+        """Another process's pool of `num_bytes`. Raises TransferError, also for a handle that leads to less."""
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Entered while the other side may be copying out of our pool, by several at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ def make_store(pool: KVPool, model_layers: int) -> PageStore:
 
 
 class GpuStore(PoolStore):
-    """A LendingStore (diptych/kv/store.py). Nothing here waits for the default stream, where steps are computed, nor
-    makes it wait; the pages that are copied are complete and nobody else's.
+    """Also a way of Lending (diptych/kv/store.py): by CUDA, to other processes of this host.
+
+    Nothing here waits for the default stream, where steps are computed, nor makes it wait; the pages that are copied
+    are complete and nobody else's.
     """
 
     def __init__(self, pool: KVPool, model_layers: int) -> None:
@@ -54,12 +57,14 @@ class GpuStore(PoolStore):
         return self._bytes[page, head_start:head_stop, self._slice(layers)]
 
     def lend(self) -> bytes:
-        """See LendingStore.lend."""
-        return gpu_ipc.export(self._device, self._bytes.data_ptr(), self._bytes.nbytes)
+        """See Lending.lend."""
+        return gpu_ipc.export(self._device, self.memory.address, self.memory.num_bytes)
 
     def borrow(self, handle: bytes, num_bytes: int) -> LentPool:
-        """See LendingStore.borrow."""
-        return gpu_ipc.MappedPool(self._device, self._bytes.data_ptr(), handle, num_bytes)
+        """See Lending.borrow."""
+        return gpu_ipc.MappedPool(self._device, self.memory.address, handle, num_bytes)
+
+    serving = staticmethod(nullcontext)  # the other side needs nothing of us
 
 
 def _finish(stream: torch.cuda.Stream) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diptych.kv.store import Memory
 from diptych.types import I64
 
 MEMORY_PAGE = 4096
@@ -77,6 +78,8 @@ class PoolStore:
         self.head_bytes = num_layers * 2 * page_size * head_dim * pool.pages.element_size()
         self.layout = f"page,head,layer,kv,slot,dim:{dtype}:{page_size}:{model_layers}:{head_dim}"
         self._bytes = pool.pages.view(num_pages, num_heads, num_layers, -1).view(torch.uint8)
+        gpu = self._bytes.get_device() if self._bytes.is_cuda else None
+        self.memory = Memory(self._bytes.data_ptr(), self._bytes.nbytes, gpu)
 
     def read(self, pages: Sequence[int], head_start: int, head_stop: int, layers: range | None = None) -> memoryview:
         """See PageStore.read."""

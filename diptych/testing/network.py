@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from diptych.errors import ProtocolError
+from diptych.kv.store import Lending, PageStore
 from diptych.transfer.link import Link, LinkClosed
 from diptych.transfer.wire import HANDSHAKE_HEADER_BYTES, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
@@ -196,6 +197,9 @@ class MemoryTransport:
                 return await self._network.connect(self._endpoint, address)
         except TimeoutError:
             raise LinkClosed(f"no answer within {timeout_s:g} s") from None
+
+    def lending(self, store: PageStore) -> Lending | None:
+        return store if self.pulls and isinstance(store, Lending) else None
 
 
 class MemoryListener:

@@ -6,12 +6,14 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from diptych.errors import TransferError
 from diptych.kv.extents import Extent
+from diptych.kv.store import Memory
 
 
 class ArrayStore:
@@ -38,6 +40,10 @@ class ArrayStore:
         layer_bytes = head_bytes // num_layers
         self.layout = f"page,head,layer,kv,slot,dim:bytes:{page_size}:{model_layers or num_layers}:{layer_bytes}"
 
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.data.ctypes.data, self.data.nbytes, None)
+
     def fill(self, seed: int) -> None:
         self.data[:] = np.random.default_rng(seed).integers(0, 256, self.data.shape, np.uint8)
 
@@ -57,7 +63,7 @@ class ArrayStore:
 
 
 class SharedStore(ArrayStore):
-    """An ArrayStore in shared memory, which other processes of this user can map: a LendingStore without a GPU.
+    """An ArrayStore in shared memory, which other processes of this user can map: a way of Lending without a GPU.
 
     Pages are copied as a GPU's are, extent by extent. `before_copy` is called with the extents before each copy, in
     the thread that copies, and may raise.
@@ -88,6 +94,8 @@ class SharedStore(ArrayStore):
             raise TransferError("no such memory, or less of it") from None
         self.num_mapped += 1
         return MappedArray(self, memory)
+
+    serving = staticmethod(nullcontext)
 
     def close(self) -> None:
         """Lend no more. Calling it again does nothing."""

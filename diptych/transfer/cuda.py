@@ -9,16 +9,21 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from diptych.errors import ConfigError
+from diptych.kv.store import Lending
 from diptych.transfer.link import Link, LinkClosed, Listener
 from diptych.transfer.stream import StreamLink
 from diptych.transfer.tcp import SocketListener
 from diptych.transfer.unix import check_same_user, connect_unix, listen_unix
 
+if TYPE_CHECKING:
+    from diptych.kv.store import PageStore
+
 
 class CudaTransport:
     scheme = "cuda"
-    pulls = True
 
     async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
         """`host` plays no part: the address is a random name."""
@@ -48,3 +53,8 @@ class CudaTransport:
             sock.close()
             raise
         return StreamLink(sock)
+
+    def lending(self, store: PageStore) -> Lending:
+        if not isinstance(store, Lending):
+            raise ConfigError("pages of this pool cannot be copied by another process: it is not on a GPU")
+        return store

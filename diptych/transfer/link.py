@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from diptych.errors import TransferError
+
+if TYPE_CHECKING:
+    from diptych.kv.store import Lending, PageStore
 
 
 class LinkClosed(TransferError):
@@ -44,10 +47,13 @@ class Listener(Protocol):
 
 class Transport(Protocol):
     scheme: str
-    pulls: bool  # the side that listens copies pages out of the caller's memory: only messages travel
 
     async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
         """Accept links; the kernel chooses the port. `on_link` owns each link. Raises ConfigError."""
 
     async def connect(self, address: str, timeout_s: float) -> Link:
         """Open a link. Raises LinkClosed if nobody is there or it takes longer than `timeout_s`."""
+
+    def lending(self, store: PageStore) -> Lending | None:
+        """None: pages travel over the links. Otherwise only messages do, and the side that listens copies pages out of
+        the caller's pool. Raises ConfigError if that cannot be done with this store."""

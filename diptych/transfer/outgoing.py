@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, NamedTuple
 
 from diptych.errors import DiptychError, TransferError
-from diptych.kv.store import LendingStore
 from diptych.transfer import wire
 from diptych.transfer.commands import AnyEvent, Cancel, Cancelled, Connect, Send, Sent, TransferFailed
 from diptych.transfer.heads import Piece, pieces_to_send
@@ -20,7 +19,7 @@ from diptych.transfer.tasks import Tasks
 
 if TYPE_CHECKING:
     from diptych.kv.share import Grid
-    from diptych.kv.store import PageStore
+    from diptych.kv.store import Lending, PageStore
 
 
 class Cut(NamedTuple):
@@ -60,6 +59,7 @@ class Outgoing:
         self,
         store: PageStore,
         transports: Sequence[Transport],
+        lendings: Mapping[str, Lending],
         *,
         rank: int,
         grid: Grid,
@@ -82,6 +82,7 @@ class Outgoing:
         self._tasks = Tasks()
         self._pool = LinkPool(
             transports,
+            lendings,
             secret,
             rng,
             self._link_broke,
@@ -149,13 +150,11 @@ class Outgoing:
             if room := self._rooms.get(number):
                 self._fail(number, room, why, TransferError.code)
 
-    def _lend(self) -> wire.Lend:
+    def _lend(self, lending: Lending) -> wire.Lend:
         """Raises LinkClosed if the pool's memory cannot be lent."""
         store = self._store
-        if not isinstance(store, LendingStore):
-            raise LinkClosed("this pool's memory is not to be lent")
         try:
-            handle = store.lend()
+            handle = lending.lend()
         except TransferError as error:
             raise LinkClosed(error.message) from None
         return wire.Lend(handle, store.num_pages, store.num_heads, store.num_layers)
@@ -191,12 +190,13 @@ class Outgoing:
         """One frame is gathered while the one before it is on its way."""
         link = await self._pool.use(tuple(command.peers[piece.rank]), command.room)
         head_bytes = self._store.head_bytes // self._store.num_layers * len(piece.layers)
-        frame_bytes = wire.LENT_FRAME_BYTES if link.lent else wire.FRAME_BYTES
+        lent = link.lending is not None
+        frame_bytes = wire.LENT_FRAME_BYTES if lent else wire.FRAME_BYTES
         delivery: asyncio.Task[None] | None = None
         for cut in cuts(len(command.src_pages), piece.heads, head_bytes, frame_bytes):
             await link.turn.acquire()
             try:
-                frame, payload = await self._frame(room, command, piece, cut, link.lent)
+                frame, payload = await self._frame(room, command, piece, cut, lent)
                 await self._delivered(link, delivery)
             except BaseException:
                 link.turn.release()

@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from diptych.errors import ConfigError, DiptychError, ProtocolError, TransferError
-from diptych.kv.store import LendingStore
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import AnyCommand, AnyEvent, Cancel, Cancelled, Connect, Expect, Send
 from diptych.transfer.incoming import Counters, Incoming, Lender, offload, shape_of
@@ -26,7 +25,7 @@ from diptych.transfer.tasks import Tasks
 
 if TYPE_CHECKING:
     from diptych.kv.share import Grid
-    from diptych.kv.store import LentPool, PageStore
+    from diptych.kv.store import Lending, LentPool, PageStore
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,7 @@ class DataPlane:
     """Moves pages between `store`, which is what `rank` of `grid` holds, and other servers.
 
     `executor` runs gathering, checksums and scattering; without one they run on the event loop, 2 MiB at a time.
-    `transports` are in order of preference; those that pull need a LendingStore on both sides. Raises ConfigError if
-    the store cannot be sent.
+    `transports` are in order of preference. Raises ConfigError if the store cannot be sent.
     """
 
     def __init__(
@@ -66,6 +64,8 @@ class DataPlane:
         self.counters = Counters()
         self._store, self._executor = store, executor
         self._transports = transports
+        lendings = {transport.scheme: transport.lending(store) for transport in transports}
+        self._lendings = {scheme: lending for scheme, lending in lendings.items() if lending is not None}
         self._secret = secret
         self._rng = rng or random.SystemRandom()
         self._timeout_s = send_timeout_s
@@ -77,6 +77,7 @@ class DataPlane:
         self._outgoing = Outgoing(
             store,
             transports,
+            self._lendings,
             rank=rank,
             grid=grid,
             secret=secret,
@@ -91,7 +92,8 @@ class DataPlane:
     async def start(self, host: str) -> list[str]:
         """Listen (decode). Returns the addresses at which this rank receives, in order of preference."""
         for transport in self._transports:
-            self._listeners.append(await transport.listen(host, partial(self._on_link, transport.pulls)))
+            lending = self._lendings.get(transport.scheme)
+            self._listeners.append(await transport.listen(host, partial(self._on_link, lending)))
         return [listener.address for listener in self._listeners]
 
     def execute(self, command: AnyCommand) -> None:
@@ -125,18 +127,18 @@ class DataPlane:
             link.close()
         self._links.clear()
 
-    def _on_link(self, pulls: bool, link: Link) -> None:
+    def _on_link(self, lending: Lending | None, link: Link) -> None:
         if len(self._links) >= MAX_LINKS:
             link.close()
             return
         self._links[link] = None
-        self._tasks.spawn(self._take_frames(link, pulls), "data-link-in")
+        self._tasks.spawn(self._take_frames(link, lending), "data-link-in")
 
-    async def _take_frames(self, link: Link, pulls: bool) -> None:
+    async def _take_frames(self, link: Link, lending: Lending | None) -> None:
         lender: Lender | None = None
         try:
             await auth.answer(link, DATA_PURPOSE, self._secret, self._rng, self._timeout_s)
-            lender = await self._borrow(link) if pulls else None
+            lender = None if lending is None else await self._borrow(link, lending)
             while True:
                 header, payload = await link.recv()
                 if lender is not None and isinstance(link, StreamLink) and link.hung_up():
@@ -157,8 +159,8 @@ class DataPlane:
             if lender is not None:
                 self._unmap(lender.pool)
 
-    async def _borrow(self, link: Link) -> Lender:
-        """Map the pool of the rank that has called. Raises ProtocolError, or LinkClosed if it cannot be mapped."""
+    async def _borrow(self, link: Link, lending: Lending) -> Lender:
+        """The pool of the rank that has called. Raises ProtocolError, or LinkClosed if it cannot be reached."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 lend = wire.decode_loan((await link.recv())[0])
@@ -170,7 +172,7 @@ class DataPlane:
             num_pages=lend.num_pages, num_heads=lend.num_heads, num_layers=lend.num_layers
         )
         try:
-            pool = await self._map(lend.handle, shape.num_bytes)
+            pool = await self._map(lending, lend.handle, shape.num_bytes)
         except TransferError as error:
             log.warning("pages will not come straight from the prefill server's memory: %s", error.message)
             await link.send(wire.encode(wire.Lent(mapped=False)))
@@ -182,11 +184,9 @@ class DataPlane:
             raise
         return Lender(pool, shape)
 
-    async def _map(self, handle: bytes, num_bytes: int) -> LentPool:
+    async def _map(self, lending: Lending, handle: bytes, num_bytes: int) -> LentPool:
         """Raises TransferError."""
-        if not isinstance(self._store, LendingStore):
-            raise TransferError("this pool cannot be copied into")
-        mapping = asyncio.ensure_future(offload(self._executor, self._store.borrow, handle, num_bytes))
+        mapping = asyncio.ensure_future(offload(self._executor, lending.borrow, handle, num_bytes))
         try:
             return await asyncio.shield(mapping)
         except asyncio.CancelledError:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from diptych.errors import ProtocolError
 from diptych.transfer import auth, wire
 from diptych.transfer.auth import AuthError
 from diptych.transfer.link import Link, LinkClosed, Transport
 from diptych.transfer.tasks import Tasks
+
+if TYPE_CHECKING:
+    from diptych.kv.store import Lending
 
 DATA_PURPOSE = "kv data"
 _FRAMES_IN_HAND = 2  # of one link: one on its way while the next is gathered; bounds memory when the other side is slow
@@ -21,12 +25,12 @@ Addresses = tuple[str, ...]  # of one rank, in order of preference
 class DataLink:
     """One open link and the rooms that have frames on it. `turn` is taken before a frame is gathered.
 
-    `lent`: the other side copies out of our pool, and says of each frame when it has.
+    `lending`: the other side copies out of our pool in this way, and says of each frame when it has.
     """
 
-    def __init__(self, link: Link, lent: bool, opening: asyncio.Future[DataLink]) -> None:
+    def __init__(self, link: Link, lending: Lending | None, opening: asyncio.Future[DataLink]) -> None:
         self.link = link
-        self.lent = lent
+        self.lending = lending
         self.opening = opening  # what the pool knows it by
         self.turn = asyncio.Semaphore(_FRAMES_IN_HAND)
         self.rooms: set[int] = set()
@@ -42,10 +46,12 @@ class DataLink:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                if self.lent:
-                    taken = self._untaken[frame] = asyncio.get_running_loop().create_future()
-                await self.link.send(header, payload)
-                if self.lent:
+                if self.lending is None:
+                    await self.link.send(header, payload)
+                    return
+                taken = self._untaken[frame] = asyncio.get_running_loop().create_future()
+                with self.lending.serving():
+                    await self.link.send(header, payload)
                     await taken
         except TimeoutError:
             self.broken = f"the decode server took no KV pages for {timeout_s:g} s"
@@ -61,7 +67,7 @@ class DataLink:
         try:
             while True:
                 header, _ = await self.link.recv()
-                message = wire.decode_loan(header) if self.lent else None
+                message = wire.decode_loan(header) if self.lending is not None else None
                 if not isinstance(message, wire.Taken):
                     raise ProtocolError("a message on a link that only takes frames")
                 taken = self._untaken.get(message)
@@ -76,16 +82,17 @@ class DataLink:
 
 
 class LinkPool:
-    """`on_broken(rooms, why)` is called when a link breaks while rooms use it. `lend`: our pool, for transports that
-    pull."""
+    """`on_broken(rooms, why)` is called when a link breaks while rooms use it. `lend`: our pool, in one of the
+    `lendings`, which are by transport."""
 
     def __init__(
         self,
         transports: Sequence[Transport],
+        lendings: Mapping[str, Lending],
         secret: str,
         rng: random.Random,
         on_broken: Callable[[list[int], str], None],
-        lend: Callable[[], wire.Lend],
+        lend: Callable[[Lending], wire.Lend],
         *,
         connect_timeout_s: float,
         idle_timeout_s: float,
@@ -94,7 +101,7 @@ class LinkPool:
         self._secret = secret
         self._rng = rng
         self._on_broken = on_broken
-        self._lend = lend
+        self._lendings, self._lend = lendings, lend
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._links: dict[Addresses, asyncio.Future[DataLink]] = {}
@@ -134,8 +141,8 @@ class LinkPool:
         """Open the link, hand it to whoever waits, notice when it breaks."""
         found: DataLink | None = None
         try:
-            link, lent = await self._dial(addresses)
-            found = DataLink(link, lent, opening)
+            link, lending = await self._dial(addresses)
+            found = DataLink(link, lending, opening)
             opening.set_result(found)
             self._rest(found)
             await found.listen()
@@ -157,7 +164,7 @@ class LinkPool:
 
     def _rest(self, link: DataLink) -> None:
         """Retire the link later, unless a room uses it again. A mapped pool stays: it costs nothing but its making."""
-        if not link.rooms and link.idle is None and not link.lent:
+        if not link.rooms and link.idle is None and link.lending is None:
             link.idle = asyncio.get_running_loop().call_later(self._idle_timeout_s, self._retire, link)
 
     def _retire(self, link: DataLink) -> None:
@@ -165,8 +172,8 @@ class LinkPool:
         self._links = {to: opening for to, opening in self._links.items() if opening is not link.opening}
         link.link.close()
 
-    async def _dial(self, addresses: Addresses) -> tuple[Link, bool]:
-        """The first address that answers, and whether our pool is lent over it. Raises what the last one raised."""
+    async def _dial(self, addresses: Addresses) -> tuple[Link, Lending | None]:
+        """The first address that answers, and how our pool is lent over it. Raises what the last one raised."""
         error: LinkClosed | AuthError | ProtocolError = LinkClosed("no transport in common")
         for address in addresses:
             transport = self._transports.get(address.partition("://")[0])
@@ -175,18 +182,19 @@ class LinkPool:
             try:
                 link = await transport.connect(address, self._connect_timeout_s)
                 await auth.call(link, DATA_PURPOSE, self._secret, self._rng, self._connect_timeout_s)
-                if transport.pulls:
-                    await self._lend_over(link)
-                return link, transport.pulls
+                lending = self._lendings.get(transport.scheme)
+                if lending is not None:
+                    await self._lend_over(link, lending)
+                return link, lending
             except (LinkClosed, AuthError, ProtocolError) as failure:
                 error = failure
         raise error
 
-    async def _lend_over(self, link: Link) -> None:
+    async def _lend_over(self, link: Link, lending: Lending) -> None:
         """Have the other side map our pool. Closes the link and raises LinkClosed or ProtocolError if it cannot."""
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await link.send(wire.encode(self._lend()))
+                await link.send(wire.encode(self._lend(lending)))
                 answer = wire.decode_loan((await link.recv())[0])
             if answer != wire.Lent(mapped=True):
                 raise LinkClosed("the decode server cannot map this server's memory")

@@ -17,6 +17,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from diptych.errors import ProtocolError
 from diptych.transfer.link import Link, LinkClosed, Listener
@@ -25,6 +26,9 @@ from diptych.transfer.stream import StreamLink, wake
 from diptych.transfer.tcp import SocketListener
 from diptych.transfer.unix import check_same_user, connect_unix, listen_unix
 from diptych.transfer.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
+
+if TYPE_CHECKING:
+    from diptych.kv.store import Lending, PageStore
 
 RING_BYTES = 32 << 20  # an address range: memory is used only where payloads have been
 _GREETING = b"diptych shm 1\n\0\0"
@@ -35,7 +39,6 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # shrinkin
 
 class ShmTransport:
     scheme = "shm"
-    pulls = False
 
     async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
         """`host` plays no part: the address is a random name."""
@@ -55,6 +58,9 @@ class ShmTransport:
             if isinstance(error, OSError):  # another network namespace, or gone
                 raise LinkClosed(f"cannot connect ({error.strerror})") from None
             raise
+
+    def lending(self, store: PageStore) -> Lending | None:
+        return None
 
 
 class _ShmListener(SocketListener):

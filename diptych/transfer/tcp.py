@@ -6,26 +6,31 @@ import asyncio
 import re
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from diptych.errors import DiptychError
 from diptych.net import bind_address, listen_socket, resolve
 from diptych.transfer.link import Link, LinkClosed, Listener
 from diptych.transfer.stream import StreamLink
 
+if TYPE_CHECKING:
+    from diptych.kv.store import Lending, PageStore
+
 _ACCEPT_PAUSE_S = 0.1  # when the process has no file descriptors left
 
 
 class TcpTransport:
     scheme = "tcp"
-    pulls = False
 
     async def listen(self, host: str, on_link: Callable[[Link], None]) -> Listener:
         sock = listen_socket(host, 0)
         port = sock.getsockname()[1]
-        return SocketListener(sock, f"tcp://{join_host_port(advertised_host(host), port)}", lambda s: on_link(_link(s)))
+        return SocketListener(
+            sock, f"{self.scheme}://{join_host_port(advertised_host(host), port)}", lambda s: on_link(_link(s))
+        )
 
     async def connect(self, address: str, timeout_s: float) -> Link:
-        host, port = split_host_port(address.removeprefix("tcp://"))
+        host, port = split_host_port(address.removeprefix(f"{self.scheme}://"))
         sock: socket.socket | None = None
         try:
             async with asyncio.timeout(timeout_s):
@@ -47,6 +52,9 @@ class TcpTransport:
                 raise LinkClosed(error.message) from None
             raise
         return _link(sock)
+
+    def lending(self, store: PageStore) -> Lending | None:
+        return None
 
 
 class SocketListener:

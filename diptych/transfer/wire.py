@@ -160,7 +160,7 @@ ControlMessage = Attach | Welcome | Open | Reserve | Final | Done | Abort | Ping
 class Lend(Message, frozen=True):
     """prefill -> decode, first on a link over which decode copies pages itself: my pool, and how to map it."""
 
-    handle: Annotated[bytes, Meta(max_length=256)]
+    handle: Annotated[bytes, Meta(max_length=16384)]
     num_pages: Count
     num_heads: Count  # of this rank, as num_layers
     num_layers: Count

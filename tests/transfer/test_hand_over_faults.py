@@ -745,7 +745,7 @@ def test_a_link_that_is_wanted_at_the_moment_of_its_retirement():
         address = (await network.transport("decode").listen("decode", on_link)).address
         times = {"connect_timeout_s": 5.0, "idle_timeout_s": 60.0}
         pool = LinkPool(
-            [network.transport("prefill")], "", network.rng, lambda rooms, why: broken.append(rooms), None, **times
+            [network.transport("prefill")], {}, "", network.rng, lambda rooms, why: broken.append(rooms), None, **times
         )
         first = await pool.use((address,), 1)
         wanted = asyncio.Event()

@@ -28,6 +28,7 @@ from transfer_pair import Pair
 
 from diptych.errors import ConfigError, CorruptTransfer, ProtocolError, TransferError
 from diptych.testing.network import MemoryNetwork
+from diptych.testing.store import SharedStore
 from diptych.testing.virtual import run_virtual
 from diptych.transfer import wire
 from diptych.transfer.cuda import CudaTransport
@@ -285,7 +286,8 @@ def test_a_link_that_breaks_while_a_frame_leaves_is_told_once():
     async def main():
         unheard = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
-        link = DataLink(Breaking(), True, asyncio.get_running_loop().create_future())
+        store = SharedStore(1, 1, 64)
+        link = DataLink(Breaking(), store, asyncio.get_running_loop().create_future())
         listening = asyncio.create_task(link.listen())
         delivering = asyncio.create_task(link.deliver(b"", memoryview(b""), wire.Taken(1, 1, 0), 5))
         await asyncio.sleep(0)  # both wait, and the listener hears it first
@@ -296,5 +298,6 @@ def test_a_link_that_breaks_while_a_frame_leaves_is_told_once():
         del listening, delivering
         gc.collect()
         assert unheard == []
+        store.close()
 
     asyncio.run(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,9 +16,6 @@ from diptych.transfer.wire import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 ONE_MIB = bytes(range(256)) * 4096
 KINDS = ["memory", "tcp", "shm", "cuda"]
 SOCKET_KINDS = ["tcp", "shm", "cuda"]
-if importlib.util.find_spec("nixl") is not None:
-    KINDS.append("nixl")
-    SOCKET_KINDS.append("nixl")
 
 
 def transports(kind):
@@ -27,10 +23,6 @@ def transports(kind):
     if kind == "memory":
         network = MemoryNetwork(seed=1)
         return network.transport("server"), network.transport("client")
-    if kind == "nixl":
-        from diptych.transfer.nixl import NixlTransport
-
-        return NixlTransport(), NixlTransport()
     made = {"tcp": TcpTransport, "shm": ShmTransport, "cuda": CudaTransport}[kind]
     return made(), made()
 

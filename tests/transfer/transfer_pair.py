@@ -32,7 +32,7 @@ class Server:
         self.whole = np.random.default_rng(seed).integers(0, 256, (num_pages, grid.num_heads, head_bytes), np.uint8)
         for rank in range(grid.num_ranks):
             layers = grid.layers(rank)
-            pulls = any(transport.pulls for transport in transports(rank))
+            pulls = any(t.scheme == "cuda" or getattr(t, "pulls", False) for t in transports(rank))
             store = (SharedStore if pulls else ArrayStore)(
                 num_pages,
                 len(grid.heads(rank)),
