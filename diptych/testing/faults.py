@@ -101,7 +101,7 @@ class FaultyTransport:
     """`inner`, with faults on the links that this side opens."""
 
     def __init__(self, inner: Transport, faults: Faults) -> None:
-        self.scheme, self.pulls = inner.scheme, inner.pulls
+        self.scheme, self.lending = inner.scheme, inner.lending
         self._inner = inner
         self._faults = faults
 
