@@ -63,6 +63,10 @@ class RouterConfig:
     max_concurrent_requests: int = flag(-1, "requests served at a time; -1: no limit")
     queue_size: int = flag(100, "requests that may wait beyond --max-concurrent-requests; beyond that 429")
     queue_timeout_secs: float = flag(60.0, "longest wait in that queue; then 408")
+    hold_timeout_secs: float = flag(
+        10.0, "longest time a request is held while no server can take it, in seconds; then 503. 0: 503 at once"
+    )
+    hold_size: int = flag(1000, "requests that may be held at a time; beyond that 503 at once")
     max_payload_size: int = flag(32 << 20, "largest body of a request, and of an answer that is not streamed, in bytes")
     disable_prefill_fallback: bool = flag(
         False, "answer 503 while no prefill server is healthy, rather than let decode servers do the prefill"
@@ -144,6 +148,8 @@ _AT_LEAST: dict[str, float] = {
     "max_concurrent_requests": -1,
     "queue_size": 0,
     "queue_timeout_secs": 0,
+    "hold_timeout_secs": 0,
+    "hold_size": 0,
     "max_payload_size": 1,
     "retry_max_retries": 0,
     "retry_initial_backoff_ms": 0,

@@ -12,9 +12,9 @@ from diptych.router.attempt import Attempt, Failure
 from diptych.router.body import Ask, add_rooms, read_body, without_rooms
 from diptych.router.config import RouterConfig
 from diptych.router.exchange import Body, Client, ClientRequest, Headers, Upstream
-from diptych.router.fleet import Fleet, Leg, Server
+from diptych.router.fleet import Fleet, Leg, NoServer, Server
 from diptych.router.headers import to_client, to_server
-from diptych.router.limits import Gate
+from diptych.router.limits import Gate, Hold
 from diptych.router.metrics import RouterMetrics
 from diptych.router.replies import error_event
 from diptych.router.retry import MAX_DEATHS, GivenUp, RetryBudget, backoff_s
@@ -36,6 +36,7 @@ class Core:
         self._loop = asyncio.get_running_loop()
         self._budget = RetryBudget(self._loop.time())
         self.gate = Gate(config)
+        self.hold = Hold(config)
 
     async def serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
         """Answer `client`. `extra`: headers for servers and client. Raises DiptychError, mostly before any answer."""
@@ -62,7 +63,7 @@ class Core:
         avoid: set[Server] = set()
         deaths: set[tuple[Server, int]] = set()  # servers that died while they had it, each in one of its lives
         for retry in itertools.count():
-            attempt, body = self._prepare(request, ask, avoid, extra)
+            attempt, body = await self._prepare(request, ask, avoid, extra)
             failure = await attempt.run(request.method, request.path, headers, body, client)
             if failure is None:
                 self._metrics.broken_streams += attempt.broken is not None
@@ -83,8 +84,19 @@ class Core:
             if retry > 0 or not failure.lost:  # the first time a lost server is left without delay
                 await asyncio.sleep(backoff_s(self._config, retry, self._rng))
 
-    def _prepare(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, Body]:
-        """Choose who serves, and where they meet."""
+    async def _prepare(
+        self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers
+    ) -> tuple[Attempt, Body]:
+        """Choose who serves, and where they meet; hold the request while there is nobody."""
+        deadline = self._loop.time() + self.hold.timeout_s
+        while True:
+            news = self._fleet.news
+            try:
+                return self._choose(request, ask, avoid, extra)
+            except NoServer as error:
+                await self.hold.wait(news, deadline, error)
+
+    def _choose(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, Body]:
         now, size = self._loop.time(), len(request.body)
         if not self._config.disaggregated:
             prefill, decode = None, Leg(self._fleet.choose("worker", ask.key, avoid), size, now)

@@ -17,6 +17,10 @@ from diptych.router.pick import PickState, pick
 log = logging.getLogger(__name__)
 
 
+class NoServer(Unavailable):
+    """None of the servers that could take the request is healthy."""
+
+
 class Server:
     """One server. `healthy` is what checks and connections say; the breaker is what requests say."""
 
@@ -100,6 +104,7 @@ class Fleet:
         }
         self.servers = [server for servers in self.roles.values() for server in servers]
         self.complete = asyncio.Event()  # there has been a healthy server of each role
+        self.news = asyncio.Event()  # set when a server becomes healthy, and replaced by a new one
         self._states = {role: PickState(config, role) for role in self.roles}
         self._checked = not config.disable_health_check
         self._rng = rng
@@ -123,7 +128,7 @@ class Fleet:
         return lacks and any(server.healthy and server.local_prefill for server in self.roles.get("decode", ()))
 
     def choose(self, role: str, key: bytes, avoid: Collection[Server], *, alone: bool = False) -> Server:
-        """The server of `role` for a request; `alone`: one that can do both phases. Raises Unavailable when none is
+        """The server of `role` for a request; `alone`: one that can do both phases. Raises NoServer when none is
         healthy.
 
         Servers to `avoid`, and those whose circuit is open, are taken only when there is no other: breakers tell who is
@@ -132,7 +137,7 @@ class Fleet:
         now = self._now()
         healthy = [server for server in self.roles[role] if server.healthy and (server.local_prefill or not alone)]
         if not healthy:
-            raise Unavailable(f"no {role} server is healthy; try again in a moment")
+            raise NoServer(f"no {role} server is healthy; try again in a moment")
         closed = [server for server in healthy if server.breaker.allows(now)] or healthy
         wanted = [server for server in closed if server not in avoid] or closed
         return pick(self._states[role], wanted, key, self._rng)
@@ -151,7 +156,10 @@ class Fleet:
         )
         if self.ready:
             self.complete.set()
-        if not healthy:
+        if healthy:
+            self.news.set()
+            self.news = asyncio.Event()
+        else:
             self._states[server.role].tree.remove(server.address)  # it comes back with an empty cache
 
     def leave(self, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""How many requests are served at a time, and who waits."""
+"""How many requests are served at a time, and who waits: for a place among them, or for a server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 
 from diptych.errors import DeadlineExceeded, Overloaded
 from diptych.router.config import RouterConfig
+from diptych.router.fleet import NoServer
 
 
 class QueueTimeout(DeadlineExceeded):
@@ -59,3 +60,30 @@ class Gate:
                 place.set_result(None)
                 return
         self.num_inside -= 1
+
+
+class Hold:
+    """Requests that no server can take, until one is back: an update of the only server of a role loses none of them.
+
+    At most `hold_size` at a time, each for `hold_timeout_secs` at a stretch.
+    """
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._size = config.hold_size
+        self.timeout_s = config.hold_timeout_secs
+        self.num_held = 0
+
+    async def wait(self, news: asyncio.Event, deadline: float, error: NoServer) -> None:
+        """Return when there is news of the servers. Raises `error` when the loop's time is `deadline`, or at once if
+        too many are held.
+        """
+        if self.num_held >= self._size or asyncio.get_running_loop().time() >= deadline:
+            raise error
+        self.num_held += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                await news.wait()
+        except TimeoutError:
+            raise error from None
+        finally:
+            self.num_held -= 1

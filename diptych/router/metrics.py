@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from diptych.router.fleet import Fleet
-from diptych.router.limits import Gate
+from diptych.router.limits import Gate, Hold
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -80,16 +80,18 @@ class RouterMetrics:
 
 
 class _RouterCollector(Collector):
-    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate) -> None:
+    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate, hold: Hold) -> None:
         self._metrics = metrics
         self._fleet = fleet
         self._gate = gate
+        self._hold = hold
 
     def collect(self) -> Iterable[Metric]:
         yield from self._requests()
         yield from self._workers()
         yield GaugeMetricFamily("smg_router_requests_active", "requests being served", self._gate.num_inside)
         yield GaugeMetricFamily("smg_router_requests_queued", "requests waiting for a place", self._gate.num_waiting)
+        yield GaugeMetricFamily("diptych_router_requests_held", "requests waiting for a server", self._hold.num_held)
         yield GaugeMetricFamily("diptych_router_ready", "1 with a healthy server of each role", int(self._fleet.ready))
 
     def _requests(self) -> Iterable[Metric]:
@@ -151,9 +153,9 @@ class _RouterCollector(Collector):
 class Exposition:
     """The text that Prometheus reads."""
 
-    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate) -> None:
+    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate, hold: Hold) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_RouterCollector(metrics, fleet, gate))
+        self._registry.register(_RouterCollector(metrics, fleet, gate, hold))
         ProcessCollector(registry=self._registry)
 
     def text(self) -> bytes:

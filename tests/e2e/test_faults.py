@@ -43,7 +43,7 @@ def fragile() -> Iterator[PDCluster]:
         decode = [start_decode(stack, *common)]
         for server in (*prefill, *decode):
             server.wait_ready()
-        checks = ("--health-check-interval-secs", "1", "--health-check-timeout-secs", "2")
+        checks = ("--health-check-interval-secs", "1", "--health-check-timeout-secs", "2", "--hold-timeout-secs", "0")
         yield PDCluster(prefill, decode, start_router(stack, prefill, decode, *checks))
 
 

@@ -54,6 +54,11 @@ class Cluster:
             return response.status, await response.read()
 
 
+def held(cluster: Cluster) -> int:
+    """Requests that wait for a server to be back."""
+    return cluster.router.app._core.hold.num_held
+
+
 async def until(condition: Any, timeout_s: float = 5.0) -> None:
     """Wait until `condition()` holds; fails after `timeout_s`. Sockets, the kernel between them, set no event."""
     async with asyncio.timeout(timeout_s):

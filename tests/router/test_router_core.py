@@ -17,7 +17,9 @@ from diptych.router.health import HealthChecker
 from diptych.router.metrics import RouterMetrics
 
 P0, P1, D0 = ServerAddress("p0", 1, 9), ServerAddress("p1", 1, 9), ServerAddress("d0", 1)
-CONFIG = RouterConfig(prefill=(P0, P1), decode=(D0,), policy="round_robin", health_check_interval_secs=0.01)
+CONFIG = RouterConfig(
+    prefill=(P0, P1), decode=(D0,), policy="round_robin", health_check_interval_secs=0.01, hold_timeout_secs=0
+)
 REQUEST = ClientRequest("POST", "/generate", [], b'{"text":"a","stream":true}')
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from mock_server import die_after, hang, refuse, reset, say
-from router_cluster import until
+from router_cluster import held, until
 
 from diptych.errors import EngineLost
 from diptych.router.breaker import Circuit
@@ -165,6 +165,16 @@ async def test_a_request_under_which_one_engine_died_is_served(cluster, role):
     assert not fleet_server(c, getattr(c, role)[0]).healthy and c.router.metrics.given_up == 0
 
 
+async def test_a_server_that_died_twice_under_a_request_counts_twice(cluster):
+    c = await cluster(1, 1, health_check_interval_secs=0.02)
+    c.decode[0].scripts.extend(lose_engine() for _ in range(3))
+    asked = asyncio.create_task(c.post("/generate", BODY))
+    await until(lambda: held(c) == 1)
+    c.decode[0].healthy = True
+    status, data = await asked
+    assert status == 500 and b"servers_died" in data and len(c.decode[0].bodies) == 2
+
+
 async def test_an_engine_that_died_is_the_cause_of_what_the_other_side_tells_first(cluster):
     c = await cluster(1, 4)
     told = [asyncio.Event() for _ in range(2)]
@@ -193,7 +203,7 @@ async def test_an_engine_that_died_is_the_cause_of_what_the_other_side_tells_fir
 
 
 async def test_no_server_left_is_a_503_that_says_so(cluster):
-    c = await cluster(1, 1)
+    c = await cluster(1, 1, hold_timeout_secs=0)
     await c.decode[0].stop()
     async with c.http.post("/generate", json=BODY) as response:
         assert response.status == 503 and response.headers["retry-after"] == "1"

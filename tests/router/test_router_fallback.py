@@ -145,7 +145,7 @@ async def test_a_leaving_server_that_dies_keeps_nobody_waiting(cluster: Any) -> 
 
 
 async def test_it_can_be_switched_off(cluster: Any) -> None:
-    c = await cluster(1, 1, health_check_interval_secs=0.02, disable_prefill_fallback=True)
+    c = await cluster(1, 1, health_check_interval_secs=0.02, hold_timeout_secs=0, disable_prefill_fallback=True)
     await teach(c, c.decode[0])
     await c.prefill[0].stop()
     status, data = await c.post("/generate", BODY)
@@ -153,7 +153,7 @@ async def test_it_can_be_switched_off(cluster: Any) -> None:
 
 
 async def test_foreign_decode_servers_are_never_asked(cluster: Any) -> None:
-    c = await cluster(1, 1, health_check_interval_secs=0.02)
+    c = await cluster(1, 1, health_check_interval_secs=0.02, hold_timeout_secs=0)
     await c.prefill[0].stop()
     for _ in range(3):
         assert (await c.post("/generate", BODY))[0] == 503
