@@ -12,8 +12,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from diptych.config import parse_server_args
 from diptych.group.crds import crds_yaml
+from diptych.group.operator.template import pod_template
+from diptych.group.resolve import resolve_spec
 from diptych.group.validate import check
+from diptych.router.config import parse_router_args
 
 sys.path.insert(0, str(Path("tests/operator")))
 from kube_world import World, group, role, until
@@ -103,6 +107,21 @@ def test_containers_are_restricted() -> None:
             context = container["securityContext"]
             assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
             assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_a_pod_of_ours_has_time_to_end_its_requests() -> None:
+    """The kubelet's patience is longer than ours: preStop hook and drain fit into it, with some seconds to spare."""
+    made = documents(Path("deploy/qwen3-32b/qwen3-32b.yaml"))[0]
+    made["metadata"]["namespace"] = "default"
+    for each in resolve_spec(made["spec"])["roles"]:
+        spec = pod_template(made, each, each["template"], {}, indexed=True)["spec"]
+        args, hook = spec["containers"][0]["args"], spec["containers"][0]["lifecycle"]["preStop"]
+        if each["name"] == "router":
+            drain_s = parse_router_args(args[1:]).shutdown_grace_period_secs + int(hook["exec"]["command"][1])
+        else:
+            drain_s = parse_server_args(args[1:]).drain_timeout
+            assert hook == {"httpGet": {"path": "/drain", "port": "http"}}
+        assert drain_s + 10 <= spec["terminationGracePeriodSeconds"] == 300
 
 
 def test_the_role_allows_what_the_operator_does_and_names_no_secrets(tmp_path: Path) -> None:
