@@ -69,15 +69,25 @@ def test_the_operator_for_all_namespaces_is_built_and_its_rights_are_its_account
     base.write_text(base.read_text().replace("\nnamespace: diptych\n", f"\nnamespace: {namespace}\n"))
     command = ["kubectl", "kustomize", str(tmp_path / EVERYWHERE)]
     built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    found = {each["kind"]: each for each in yaml.safe_load_all(built)}
-    assert "Role" not in found and "RoleBinding" not in found
+    objects = list(yaml.safe_load_all(built))
+    found = {each["kind"]: each for each in objects}
+    names = [(each["kind"], each["metadata"]["name"]) for each in objects if "Role" in each["kind"]]
+    assert sorted(names) == [
+        ("ClusterRole", "diptych-operator"),
+        ("ClusterRoleBinding", "diptych-operator"),
+        ("Role", "diptych-operator-lease"),
+        ("RoleBinding", "diptych-operator-lease"),
+    ]
+    assert found["Role"]["metadata"]["namespace"] == found["RoleBinding"]["metadata"]["namespace"] == namespace
+    assert found["RoleBinding"]["subjects"] == found["ClusterRoleBinding"]["subjects"]
+    assert [rule["resources"] for rule in found["Role"]["rules"]] == [["leases"]]
     assert found["Namespace"]["metadata"]["name"] == found["ServiceAccount"]["metadata"]["namespace"] == namespace
     account = {"kind": "ServiceAccount", "name": "diptych-operator", "namespace": namespace}
     assert found["ClusterRoleBinding"]["subjects"] == [account]
     assert found["ClusterRoleBinding"]["roleRef"]["kind"] == "ClusterRole"
     assert "namespace" not in found["ClusterRole"]["metadata"]
     resources = {name for rule in found["ClusterRole"]["rules"] for name in rule["resources"]}
-    assert {"clusterengineruntimeprofiles", "statefulsets"} <= resources
+    assert {"clusterengineruntimeprofiles", "statefulsets"} <= resources and "leases" not in resources
     assert "--all-namespaces" in found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
@@ -125,9 +135,11 @@ def test_a_pod_of_ours_has_time_to_end_its_requests() -> None:
 
 
 def test_the_role_allows_what_the_operator_does_and_names_no_secrets(tmp_path: Path) -> None:
-    """A busy life of groups, sets and adapters: every request that was answered is in the role."""
-    rules = documents(OPERATOR / "role.yaml")[0]["rules"]
-    allowed = {(g, r, v) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+    """A busy life of groups, sets and adapters: every request that was answered is in the roles, and the one of the
+    operator's own namespace is used by the election alone."""
+    everywhere, own = (allowed_by(each) for each in documents(OPERATOR / "role.yaml") if each["kind"] == "Role")
+    assert not everywhere & own
+    allowed = everywhere | own
     assert not any("*" in each for each in allowed)
     assert not {r for _, r, _ in allowed} & {"secrets", "pods/exec", "serviceaccounts", "roles"}
     world = World(tmp_path)
@@ -149,8 +161,19 @@ def test_the_role_allows_what_the_operator_does_and_names_no_secrets(tmp_path: P
         assert used - allowed == {
             ("workloads.x-k8s.io", "clusterengineruntimeprofiles", verb) for verb in ("list", "watch")
         }
+        assert used & own == {("coordination.k8s.io", "leases", verb) for verb in ("get", "create", "update")} == own
     finally:
         world.close()
+
+
+def allowed_by(role_: dict[str, Any]) -> set[tuple[str, str, str]]:
+    return {
+        (group_, resource, verb)
+        for rule in role_["rules"]
+        for group_ in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
 
 
 def needed(world: World, request: Any) -> set[tuple[str, str, str]]:

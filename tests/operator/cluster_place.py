@@ -297,7 +297,8 @@ def _permit(api: Api, namespace: str) -> None:
     for document in yaml.safe_load_all((DEPLOY / "operator" / "role.yaml").read_text()):
         for subject in document.get("subjects", []):
             subject["namespace"] = namespace
-        api.create({"Role": ROLES, "RoleBinding": BINDINGS}[document["kind"]], {**document, "metadata": where})
+        metadata = {**document["metadata"], "namespace": namespace}
+        api.create({"Role": ROLES, "RoleBinding": BINDINGS}[document["kind"]], {**document, "metadata": metadata})
 
 
 def _as_operator(namespace: str) -> Configuration:
