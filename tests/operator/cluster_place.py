@@ -30,6 +30,7 @@ from diptych.group.operator.api import Api, Conflict
 from diptych.group.operator.main import Operator, connect
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import GROUP, POD, Json, Kind
+from diptych.testing.kube import Behaviour
 
 REAL = os.environ.get("DIPTYCH_TEST_CLUSTER") == "1"
 IMAGE = os.environ.get("DIPTYCH_TEST_IMAGE", "registry.k8s.io/pause:3.9")
@@ -69,10 +70,13 @@ class Place:
                 thread.join(60)
                 assert not thread.is_alive()
 
-    def close(self) -> None:
-        """Whatever the test did, the operator was never forbidden to write."""
+    def stop_all(self) -> None:
         for operator, _ in self._running:
             self.stop(operator)
+
+    def close(self) -> None:
+        """Whatever the test did, the operator was never forbidden to write."""
+        self.stop_all()
         self.api.close()
         refused = {
             (sample.labels["method"], sample.labels["code"]): sample.value
@@ -149,8 +153,14 @@ class Place:
     def open(self, *pods: str) -> None:
         """Lets pods with a readiness gate become ready, as soon as they are there."""
         for pod in pods:
-            self.until(lambda pod=pod: self.exists(POD, pod), f"the pod {pod}")  # type: ignore[misc]
+            self.until(lambda pod=pod: self._stays(pod), f"the pod {pod}")  # type: ignore[misc]
             self.change_status(pod, _open_gate)
+
+    def _stays(self, pod: str) -> bool:
+        try:
+            return "deletionTimestamp" not in self.read(POD, pod)["metadata"]
+        except NotFound:
+            return False
 
     def crash(self, pod: str) -> None:
         """The pod's first container ended, and runs again."""
@@ -263,6 +273,7 @@ def set_image(*roles: str) -> Callable[[Json], None]:
 @contextmanager
 def our_place(folder: Path) -> Iterator[Place]:
     world = World(folder)
+    world.cluster.pods.behaviour = Behaviour(ready_s=0.05, ended_s=0.1)  # nothing happens in no time
     made = Place(world.configuration, world.configuration, "default")
     try:
         yield made

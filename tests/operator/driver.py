@@ -68,11 +68,10 @@ class DirectApi:
             "update", kind, where[1], lambda: self._api.update(_id(kind), *where, body, manager=FIELD_MANAGER)
         )
 
-    def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> Json | None:
+    def delete(self, kind: Kind, namespace: str, name: str, uid: str, *, foreground: bool = False) -> Json | None:
+        options = Deleting(uid=uid, policy="Foreground" if foreground else "Background")
         try:
-            return self._write(
-                "delete", kind, name, lambda: self._api.delete(_id(kind), namespace, name, Deleting(uid=uid))
-            )
+            return self._write("delete", kind, name, lambda: self._api.delete(_id(kind), namespace, name, options))
         except (NotFound, Conflict):
             return None
 

@@ -134,9 +134,12 @@ class Api:
         query = {"fieldManager": FIELD_MANAGER}
         return self._call("PUT", kind, metadata.get("namespace", ""), metadata["name"], "", query, body)
 
-    def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> Json | None:
-        """The answer: the object if it stays for a while, else a Status. None if that very object (by uid) was gone."""
-        body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+    def delete(self, kind: Kind, namespace: str, name: str, uid: str, *, foreground: bool = False) -> Json | None:
+        """The answer: the object if it stays for a while, else a Status. None if that very object (by uid) was gone.
+
+        `foreground`: it stays until what belongs to it is gone.
+        """
+        body = {"preconditions": {"uid": uid}, "propagationPolicy": "Foreground" if foreground else "Background"}
         try:
             return self._call("DELETE", kind, namespace, name, body=body)
         except (NotFound, Conflict):

@@ -127,13 +127,14 @@ class Cluster:
         patch = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {field: items}}
         self.merge(GROUP, metadata["namespace"], metadata["name"], patch)
 
-    def delete(self, kind: Kind, obj: Json) -> bool:
-        """Delete this very object, unless that has been asked for already. Whether it was asked for now."""
+    def delete(self, kind: Kind, obj: Json, *, foreground: bool = False) -> bool:
+        """Delete this very object, unless that has been asked for already. Whether it was asked for now. `foreground`:
+        as in Api."""
         metadata = obj["metadata"]
         if metadata.get("deletionTimestamp"):
             return False
         where = metadata.get("namespace", ""), metadata["name"], metadata["uid"]
-        return bool(self._write("delete", kind, lambda: self._api.delete(kind, *where)))
+        return bool(self._write("delete", kind, lambda: self._api.delete(kind, *where, foreground=foreground)))
 
     def _write(self, verb: str, kind: Kind, call: Callable[[], Any]) -> Any:
         """The answer; the cache need not wait for the watch to show it."""

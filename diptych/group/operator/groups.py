@@ -228,9 +228,10 @@ class _Pass:
             self._wait_until.append(action.until)
 
     def _delete_role(self, name: str) -> None:
+        """The workload stays until its pods are gone: it says on which roles they depend."""
         found = self._view.workloads.get(name)
         if found is not None:
-            self._cluster.delete(WORKLOADS[found[0]], found[1])
+            self._cluster.delete(WORKLOADS[found[0]], found[1], foreground=True)
 
     def _remove_what_is_not_wanted(self) -> None:
         """Objects of roles that are gone, of features that were switched off, of a workload kind that was changed."""
