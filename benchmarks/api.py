@@ -29,7 +29,8 @@ import uvloop
 from programs import ROOT
 
 from diptych import net
-from diptych.api.app import build_app, spare_collector, start_site
+from diptych.api.app import build_app, spare_collector
+from diptych.api.site import start_site
 from diptych.config import ServerConfig
 from diptych.engine.channel import Channel
 from diptych.engine.client import EngineLink

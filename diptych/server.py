@@ -19,9 +19,10 @@ import uvloop
 from aiohttp import web
 
 from diptych import net
-from diptych.api.app import KEEPALIVE_S, build_app, spare_collector, start_site
+from diptych.api.app import build_app, spare_collector
 from diptych.api.auth import normal_key
 from diptych.api.context import CONTEXT
+from diptych.api.site import KEEPALIVE_S, start_site
 from diptych.config import ServerConfig
 from diptych.engine.launch import EngineProcesses
 from diptych.obs import logs

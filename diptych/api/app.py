@@ -1,9 +1,8 @@
-"""The HTTP application of a server, and how it is put on a socket."""
+"""The HTTP application of a server."""
 
 from __future__ import annotations
 
 import gc
-import socket
 import time
 
 import psutil
@@ -16,19 +15,18 @@ from diptych.api.completions import completions
 from diptych.api.context import CONTEXT, Context
 from diptych.api.edge import edge
 from diptych.api.generate import generate
-from diptych.api.limits import MAX_BODY_BYTES, MAX_HEADER_BYTES
+from diptych.api.limits import MAX_BODY_BYTES
 from diptych.api.places import Places
 from diptych.api.sampling import Defaults, Seeds
 from diptych.api.service import Service
+from diptych.api.site import SERVER_NAME
 from diptych.config import ServerConfig
 from diptych.engine.client import EngineClient, EngineLink
 from diptych.obs.metrics import ServerMetrics
 from diptych.text.template import ChatTemplate
 from diptych.text.tokenizer import Tokenizer
 
-CUT_S = 1.0  # what still runs when the site ends is cut off after this; draining comes before
 GC_OBJECTS = 50_000  # made since the collector's last look
-KEEPALIVE_S = 75.0  # longer than the pools of usual clients and proxies keep a connection
 
 
 def build_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer | None = None) -> web.Application:
@@ -61,7 +59,7 @@ def build_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer |
 
 
 async def _name_server(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["Server"] = "diptych"  # not which library, in which version
+    response.headers["Server"] = SERVER_NAME
 
 
 def _metrics(config: ServerConfig, engine: EngineClient) -> ServerMetrics:
@@ -81,23 +79,3 @@ def spare_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_OBJECTS, 20, 20)
-
-
-async def start_site(app: web.Application, sock: socket.socket) -> web.AppRunner:
-    """Serve `app` on a listening socket. The caller ends it with `await runner.cleanup()`.
-
-    A client that goes away cancels its handler, which aborts its requests in the engine.
-    """
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        shutdown_timeout=CUT_S,
-        keepalive_timeout=KEEPALIVE_S,
-        auto_decompress=False,  # compressed bodies are refused
-        max_line_size=MAX_HEADER_BYTES,
-        max_field_size=MAX_HEADER_BYTES,
-    )
-    await runner.setup()
-    await web.SockSite(runner, sock).start()
-    return runner

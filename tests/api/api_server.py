@@ -12,8 +12,9 @@ import aiohttp
 from aiohttp import web
 from mock_engine_client import EOS, MockEngineClient, Script, outputs_for
 
-from diptych.api.app import build_app, start_site
+from diptych.api.app import build_app
 from diptych.api.context import CONTEXT, Context
+from diptych.api.site import start_site
 from diptych.config import ServerConfig
 from diptych.net import listen_socket
 from diptych.text.tokenizer import Tokenizer

@@ -7,16 +7,20 @@ import contextlib
 import io
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from aiohttp import web
 from api_server import HEALTHY, INFERENCE, TEXT, Serve, Server
 from mock_engine_client import outputs_for
 
 from diptych.api import limits
 from diptych.api.mistakes import MAX_UNKNOWN
+from diptych.api.site import ended_if_unread, start_site
 from diptych.api.wire import HUNG_UP
 from diptych.errors import BadRequest, Overloaded, Unavailable
+from diptych.net import listen_socket
+from diptych.testing.virtual import run_virtual
 from diptych.text.tokenizer import Tokenizer
 from diptych.types import Finish, Output, Request
 
@@ -358,6 +362,58 @@ async def test_a_client_that_does_not_read(serve: Serve, monkeypatch: pytest.Mon
     writer.close()
 
 
+@pytest.mark.parametrize("reads", [True, False])
+async def test_a_client_that_does_not_read_a_whole_answer(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection ends, and with it what is kept for it; one that reads gets all."""
+    size = 64 << 20  # more than sockets hold
+    app = web.Application()
+    over = asyncio.Event()  # the connection has ended on the server's side
+
+    async def answer(request: web.Request) -> web.Response:
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: over.set())
+        return web.Response(body=bytes(size))
+
+    app.router.add_get("/", answer)
+    sock = listen_socket("127.0.0.1", 0)
+    runner = await start_site(app, sock)
+    if not reads:
+        monkeypatch.setattr("diptych.api.site.WRITE_TIMEOUT_S", 0.05)
+    reader, writer = await asyncio.open_connection(*sock.getsockname(), limit=1)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    got = 0
+    async with asyncio.timeout(60):
+        if not reads:
+            await over.wait()
+        with contextlib.suppress(ConnectionError):
+            while part := await reader.read(1 << 20):
+                got += len(part)
+    assert (got > size) == reads
+    writer.close()
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(("unsent", "ends"), [([10, 10], 2.0), ([10, 5, 5], 3.0), ([10, 5, 1, 0], None)])
+def test_an_answer_that_goes_out_slowly_is_not_unread(unsent: list[int], ends: float | None) -> None:
+    """Looked at after each WRITE_TIMEOUT_S, when so many bytes are left."""
+    ended: list[float] = []
+
+    class Slow:
+        def get_write_buffer_size(self) -> int:
+            return unsent.pop(0)
+
+        def abort(self) -> None:
+            ended.append(asyncio.get_running_loop().time() / limits.WRITE_TIMEOUT_S)
+
+    async def story() -> None:
+        with ended_if_unread(cast(Any, Slow())):
+            await asyncio.sleep(limits.WRITE_TIMEOUT_S * 4 + 1)
+
+    run_virtual(story())
+    assert ended == ([] if ends is None else [ends]) and not unsent
+
+
 async def test_a_client_that_does_not_read_holds_nobody_up(serve: Serve) -> None:
     def script(request: Request) -> list[Output | Exception]:
         count = request.sampling.max_new_tokens
@@ -391,6 +447,8 @@ async def test_header_limit(serve: Serve, size: int) -> None:
     server = await serve()
     async with server.http.get(server.url + "/health", headers={"X-Long": "x" * size}) as reply:
         assert reply.status == (200 if size < limits.MAX_HEADER_BYTES else 400)
+        if reply.status == 400:
+            assert (await reply.json())["error"]["message"].endswith(f"more than {limits.MAX_HEADER_BYTES} bytes")
 
 
 async def test_context_length(serve: Serve, demo: Tokenizer) -> None:
@@ -429,7 +487,11 @@ async def test_ambiguous_http_is_refused(serve: Serve, data: bytes) -> None:
     async with asyncio.timeout(5):
         reply = await reader.read()
     writer.close()
-    assert reply.startswith(b"HTTP/1.0 400 ") and b"HTTP/1.1 " not in reply.split(b"\r\n\r\n")[0]
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 400 ") and b"HTTP/1.1 " not in head
+    assert b"\r\nServer: diptych" in head and b"\r\nContent-Type: application/json" in head
+    error = json.loads(body)["error"]
+    assert (error["type"], error["message"]) == ("invalid_request_error", "the request is malformed HTTP")
     assert server.engine.requests == []
 
 
