@@ -111,11 +111,12 @@ def _combined(value: Any, schema: Obj, path: str) -> Iterator[Cause]:
 
 
 def _string(value: str, schema: Obj, path: str) -> Iterator[Cause]:
-    if len(value) < schema.get("minLength", 0):
-        yield path, f'Invalid value: "{value}": {path} in body should be at least {schema["minLength"]} chars long'
+    """The first of its mistakes, as the real one."""
     if len(value) > schema.get("maxLength", len(value)):
         yield path, f"Too long: may not be more than {schema['maxLength']} bytes"
-    if "pattern" in schema and not re.search(schema["pattern"], value):
+    elif len(value) < schema.get("minLength", 0):
+        yield path, f'Invalid value: "{value}": {path} in body should be at least {schema["minLength"]} chars long'
+    elif "pattern" in schema and not re.search(schema["pattern"], value):
         yield path, f"Invalid value: \"{value}\": {path} in body should match '{schema['pattern']}'"
 
 

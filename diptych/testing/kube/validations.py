@@ -54,7 +54,7 @@ def _asked(value: Any, schema: Obj, path: str) -> Iterator[Cause]:
             if not compiled(rule["rule"])({"self": value}):
                 yield path, f"Invalid value: {message}"
         except CelError as error:
-            yield path, f"Invalid value: {error} evaluating rule: {message}"
+            yield path, f'Invalid value: "{schema.get("type", "")}": {error} evaluating rule: {message}'
     if isinstance(value, list):
         for i, item in enumerate(value):
             yield from _asked(item, schema.get("items", {}), f"{path}[{i}]")
