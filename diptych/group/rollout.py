@@ -5,8 +5,8 @@ unavailable. So the partition only ever covers pods that may go now, and if seve
 
 * At least `replicas - maxUnavailable` pods stay available; pods that are unavailable for any reason count.
 * A pod that is unavailable goes first, since that costs nothing: a broken one cannot stall the rollout. Where it is not
-  the next by ordinal, the workload is put on OnDelete meanwhile; not if the user holds ordinals back with `partition`,
-  because OnDelete knows no partition.
+  the next by ordinal, the workload is put on OnDelete meanwhile. OnDelete knows no partition: if the user holds
+  ordinals back with one, only until the broken pod has been made anew, and only while all of those are well.
 * Nothing here is remembered. Each time the pods that may go are chosen anew, and the partition follows.
 """
 
@@ -68,6 +68,11 @@ class View:
         return [
             i for i in reversed(range(self.floor, last)) if i in self.pods and not self.is_updated(self.pods.get(i))
         ]
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether pods may be replaced out of order: nothing is held back, or nothing that could come back updated."""
+        return all(self.is_ready(self.pods.get(i)) for i in range(self.floor))
 
     @property
     def num_updated(self) -> int:
@@ -190,7 +195,7 @@ def _chosen(view: View, limit: int | None, surge: int) -> set[int]:
     """Ordinals whose pods may be replaced now, or that have no pod and may get one of the new revision."""
     pods, left_to_controller = view.pods, view.role.kind == "LeaderWorkerSet"
     candidates = [i for i in reversed(range(view.floor, view.replicas)) if not view.is_updated(pods.get(i))]
-    if view.floor == 0 and not left_to_controller:
+    if view.may_skip and not left_to_controller:
         candidates.sort(key=lambda i: view.is_ready(pods.get(i)))
     if limit is None or not view.outdated:
         limit = view.replicas
@@ -215,9 +220,12 @@ def _partition(view: View, chosen: set[int]) -> int:
 
 
 def _needs_on_delete(view: View, chosen: set[int], partition: int) -> bool:
-    """Whether pods below the partition are to be of the new revision while others there are not."""
-    new = any(i in chosen or view.is_updated(view.pods.get(i)) for i in range(partition))
-    return view.floor == 0 and new and any(i not in chosen for i in view.outdated)
+    """Whether pods below the partition are to be of the new revision while others there are not.
+
+    With a partition of the user's those that have it already do not count: lost, they come back old and are next again.
+    """
+    new = any(i in chosen or (not view.floor and view.is_updated(view.pods.get(i))) for i in range(partition))
+    return view.may_skip and new and any(i not in chosen for i in view.outdated)
 
 
 def _held(view: View) -> Target:

@@ -134,8 +134,8 @@ def check_rollouts(world: World, observed: Observed, actions: list[Action]) -> N
             assert not covered
             continue
         assert all(i >= floor for i in covered)
-        if target.on_delete:
-            assert floor == 0
+        if target.on_delete:  # whatever is made anew gets the new revision: nothing below the partition may be
+            assert all(i in pods and pods[i].ready and pods[i].phase == "running" for i in range(floor))
         available = {
             i
             for i, pod in pods.items()

@@ -138,9 +138,22 @@ def test_a_broken_pod_at_a_low_ordinal_goes_first_and_stalls_nothing() -> None:
     assert steps(desired, seen("nooo", target(0, on_delete=True))) == delete(3)
     assert steps(desired, seen("noon", target(0, on_delete=True))) == delete(2)
     assert steps(desired, seen("nonn", target(0, on_delete=True))) == applied(target(0))
-    # with a partition of the user's, OnDelete would not hold the others back
-    assert steps(group(role(partition=1)), seen("oxoo")) == applied(target(4))
-    assert steps(group(role(partition=1)), seen("noon", target(3))) == applied(target(2))
+
+
+def test_a_broken_pod_above_the_users_partition_goes_first_too() -> None:
+    """OnDelete would not hold the others back: it lasts until that pod is made anew, and while they are well."""
+    desired, on_delete = group(role(partition=1)), target(0, on_delete=True)
+    assert steps(desired, seen("oxoo")) == applied(on_delete)
+    assert steps(desired, seen("oxoo", on_delete)) == delete(1)
+    assert steps(desired, seen("o~oo", on_delete)) == []
+    assert steps(desired, seen("ouoo", on_delete)) == applied(target(4))
+    assert steps(desired, seen("ouoo", target(4))) == []
+    assert steps(desired, seen("onoo", target(4))) == applied(target(3))
+    assert steps(desired, seen("onon", target(3))) == applied(target(1))
+    for text in ("xxoo", "~xoo", "-xoo", "ux~o"):
+        assert steps(desired, seen(text, on_delete)) == applied(target(4))
+        assert steps(desired, seen(text, target(4))) == []
+    assert steps(desired, seen("noon", target(3))) == applied(target(2))
 
 
 def test_the_users_partition_holds_ordinals_back() -> None:

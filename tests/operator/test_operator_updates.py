@@ -61,6 +61,47 @@ def test_surge_pods_come_first_and_go_again(driver: Driver) -> None:
     assert min(ready) >= 3 and max(number) == 5
 
 
+def test_a_broken_pod_above_a_partition_stalls_nothing(driver: Driver) -> None:
+    driver.create(group("g", role("a", 6, rolloutStrategy=rolling(partition=2, maxUnavailable=1))))
+    driver.run(5)
+    before = uids(driver)
+    driver.cluster.pods.set_ready("g-a-3", False)
+    driver.run(5)
+    driver.cluster.pods.behaviour = Behaviour(ready_s=2.0)
+    ready = watch(driver, lambda: num_ready(driver))
+    driver.edit("g", set_image("engine:2"))
+    driver.run(60)
+    assert min(ready) == 5
+    new = {f"g-a-{index}" for index in (2, 3, 4, 5)}
+    assert {name for name, image in images(driver, "a").items() if image == "engine:2"} == new
+    assert {name for name, uid in uids(driver).items() if before[name] != uid} == new and driver.ready("g")
+    assert driver.read("StatefulSet", "g-a")["spec"]["updateStrategy"]["rollingUpdate"]["partition"] == 2
+
+
+def test_a_pod_below_the_partition_comes_back_at_the_last_revision_that_was_complete(driver: Driver) -> None:
+    """Also if it had a later one, of an update that never was: that is what a StatefulSet's controller remembers."""
+    driver.create(group("g", role("a", 3)))
+    driver.run(5)
+    partition(driver, 1)
+    driver.edit("g", set_image("engine:2"))
+    driver.run(30)
+    partition(driver, 2)
+    driver.edit("g", set_image("engine:3"))
+    driver.run(30)
+    assert list(images(driver, "a").values()) == ["engine:1", "engine:2", "engine:3"]
+    for index in (0, 1, 2):
+        driver.delete("Pod", f"g-a-{index}")
+    driver.run(30)
+    assert list(images(driver, "a").values()) == ["engine:1", "engine:1", "engine:3"] and driver.ready("g")
+    partition(driver, 0)
+    driver.run(30)
+    assert set(images(driver, "a").values()) == {"engine:3"}
+
+
+def partition(driver: Driver, ordinal: int) -> None:
+    driver.edit("g", lambda each: each["spec"]["roles"][0].update(rolloutStrategy=rolling(partition=ordinal)))
+
+
 def test_a_partition_holds_low_indexes_and_lowering_it_goes_on(driver: Driver) -> None:
     driver.create(group("g", role("a", 4, rolloutStrategy=rolling(partition=2))))
     driver.run(5)
