@@ -129,7 +129,9 @@ class SimServer:
             broadcast=self.ranks.broadcast,
             counters=self.plane.counters,
             transport=transport,
-            options=HubOptions(bootstrap_timeout_s=30.0, heartbeat_timeout_s=5.0),
+            options=HubOptions(
+                bootstrap_timeout_s=30.0, heartbeat_timeout_s=5.0, clock=asyncio.get_running_loop().time
+            ),
             boot_id=f"{self.name}-{self._rng.getrandbits(32)}",
             rng=self._rng,
         )

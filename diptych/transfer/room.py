@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -25,11 +26,12 @@ class KVPoll(enum.IntEnum):
 
 
 class HubOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Deadlines and the secret, as in ServerConfig."""
+    """Deadlines and the secret, as in ServerConfig; and what measures how long something took, in seconds."""
 
     secret: str = ""
     bootstrap_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 5.0
+    clock: Callable[[], float] = time.perf_counter  # uvloop's own counts whole milliseconds
 
     @property
     def room_timeout_s(self) -> float:
@@ -76,9 +78,10 @@ class RoomEnd:
         self._loop = asyncio.get_running_loop()
         self._on_change = on_change
         self._timeout_s = options.bootstrap_timeout_s
-        self._entered_at = self._loop.time()
+        self._clock = options.clock
+        self._entered_at = self._clock()
         self._room_timeout_s = options.room_timeout_s
-        self._ends_at = self._entered_at + self._room_timeout_s
+        self._ends_at = self._loop.time() + self._room_timeout_s
         self._deadline: asyncio.TimerHandle | None = None
         self._extend()
 
@@ -91,7 +94,7 @@ class RoomEnd:
 
     def _enter(self, state: KVPoll, *, queued: bool = False) -> float:
         """Move on. Returns the milliseconds spent in the state that is left."""
-        now = self._loop.time()
+        now = self._clock()
         spent_ms = (now - self._entered_at) * 1e3
         self.state, self._entered_at = state, now
         self._extend(queued=queued)

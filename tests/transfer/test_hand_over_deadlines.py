@@ -3,11 +3,12 @@
 import asyncio
 
 import pytest
+import uvloop
 from transfer_pair import Pair
 
 from diptych.testing.network import MemoryNetwork
 from diptych.testing.virtual import run_virtual
-from diptych.transfer.room import HubOptions, KVPoll
+from diptych.transfer.room import HubOptions, KVPoll, RoomEnd
 from diptych.types import FirstToken
 
 SRC, DST = [3, 9, 1], [30, 2, 17]
@@ -104,3 +105,27 @@ def test_a_prefill_server_that_dies_while_the_room_is_queued_is_noticed():
         await pair.close()
 
     run_virtual(main())
+
+
+class Room(RoomEnd):
+    """A room without another side."""
+
+    def __init__(self, options: HubOptions) -> None:
+        super().__init__(1, lambda room: None, options)
+
+
+def test_a_hand_over_of_less_than_a_millisecond_has_a_speed():
+    """The clock that deadlines go by may stand still meanwhile, as uvloop's does between two callbacks."""
+
+    async def main(options):
+        room = Room(options)
+        room._enter(KVPoll.Transferring)
+        room.timing.num_bytes = 1_000_000
+        room.timing.latency_ms = room._enter(KVPoll.Success)
+        return room.timing
+
+    ticks = iter((5.0, 5.0, 5.0004))
+    timing = uvloop.run(main(HubOptions(clock=lambda: next(ticks))))
+    assert timing.latency_ms == pytest.approx(0.4) and timing.speed_gb_s == pytest.approx(2.5)
+    timing = uvloop.run(main(HubOptions()))
+    assert timing.latency_ms > 0 and timing.speed_gb_s > 0
