@@ -79,6 +79,7 @@ RESOURCES = (
         columns=(
             {"name": "DESIRED", "type": "integer", "jsonPath": ".spec.replicas"},
             {"name": "READY", "type": "integer", "jsonPath": ".status.readyReplicas"},
+            {"name": "UPDATED", "type": "integer", "jsonPath": ".status.updatedReplicas"},
             _AGE,
         ),
         scale={"specReplicasPath": ".spec.replicas", "statusReplicasPath": ".status.replicas"},

@@ -15,7 +15,17 @@ from msgspec import Meta
 from diptych.errors import ConfigError
 from diptych.group.pod import Container, PodTemplate, Volume
 from diptych.group.reader import Object, Rule, field_names, keyed
-from diptych.group.role import MAX_ROLES, Count, Name, Percent, Positive, Role, ScalingAdapter, Strings, says
+from diptych.group.role import (
+    MAX_ROLES,
+    Count,
+    Name,
+    Percent,
+    Positive,
+    Role,
+    ScalingAdapter,
+    Strings,
+    says,
+)
 from diptych.group.status import AdapterStatus, GroupStatus, ProfileStatus, SetStatus
 
 API_GROUP = "workloads.x-k8s.io"
@@ -146,9 +156,23 @@ class RoleBasedGroup(Object, frozen=True, kw_only=True):
         )
 
 
+class SetRollingUpdate(Object, frozen=True, kw_only=True):
+    max_unavailable: Annotated[
+        Positive | Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,2}%$(?!\n)", max_length=4)],
+        says("Groups that may be missing or updated at a time. A percentage is rounded down, to 1 at least."),
+    ] = "100%"
+
+
+class SetRolloutStrategy(Object, frozen=True, kw_only=True):
+    rolling_update: SetRollingUpdate | None = None
+
+
 class SetSpec(Object, frozen=True, kw_only=True):
     template: Annotated[GroupSpec, says("The spec of each RoleBasedGroup.")]
     replicas: Annotated[Count, says("RoleBasedGroups; they are called <set>-<index>.")] = 1
+    rollout_strategy: Annotated[
+        SetRolloutStrategy | None, says("Ours. How many groups get a new template at a time; by default all.")
+    ] = None
 
 
 class RoleBasedGroupSet(Object, frozen=True, kw_only=True):

@@ -40,6 +40,7 @@ class SetStatus(Object, frozen=True, kw_only=True):
     observed_generation: Number | None = None
     replicas: Number = 0
     ready_replicas: Number = 0
+    updated_replicas: Number = 0
     conditions: Annotated[tuple[Condition, ...], keyed("type")] = ()
 
 

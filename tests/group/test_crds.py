@@ -35,11 +35,16 @@ FULL = [
             "apiVersion": "workloads.x-k8s.io/v1alpha1",
             "kind": "RoleBasedGroupSet",
             "metadata": {"name": f"set-of-{each['metadata']['name']}"},
-            "spec": {"replicas": 2, "template": each["spec"]},
+            "spec": {
+                "replicas": 2,
+                "template": each["spec"],
+                "rolloutStrategy": {"rollingUpdate": {"maxUnavailable": 1}},
+            },
             "status": {
                 "observedGeneration": 3,
                 "replicas": 2,
                 "readyReplicas": 2,
+                "updatedReplicas": 1,
                 "conditions": EVERY_FIELD[0]["status"]["conditions"],
             },
         }
@@ -265,6 +270,8 @@ def test_manifests_validate(document: dict[str, Any]) -> None:
         ("RoleBasedGroup", "metadata.name", "1group"),
         ("RoleBasedGroup", "status.conditions.0.status", True),
         ("RoleBasedGroupSet", "spec.template", {}),
+        ("RoleBasedGroupSet", "spec.rolloutStrategy.rollingUpdate.maxUnavailable", 0),
+        ("RoleBasedGroupSet", "spec.rolloutStrategy.rollingUpdate.maxUnavailable", "0%"),
         ("RoleBasedGroupScalingAdapter", "spec.scaleTargetRef", {"name": "g"}),
         ("ClusterEngineRuntimeProfile", "spec.updateStrategy", "Never"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +10,7 @@ from driver import Driver, image_of, set_image
 from kube_world import NAMESPACE, group, role
 
 from diptych.group.operator.history import KEEP
-from diptych.group.operator.resources import GROUP, GROUP_SET, PROFILE, Json
+from diptych.group.operator.resources import GROUP, PROFILE, Json
 from diptych.testing.kube import Behaviour
 
 PREFIX = "rolebasedgroup.workloads.x-k8s.io"
@@ -240,64 +239,6 @@ def test_an_autoscaler_that_wants_too_much_is_refused(driver: Driver) -> None:
     scale(driver, "g-a", 2)
     driver.run(5)
     assert driver.ready("g") and len(driver.pods()) == 2
-
-
-# ---- sets --------------------------------------------------------------------------------------------------------
-
-
-def group_set(name: str, replicas: int, *roles: Json, **metadata: Any) -> Json:
-    spec = {"replicas": replicas, "template": {"roles": list(roles)}}
-    return {
-        "apiVersion": GROUP_SET.api_version,
-        "kind": GROUP_SET.kind,
-        "metadata": {"name": name, **metadata},
-        "spec": spec,
-    }
-
-
-def test_a_set_makes_groups_scales_and_updates_them(driver: Driver) -> None:
-    key = f"{PREFIX}/exclusive-topology"
-    driver.create(group_set("s", 2, role("a"), role("b", dependencies=["a"]), annotations={key: "zone"}))
-    driver.run(5)
-    assert driver.names("RoleBasedGroup") == ["s-0", "s-1"] and driver.ready("s-1")
-    assert driver.read("RoleBasedGroup", "s-0")["metadata"]["annotations"][key] == "zone"
-    assert driver.pods()["s-0-a-0"]["spec"]["affinity"]
-    status = driver.read("RoleBasedGroupSet", "s")["status"]
-    assert (status["replicas"], status["readyReplicas"]) == (2, 2)
-    assert driver.conditions("s", "RoleBasedGroupSet")["Ready"]["status"] == "True"
-    driver.edit("s", lambda each: each["spec"].update(replicas=4), "RoleBasedGroupSet")
-    driver.run(5)
-    assert driver.names("RoleBasedGroup") == ["s-0", "s-1", "s-2", "s-3"]
-    driver.edit("s", lambda each: each["spec"].update(replicas=1), "RoleBasedGroupSet")
-    driver.run(5)
-    assert driver.names("RoleBasedGroup") == ["s-0"] and len(driver.pods()) == 2
-    driver.edit("s", lambda each: set_image("engine:2")({"spec": each["spec"]["template"]}), "RoleBasedGroupSet")
-    driver.run(10)
-    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
-    driver.edit("s-0", lambda each: each["spec"]["roles"].pop())
-    driver.run(5)
-    assert len(driver.read("RoleBasedGroup", "s-0")["spec"]["roles"]) == 2
-    driver.delete("RoleBasedGroupSet", "s")
-    driver.run(10)
-    assert driver.names("RoleBasedGroup") == [] and driver.names("Pod") == []
-
-
-def test_a_set_leaves_what_an_autoscaler_decided(driver: Driver) -> None:
-    driver.create(group_set("s", 1, role("a", 1, scalingAdapter={"enable": True})))
-    driver.run(5)
-    scale(driver, "s-0-a", 3)
-    driver.run(5)
-    assert len(driver.pods()) == 3
-    driver.edit("s", lambda each: set_image("engine:2")({"spec": each["spec"]["template"]}), "RoleBasedGroupSet")
-    driver.run(20)
-    assert [image_of(pod) for pod in driver.pods().values()] == ["engine:2"] * 3
-
-
-def test_a_set_of_too_many_groups_says_so(driver: Driver) -> None:
-    driver.create(group_set("s", 2_000_000_000, role("a")))
-    driver.run(5)
-    assert driver.names("RoleBasedGroup") == []
-    assert any("too many" in each for each in driver.events("FailedReconcile"))
 
 
 # ---- gangs -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,18 @@
-"""RoleBasedGroupSets: `replicas` groups of one spec, called <set>-<index>."""
+"""RoleBasedGroupSets: `replicas` groups of one spec, called <set>-<index>.
+
+A new template reaches all groups at once, or with `rolloutStrategy` as many at a time as may be missing: from the
+highest index down, those that are not ready anyway first. An annotation tells which template a group has.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
+
+from diptych.group.coordinate import amount
 from diptych.group.names import child_name
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
@@ -15,6 +23,7 @@ from diptych.group.operator.template import EXCLUSIVE_TOPOLOGY
 PREFIX = "rolebasedgroupset.workloads.x-k8s.io"
 MAX_GROUPS = 1000
 SET_LABEL, INDEX_LABEL = f"{PREFIX}/name", f"{PREFIX}/rbg-index"
+TEMPLATE = f"{PREFIX}/template-hash"  # annotation of groups
 
 
 class SetReconciler:
@@ -42,12 +51,37 @@ class SetReconciler:
         if wanted > MAX_GROUPS:
             raise ApiError(f"spec.replicas: {wanted} groups are too many, a set may have {MAX_GROUPS}")
         names = [child_name(owner["metadata"]["name"], index) for index in range(wanted)]
+        due = groups_due(owner, groups, names)
         for index, name in enumerate(names):
             live = groups.get(name)
+            if name not in due:
+                continue
             if live is None or not live["metadata"].get("deletionTimestamp"):
                 self._cluster.apply(GROUP, child_group(owner, name, index, live))
         for name in sorted(set(groups) - set(names), key=_index, reverse=True):
             self._cluster.delete(GROUP, groups[name])
+
+
+def groups_due(owner: Json, groups: Mapping[str, Json], names: Sequence[str]) -> set[str]:
+    """Those of `names` that are written now: all but groups that have to wait for their new template."""
+    strategy = (owner["spec"].get("rolloutStrategy") or {}).get("rollingUpdate") or {}
+    most = max(1, amount(strategy.get("maxUnavailable", "100%"), len(names), round_up=False))
+    template = template_hash(owner)
+    outdated = [name for name in reversed(names) if name in groups and not _has_template(groups[name], template)]
+    missing = {name for name in names if name not in groups or not is_settled(groups[name])}
+    chosen = [*(name for name in outdated if name in missing), *(name for name in outdated if name not in missing)]
+    room = len(missing & {*outdated}) + max(0, most - len(missing))
+    return {*names} - {*chosen[room:]}
+
+
+def template_hash(owner: Json) -> str:
+    """Of all that a set's groups get of it."""
+    said = [owner["spec"]["template"], (owner["metadata"].get("annotations") or {}).get(EXCLUSIVE_TOPOLOGY)]
+    return hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:10]
+
+
+def _has_template(group: Json, template: str) -> bool:
+    return bool((group["metadata"].get("annotations") or {}).get(TEMPLATE) == template)
 
 
 def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
@@ -73,7 +107,7 @@ def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
             "namespace": metadata["namespace"],
             "name": name,
             "labels": {SET_LABEL: metadata["name"], INDEX_LABEL: str(index)},
-            "annotations": {EXCLUSIVE_TOPOLOGY: topology} if topology else {},
+            "annotations": {TEMPLATE: template_hash(owner)} | ({EXCLUSIVE_TOPOLOGY: topology} if topology else {}),
             "ownerReferences": [owner_reference],
         },
         "spec": spec,
@@ -84,6 +118,8 @@ def set_status(owner: Json, groups: list[Json], now: float) -> Json:
     """The set's status; the condition's time is kept while it does not change."""
     wanted = owner["spec"].get("replicas", 1)
     ready = sum(is_ready(group) for group in groups)
+    template = template_hash(owner)
+    updated = sum(_has_template(group, template) for group in groups)
     good = ready >= wanted and len(groups) == wanted
     old = {each["type"]: each for each in (owner.get("status") or {}).get("conditions") or []}.get("Ready", {})
     state = "True" if good else "False"
@@ -91,22 +127,32 @@ def set_status(owner: Json, groups: list[Json], now: float) -> Json:
         "type": "Ready",
         "status": state,
         "reason": "AllReplicasReady" if good else "ReplicasNotReady",
-        "message": f"{ready} of {wanted} groups are ready",
+        "message": f"{ready} of {wanted} groups are ready, {updated} have the template of now",
         "lastTransitionTime": old["lastTransitionTime"] if old.get("status") == state else timestamp(now),
     }
     return {
         "observedGeneration": owner["metadata"]["generation"],
         "replicas": len(groups),
         "readyReplicas": ready,
+        "updatedReplicas": updated,
         "conditions": [condition],
     }
 
 
 def is_ready(group: Json) -> bool:
     """Whether the group says so about the spec it has now."""
-    status = group.get("status") or {}
-    conditions = {each["type"]: each["status"] for each in status.get("conditions") or []}
-    return conditions.get("Ready") == "True" and status.get("observedGeneration") == group["metadata"]["generation"]
+    told_of_now = (group.get("status") or {}).get("observedGeneration") == group["metadata"]["generation"]
+    return told_of_now and _conditions(group).get("Ready") == "True"
+
+
+def is_settled(group: Json) -> bool:
+    """Whether it is ready and no update of it goes on."""
+    leaving = "deletionTimestamp" in group["metadata"]
+    return is_ready(group) and not leaving and _conditions(group).get("RollingUpdateInProgress") != "True"
+
+
+def _conditions(group: Json) -> dict[str, str]:
+    return {each["type"]: each["status"] for each in (group.get("status") or {}).get("conditions") or []}
 
 
 def _index(name: str) -> int:

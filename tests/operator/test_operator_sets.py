@@ -1,0 +1,130 @@
+"""RoleBasedGroupSets: their groups come, are scaled, updated and go; the operator driven by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from driver import Driver, image_of, set_image
+from kube_world import NAMESPACE, role
+
+from diptych.group.operator.resources import GROUP_SET, Json
+from diptych.group.operator.sets import TEMPLATE
+from diptych.testing.kube import Behaviour
+
+PREFIX = "rolebasedgroup.workloads.x-k8s.io"
+
+
+def group_set(name: str, replicas: int, *roles: Json, **metadata: Any) -> Json:
+    spec = {"replicas": replicas, "template": {"roles": list(roles)}}
+    return {
+        "apiVersion": GROUP_SET.api_version,
+        "kind": GROUP_SET.kind,
+        "metadata": {"name": name, **metadata},
+        "spec": spec,
+    }
+
+
+def edit_set(driver: Driver, image: str) -> None:
+    driver.edit("s", lambda each: set_image(image)({"spec": each["spec"]["template"]}), "RoleBasedGroupSet")
+
+
+def test_a_set_makes_groups_scales_and_updates_them(driver: Driver) -> None:
+    key = f"{PREFIX}/exclusive-topology"
+    driver.create(group_set("s", 2, role("a"), role("b", dependencies=["a"]), annotations={key: "zone"}))
+    driver.run(5)
+    assert driver.names("RoleBasedGroup") == ["s-0", "s-1"] and driver.ready("s-1")
+    assert driver.read("RoleBasedGroup", "s-0")["metadata"]["annotations"][key] == "zone"
+    assert driver.pods()["s-0-a-0"]["spec"]["affinity"]
+    status = driver.read("RoleBasedGroupSet", "s")["status"]
+    assert (status["replicas"], status["readyReplicas"]) == (2, 2)
+    assert driver.conditions("s", "RoleBasedGroupSet")["Ready"]["status"] == "True"
+    driver.edit("s", lambda each: each["spec"].update(replicas=4), "RoleBasedGroupSet")
+    driver.run(5)
+    assert driver.names("RoleBasedGroup") == ["s-0", "s-1", "s-2", "s-3"]
+    driver.edit("s", lambda each: each["spec"].update(replicas=1), "RoleBasedGroupSet")
+    driver.run(5)
+    assert driver.names("RoleBasedGroup") == ["s-0"] and len(driver.pods()) == 2
+    edit_set(driver, "engine:2")
+    driver.run(10)
+    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
+    driver.edit("s-0", lambda each: each["spec"]["roles"].pop())
+    driver.run(5)
+    assert len(driver.read("RoleBasedGroup", "s-0")["spec"]["roles"]) == 2
+    driver.delete("RoleBasedGroupSet", "s")
+    driver.run(10)
+    assert driver.names("RoleBasedGroup") == [] and driver.names("Pod") == []
+
+
+@pytest.mark.parametrize(("limit", "most"), [(1, 1), ("50%", 2), ("10%", 1), (None, 4)])
+def test_a_set_updates_as_many_groups_at_a_time_as_may_be_missing(driver: Driver, limit: Any, most: int) -> None:
+    made = group_set("s", 4, role("a", 2), role("b", dependencies=["a"]))
+    made["spec"]["rolloutStrategy"] = {"rollingUpdate": {"maxUnavailable": limit}} if limit else {}
+    driver.create(made)
+    driver.run(5)
+    driver.cluster.pods.behaviour = Behaviour(ready_s=2.0)
+    missing: list[int] = []
+    driver.checks.append(lambda: missing.append(sum(not driver.ready(f"s-{index}") for index in range(4))))
+    edit_set(driver, "engine:2")
+    driver.run(1)
+    first = {pod["metadata"]["name"][:3] for pod in driver.pods().values() if image_of(pod) == "engine:2"}
+    assert first == {"s-3", "s-2", "s-1", "s-0"} if most == 4 else first <= {"s-3", "s-2"}
+    driver.run(100)
+    assert max(missing) == most
+    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"} and len(driver.pods()) == 12
+    status = driver.read("RoleBasedGroupSet", "s")["status"]
+    assert (status["readyReplicas"], status["updatedReplicas"]) == (4, 4)
+
+
+def test_a_bad_update_of_a_set_stops_at_its_first_group_and_the_next_begins_there(driver: Driver) -> None:
+    made = group_set("s", 3, role("a"))
+    made["spec"]["rolloutStrategy"] = {"rollingUpdate": {"maxUnavailable": 1}}
+    driver.create(made)
+    driver.run(5)
+    broken = driver.cluster.pods.rule(name="s-2-*", ready_s=None)
+    edit_set(driver, "broken:1")
+    driver.run(60)
+    assert {name: image_of(pod) for name, pod in driver.pods().items()} == {
+        "s-0-a-0": "engine:1",
+        "s-1-a-0": "engine:1",
+        "s-2-a-0": "broken:1",
+    }
+    assert driver.conditions("s", "RoleBasedGroupSet")["Ready"]["message"] == (
+        "2 of 3 groups are ready, 1 have the template of now"
+    )
+    broken()
+    edit_set(driver, "engine:2")
+    driver.run(60)
+    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
+
+
+def test_an_operator_that_finds_groups_without_the_mark_of_their_template_changes_nothing_else(driver: Driver) -> None:
+    driver.create(group_set("s", 3, role("a")))
+    driver.run(5)
+    uids = {name: pod["metadata"]["uid"] for name, pod in driver.pods().items()}
+    for index in range(3):
+        driver.edit(f"s-{index}", lambda each: each["metadata"]["annotations"].pop(TEMPLATE))
+    driver.restart()
+    driver.run(20)
+    assert {name: pod["metadata"]["uid"] for name, pod in driver.pods().items()} == uids
+    assert driver.read("RoleBasedGroupSet", "s")["status"]["updatedReplicas"] == 3
+
+
+def test_a_set_leaves_what_an_autoscaler_decided(driver: Driver) -> None:
+    driver.create(group_set("s", 1, role("a", 1, scalingAdapter={"enable": True})))
+    driver.run(5)
+    scaled = {"spec": {"replicas": 3}}
+    adapter = "RoleBasedGroupScalingAdapter"
+    driver.cluster.api.patch(adapter, NAMESPACE, "s-0-a", scaled, subresource="scale", manager="hpa")
+    driver.run(5)
+    assert len(driver.pods()) == 3
+    edit_set(driver, "engine:2")
+    driver.run(20)
+    assert [image_of(pod) for pod in driver.pods().values()] == ["engine:2"] * 3
+
+
+def test_a_set_of_too_many_groups_says_so(driver: Driver) -> None:
+    driver.create(group_set("s", 2_000_000_000, role("a")))
+    driver.run(5)
+    assert driver.names("RoleBasedGroup") == []
+    assert any("too many" in each for each in driver.events("FailedReconcile"))
