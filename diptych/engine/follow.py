@@ -8,7 +8,7 @@ from diptych.engine.channel import Channel
 from diptych.engine.load import Spec, load_faults, make_plane
 from diptych.engine.ranks import Follower, PagesMoved, RankReady, ToRank
 from diptych.model.runner import Runner
-from diptych.transfer.commands import AnyCommand
+from diptych.transfer.commands import AnyCommand, AnyEvent
 
 
 async def follow(spec: Spec, runner: Runner) -> None:
@@ -19,9 +19,13 @@ async def follow(spec: Spec, runner: Runner) -> None:
         assert plane is not None
         plane.execute(command)
 
+    def tell(event: AnyEvent) -> None:
+        assert plane is not None
+        channel.send(PagesMoved(event, plane.counters))
+
     follower = Follower(runner, move)
     channel = Channel(ToRank, follower.hear, gone.set)
-    plane = make_plane(spec, runner, lambda event: channel.send(PagesMoved(event)), load_faults(spec))
+    plane = make_plane(spec, runner, tell, load_faults(spec))
     addresses = await plane.start(spec.config.host) if plane else []
     await channel.open(spec.leader_fd)
     channel.send(RankReady(addresses))

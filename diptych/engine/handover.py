@@ -27,7 +27,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     """Where and what this server is, in a hand-over.
 
     `broadcast` hands a command to every rank's data plane; `addresses` are where each rank receives, stage by stage
-    (`pp_size` of them); `counters` are rank 0's.
+    (`pp_size` of them); `counters` are all ranks'.
     """
 
     info: ModelInfo
@@ -36,7 +36,7 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
     addresses: list[list[str]]
     pp_size: int = 1
     broadcast: Callable[[AnyCommand], None]
-    counters: Counters
+    counters: Callable[[], Counters]
     transport: Transport  # of the control links
     options: HubOptions
     boot_id: str

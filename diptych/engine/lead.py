@@ -136,7 +136,7 @@ async def attach_role(spec: Spec, runner: Runner, engine: Engine, ranks: Ranks) 
         addresses=ranks.addresses,
         pp_size=config.pp_size,
         broadcast=ranks.broadcast,
-        counters=plane.counters,
+        counters=ranks.counters,
         transport=TcpTransport(),
         options=HubOptions(
             secret=config.pd_secret,
@@ -171,7 +171,7 @@ def census(ranks: Ranks, hub: SendHub | ReceiveHub | None) -> dict[str, Any]:
         held = {
             "rooms": hub.snapshot()["rooms"],
             "transfers": ranks.plane.snapshot()["rooms"],
-            "counters": msgspec.to_builtins(ranks.plane.counters),
+            "counters": msgspec.to_builtins(ranks.counters()),
         }
     engine = {
         "num_fds": process.num_fds(),

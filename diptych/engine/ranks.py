@@ -15,6 +15,7 @@ from diptych.engine.channel import Channel
 from diptych.errors import EngineBroken, StepFailed
 from diptych.sched.plan import MAX_IN_FLIGHT
 from diptych.transfer.commands import AnyCommand, AnyEvent
+from diptych.transfer.incoming import Counters, total
 from diptych.transfer.plane import DataPlane
 from diptych.types import Plan, StepResult
 
@@ -42,9 +43,10 @@ class RankReady(msgspec.Struct, tag="ready"):
 
 
 class PagesMoved(msgspec.Struct, tag="moved"):
-    """Follower → rank 0: its data plane's news."""
+    """Follower → rank 0: its data plane's news, and all that it has moved so far."""
 
     event: AnyEvent
+    counters: Counters
 
 
 ToRank = RunPlan | MovePages
@@ -130,6 +132,7 @@ class Ranks:
         self._channel = channel
         self._channels: list[Channel] = []
         self._ready: list[asyncio.Future[list[str]]] = []
+        self._moved: dict[int, Counters] = {}  # by ranks above 0, when they last told
         self._collected = 0  # the last step that is done here
 
     async def connect(self, fds: list[int], timeout_s: float) -> None:
@@ -147,6 +150,7 @@ class Ranks:
         if isinstance(message, RankReady):
             self._ready[rank - 1].set_result(message.addresses)
         else:
+            self._moved[rank] = message.counters
             self._on_event(rank, message.event)
 
     def launch(self, plan: Plan) -> Launched:
@@ -182,6 +186,11 @@ class Ranks:
             channel.send(MovePages(command, self._collected))
         assert self.plane is not None
         self.plane.execute(command)
+
+    def counters(self) -> Counters:
+        """What all ranks' data planes have moved and refused."""
+        assert self.plane is not None
+        return total([self.plane.counters, *self._moved.values()])
 
     def close(self) -> None:
         for channel in self._channels:

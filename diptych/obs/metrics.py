@@ -94,10 +94,10 @@ ENGINE: tuple[Spec, ...] = (
     Spec("steps_total", "counter", "Steps of the engine.", "steps_total"),
     _counter("num_bootstrap_failed_reqs_total", "Hand-overs that failed before pages moved."),
     _counter("num_transfer_failed_reqs_total", "Hand-overs that failed while pages moved."),
-    _counter("kv_pages_sent_total", "KV pages that rank 0 sent to decode servers."),
-    _counter("kv_pages_received_total", "KV pages that rank 0 received from prefill servers."),
-    _counter("kv_bytes_sent_total", "Bytes of KV that rank 0 sent to decode servers."),
-    _counter("kv_bytes_received_total", "Bytes of KV that rank 0 received from prefill servers."),
+    _counter("kv_pages_sent_total", "KV pages sent to decode servers, whatever the number of ranks."),
+    _counter("kv_pages_received_total", "KV pages received from prefill servers, whatever the number of ranks."),
+    _counter("kv_bytes_sent_total", "Bytes of KV that all ranks sent to decode servers."),
+    _counter("kv_bytes_received_total", "Bytes of KV that all ranks received from prefill servers."),
     _histogram("queue_time_seconds", "Wait before the first step.", _LATENCY_S, "queue_time_s"),
     _histogram(
         "kv_transfer_latency_ms", "From the first to the last page of a hand-over.", _MS, "kv_transfer_latency_ms"

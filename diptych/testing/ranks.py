@@ -178,7 +178,7 @@ class SimFollower:
     ) -> None:
         runner: Any = rank
         self._rank = rank
-        self.plane = make_plane(lambda event: self._channel.send(PagesMoved(event)))
+        self.plane = make_plane(lambda event: self._channel.send(PagesMoved(event, self.plane.counters)))
         self._follower = kind(runner, self.plane.execute)
         self._pipes, self._fd = pipes, fd
         self._on_end = on_end

@@ -127,7 +127,7 @@ class SimServer:
             page_size=PAGE_SIZE,
             addresses=[await self.plane.start(self.name), *self.ranks.addresses],
             broadcast=self.ranks.broadcast,
-            counters=self.plane.counters,
+            counters=self.ranks.counters,
             transport=transport,
             options=HubOptions(
                 bootstrap_timeout_s=30.0, heartbeat_timeout_s=5.0, clock=asyncio.get_running_loop().time

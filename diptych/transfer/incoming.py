@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -40,6 +40,14 @@ class Counters(msgspec.Struct):
     corrupt_frames: int = 0
     protocol_errors: int = 0  # links closed because of what came over them
     failures: int = 0  # rooms failed on this rank
+
+
+def total(ranks: Sequence[Counters]) -> Counters:
+    """What the ranks of a server have done together, rank 0 first. Every rank has its part of each page: pages are
+    counted once, as rank 0 has.
+    """
+    sums = {name: sum(getattr(rank, name) for rank in ranks) for name in Counters.__struct_fields__}
+    return Counters(**sums | {"pages_sent": ranks[0].pages_sent, "pages_received": ranks[0].pages_received})
 
 
 async def offload(executor: Executor | None, work: Callable[..., T], *args: object) -> T:

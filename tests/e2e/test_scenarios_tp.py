@@ -31,5 +31,6 @@ def test_different_tensor_parallel_sizes(prefill: int, decode: int) -> None:
         bodies = mixed_requests(10, most_new=8)
         assert_same(all_at_once(pd.router, bodies), all_at_once(pd.router, bodies), f"tp {prefill} to {decode}")
         sent, received = (metrics(server.get("/metrics")) for server in pd.servers)
-        assert sent["sglang:kv_pages_sent_total"] > 0 and received["sglang:kv_pages_received_total"] > 0
+        assert sent["sglang:kv_pages_sent_total"] == received["sglang:kv_pages_received_total"] > 0
+        assert sent["sglang:kv_bytes_sent_total"] == received["sglang:kv_bytes_received_total"] > 0
         settle(pd)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
 
-from diptych.engine.ranks import Follower, MovePages, Ranks, RunPlan
+from diptych.engine.channel import Channel
+from diptych.engine.ranks import Follower, MovePages, PagesMoved, RankReady, Ranks, RunPlan, ToRank
 from diptych.model.selftest import plan_of_one
-from diptych.transfer.commands import AnyCommand, Send
+from diptych.transfer.commands import AnyCommand, AnyEvent, Expecting, Send
+from diptych.transfer.incoming import Counters
 from diptych.types import Plan
 
 PLAN = plan_of_one(0, 4, 1)
@@ -116,3 +119,38 @@ def test_steps_overlap_where_the_runner_can_and_the_settings_want_it(capable: bo
     ranks = Ranks(cast(Any, Idle()), lambda *_: None, lambda _: None, overlap=wanted)
     assert ranks.overlaps == (capable and wanted)
     ranks.close()
+
+
+async def test_what_ranks_have_moved_is_added_up() -> None:
+    """Bytes and failures; a page counts once, as every rank has a part of it."""
+
+    class Idle:
+        overlaps = False
+
+    class Plane:
+        counters = Counters(pages_sent=3, bytes_sent=300, stale_frames=1)
+
+    heard: asyncio.Queue[tuple[int, AnyEvent]] = asyncio.Queue()
+    ranks = Ranks(cast(Any, Idle()), lambda rank, event: heard.put_nowait((rank, event)), lambda _: None)
+    ranks.plane = cast(Any, Plane())
+    followers, fds = [], []
+    for _ in range(2):
+        near, far = socket.socketpair()
+        followers.append(Channel(ToRank, lambda _: None, lambda: None))
+        await followers[-1].open(far.detach())
+        followers[-1].send(RankReady([]))
+        fds.append(near.detach())
+    await ranks.connect(fds, 5)
+    assert ranks.counters() == Counters(pages_sent=3, bytes_sent=300, stale_frames=1)
+    told = [(0, 100, 0), (1, 200, 0), (0, 250, 4)]  # the last news of a rank count
+    for follower, num_bytes, failures in told:
+        counters = Counters(pages_sent=3, bytes_sent=num_bytes, failures=failures)
+        followers[follower].send(PagesMoved(Expecting(1, 1), counters))
+    async with asyncio.timeout(10):
+        assert sorted([await heard.get() for _ in told], key=lambda news: news[0]) == [
+            (rank, Expecting(1, 1)) for rank in (1, 1, 2)
+        ]
+    assert ranks.counters() == Counters(pages_sent=3, bytes_sent=750, stale_frames=1, failures=4)
+    ranks.close()
+    for channel in followers:
+        channel.close()

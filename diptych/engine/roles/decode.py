@@ -9,6 +9,7 @@ Between the two kinds it is first come first served, from the moment in which th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import msgspec
 
@@ -53,7 +54,7 @@ class DecodeRole:
 
     retracts = True
 
-    def __init__(self, requests: Requests, hub: ReceiveHub, counters: Counters) -> None:
+    def __init__(self, requests: Requests, hub: ReceiveHub, counters: Callable[[], Counters]) -> None:
         self._requests = requests
         self._hub = hub
         self._figures = HandoverFigures(counters)

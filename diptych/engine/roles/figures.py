@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from diptych.errors import Aborted, ClientGone, RoomInUse, TransferError
@@ -11,9 +13,9 @@ from diptych.types import Finish, Stats
 
 
 class HandoverFigures:
-    """`counters` are the data plane's own, which only grow."""
+    """`counters`: what the data planes have counted so far."""
 
-    def __init__(self, counters: Counters) -> None:
+    def __init__(self, counters: Callable[[], Counters]) -> None:
         self._counters = counters
         self._timings: list[Timing] = []
         self._bootstrap_failures = 0
@@ -40,12 +42,13 @@ class HandoverFigures:
     def add_to(self, report: Stats) -> None:
         """Fill in the hand-over's part; timings are handed out once."""
         timings, self._timings = self._timings, []
+        moved = self._counters()
         report.num_bootstrap_failed_reqs_total = self._bootstrap_failures
         report.num_transfer_failed_reqs_total = self._transfer_failures
-        report.kv_pages_sent_total = self._counters.pages_sent
-        report.kv_pages_received_total = self._counters.pages_received
-        report.kv_bytes_sent_total = self._counters.bytes_sent
-        report.kv_bytes_received_total = self._counters.bytes_received
+        report.kv_pages_sent_total = moved.pages_sent
+        report.kv_pages_received_total = moved.pages_received
+        report.kv_bytes_sent_total = moved.bytes_sent
+        report.kv_bytes_received_total = moved.bytes_received
         report.kv_transfer_bootstrap_ms = [t.bootstrap_ms for t in timings]
         report.kv_transfer_alloc_ms = [t.alloc_ms for t in timings]
         report.kv_transfer_latency_ms = [t.latency_ms for t in timings]

@@ -7,6 +7,8 @@ held, until decode has everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from diptych.engine.requests import Requests
@@ -36,7 +38,7 @@ class PrefillRole:
 
     retracts = False  # pages that are being sent must stay as they are
 
-    def __init__(self, requests: Requests, hub: SendHub, counters: Counters) -> None:
+    def __init__(self, requests: Requests, hub: SendHub, counters: Callable[[], Counters]) -> None:
         self._requests = requests
         self._hub = hub
         self._figures = HandoverFigures(counters)
