@@ -14,6 +14,7 @@ from typing import Any
 from diptych.testing.kube import admission, apply, crds, defaults, deletion, managed
 from diptych.testing.kube.clock import Clock
 from diptych.testing.kube.deletion import Deleting
+from diptych.testing.kube.identity import check_identity, declaration
 from diptych.testing.kube.kinds import Kind, Kinds
 from diptych.testing.kube.managed import Manager
 from diptych.testing.kube.patch import json_patch, merge_patch, strategic_patch
@@ -23,11 +24,9 @@ from diptych.testing.kube.status import (
     Obj,
     already_exists,
     bad_request,
-    conflict,
     forbidden,
     invalid,
     method_not_allowed,
-    modified,
     not_found,
     success,
 )
@@ -116,7 +115,7 @@ class Api:
             found = self.kinds.find(kind)
             obj = admission.check_type(found, copy(body))
             live = self._live(found, namespace, name)
-            self._check_identity(found, live, obj)
+            check_identity(found, live, obj)
             if found.custom and not obj["metadata"].get("resourceVersion"):
                 why = "Invalid value: 0: must be specified for an update"
                 raise invalid(found.name, found.group, name, [("metadata.resourceVersion", why)])
@@ -146,7 +145,7 @@ class Api:
             else:
                 result = strategic_patch(shown, patch, shape_of(found))
             obj = admission.check_type(found, result)
-            self._check_identity(found, live, obj)
+            check_identity(found, live, obj)
             return self._save(found, live, obj, Manager(manager, "Update", subresource), dry_run=dry_run)
 
     def apply(
@@ -164,7 +163,7 @@ class Api:
         """Server-side apply. A declaration equal to the last one writes nothing."""
         with self.lock:
             found = self.kinds.find(kind)
-            config = self._declaration(found, namespace, name, config)
+            config = declaration(found, namespace, name, config)
             live = self.store.get(found.key, namespace, name)
             who = Manager(manager, "Apply", subresource)
             shape = shape_of(found)
@@ -174,7 +173,7 @@ class Api:
                 obj = self._new(found, namespace, config)
                 owners = apply.first(obj, who, shape, found.status)
                 return self._insert(found, obj, who, owners=owners, dry_run=dry_run)
-            self._check_identity(found, live, config)
+            check_identity(found, live, config)
             base = self._shown(found, live)
             main = found.status and not subresource
             obj, owners = apply.apply(base, config, who, shape, force=force, main=main, status=subresource == "status")
@@ -231,21 +230,6 @@ class Api:
         """As an object of the version asked for."""
         return obj if obj["apiVersion"] == kind.api_version else {**obj, "apiVersion": kind.api_version}
 
-    def _declaration(self, kind: Kind, namespace: str, name: str, config: Obj) -> Obj:
-        if not isinstance(config, dict) or not config.get("apiVersion") or not config.get("kind"):
-            raise bad_request("apiVersion and kind must be set in a server-side apply request")
-        config = admission.check_type(kind, apply.without_nulls(copy(config)))
-        if config["metadata"].get("managedFields"):
-            raise bad_request("metadata.managedFields must be nil")
-        for field, value in (("name", name), ("namespace", namespace)):
-            if config["metadata"].get(field, value) != value:
-                raise bad_request(f"the {field} of the object does not match the {field} on the URL ({value})")
-        config["metadata"]["name"] = name
-        if kind.namespaced:
-            config["metadata"]["namespace"] = namespace
-        admission.refuse_unknown(kind, config)
-        return config
-
     def _new(self, kind: Kind, namespace: str, body: Obj) -> Obj:
         """Checks name and namespace, and gives the object its metadata."""
         obj = copy(body)
@@ -300,20 +284,6 @@ class Api:
             obj["status"] = status
         obj = managed.with_owners(obj, owners, None, now)
         return copy(obj if dry_run else self._put(kind, obj))
-
-    def _check_identity(self, kind: Kind, live: Obj, obj: Obj) -> None:
-        got, have = obj["metadata"], live["metadata"]
-        name = have["name"]
-        for field in ("name", "namespace"):
-            if got.get(field, have.get(field)) != have.get(field):
-                raise bad_request(
-                    f"the {field} of the object ({got[field]}) does not match the URL ({have.get(field)})"
-                )
-        if got.get("uid", have["uid"]) != have["uid"]:
-            why = f"Precondition failed: UID in precondition: {got['uid']}, UID in object meta: {have['uid']}"
-            raise conflict(kind.plural, kind.group, name, why)
-        if got.get("resourceVersion") and got["resourceVersion"] != have["resourceVersion"]:
-            raise modified(kind.plural, kind.group, name)
 
     def _save(
         self,
