@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class App:
-    """Answers every request; `draining` makes it unready and refuse new work."""
+    """Answers every request; `draining` makes it unready, `refusing` refuse new work."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class App:
         metrics: RouterMetrics,
         rng: random.Random,
     ) -> None:
-        self.draining = False
+        self.draining = self.refusing = False
         self._config = config
         self._fleet = fleet
         self._core = core
@@ -103,7 +103,7 @@ class App:
             raise MethodNotAllowed(f"{path} takes {' or '.join(methods)}, not {method}")
         if path not in OPEN:
             self._check_key(request)
-            if self.draining and method == "POST":
+            if self.refusing and method == "POST":
                 raise Unavailable("the router is shutting down; ask another one")
         if method == "HEAD":  # the answer's body is left out when it is written
             request = msgspec.structs.replace(request, method="GET")

@@ -96,6 +96,9 @@ class RouterConfig:
     worker_startup_timeout_secs: float = flag(1800.0, "longest wait for one server of each role at the start")
     worker_startup_check_interval: float = flag(1.0, "time between checks of servers that have not answered yet")
     # life
+    shutdown_delay_secs: float = flag(
+        0.0, "how long new requests are still served after SIGTERM, while load balancers learn that the router leaves"
+    )
     shutdown_grace_period_secs: float = flag(180.0, "longest wait for running requests after SIGTERM")
     # edges
     api_key: str = flag("", "bearer key clients must show, also shown to the servers (or env DIPTYCH_API_KEY)")
@@ -166,6 +169,7 @@ _AT_LEAST: dict[str, float] = {
     "health_check_interval_secs": 0.001,
     "worker_startup_timeout_secs": 0,
     "worker_startup_check_interval": 0.001,
+    "shutdown_delay_secs": 0,
     "shutdown_grace_period_secs": 0,
 }
 

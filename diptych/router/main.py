@@ -131,8 +131,13 @@ class Router:
         return self.fleet.ready or stop.is_set()
 
     async def drain(self, cut: asyncio.Event) -> None:
-        """Refuse new work and wait until running requests have ended, `cut` is set or the grace period is over."""
+        """For the delay, be unready and end each connection with its answer; then refuse new work, and wait until the
+        running requests have ended or the grace period is over. `cut` ends either wait.
+        """
         self.app.draining = self._server.draining = True
+        if self._config.shutdown_delay_secs:
+            await _first(cut, timeout_s=self._config.shutdown_delay_secs)
+        self.app.refusing = True
         await _first(cut, self._server.idle, timeout_s=self._config.shutdown_grace_period_secs)
         if self.num_active:
             log.warning("%d requests were cut off", self.num_active)

@@ -25,6 +25,7 @@ from kube_world import World, group, role, until
 OPERATOR = Path("deploy/operator")
 EVERYWHERE = Path("deploy/operator-all-namespaces")
 FILES = sorted([*OPERATOR.glob("*.yaml"), EVERYWHERE / "binding.yaml"])
+GROUPS = [Path("deploy/qwen3-32b/qwen3-32b.yaml"), Path("deploy/demo/demo.yaml")]
 OURS = ("workloads.x-k8s.io/", "monitoring.coreos.com/", "kustomize.config.k8s.io/")
 
 
@@ -32,16 +33,16 @@ def documents(path: Path) -> list[dict[str, Any]]:
     return [each for each in yaml.safe_load_all(path.read_text()) if each]
 
 
-@pytest.mark.parametrize("path", [*FILES, Path("deploy/qwen3-32b/qwen3-32b.yaml")], ids=str)
+@pytest.mark.parametrize("path", [*FILES, *GROUPS], ids=str)
 def test_every_object_passes_the_schemas_of_kubernetes(path: Path) -> None:
     for each in documents(path):
         if not each["apiVersion"].startswith(OURS):
             kubernetes_validate.validate(each, "1.33", strict=True)
 
 
-def test_our_own_manifest_is_valid() -> None:
-    checked = check(["deploy/qwen3-32b/qwen3-32b.yaml"])
-    assert [each.problems for each in checked] == [[], []]
+def test_our_own_manifests_are_valid() -> None:
+    checked = check([str(path) for path in GROUPS])
+    assert [each.problems for each in checked] == [[]] * 4
 
 
 def test_the_definitions_are_todays() -> None:
@@ -109,8 +110,9 @@ def lines(path: Path) -> list[str]:
 
 def test_containers_are_restricted() -> None:
     deployment = next(each for each in documents(OPERATOR / "deployment.yaml") if each["kind"] == "Deployment")
-    group_ = documents(Path("deploy/qwen3-32b/qwen3-32b.yaml"))[0]["spec"]
-    templates = [deployment["spec"]["template"], group_["roles"][0]["template"], group_["roleTemplates"][0]["template"]]
+    templates = [deployment["spec"]["template"]]
+    for group_ in (documents(path)[0]["spec"] for path in GROUPS):
+        templates += [group_["roles"][0]["template"], group_["roleTemplates"][0]["template"]]
     for template in templates:
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         for container in template["spec"]["containers"]:
@@ -119,19 +121,21 @@ def test_containers_are_restricted() -> None:
             assert context["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_a_pod_of_ours_has_time_to_end_its_requests() -> None:
-    """The kubelet's patience is longer than ours: preStop hook and drain fit into it, with some seconds to spare."""
-    made = documents(Path("deploy/qwen3-32b/qwen3-32b.yaml"))[0]
+@pytest.mark.parametrize("path", GROUPS, ids=str)
+def test_a_pod_of_ours_has_time_to_end_its_requests(path: Path) -> None:
+    """The kubelet's patience is longer than ours, with some seconds to spare."""
+    made = documents(path)[0]
     made["metadata"]["namespace"] = "default"
     for each in resolve_spec(made["spec"])["roles"]:
         spec = pod_template(made, each, each["template"], {}, indexed=True)["spec"]
-        args, hook = spec["containers"][0]["args"], spec["containers"][0]["lifecycle"]["preStop"]
+        container = spec["containers"][0]
         if each["name"] == "router":
-            drain_s = parse_router_args(args[1:]).shutdown_grace_period_secs + int(hook["exec"]["command"][1])
+            config = parse_router_args(container["args"][1:])
+            drain_s = config.shutdown_delay_secs + config.shutdown_grace_period_secs
         else:
-            drain_s = parse_server_args(args[1:]).drain_timeout
-            assert hook == {"httpGet": {"path": "/drain", "port": "http"}}
-        assert drain_s + 10 <= spec["terminationGracePeriodSeconds"] == 300
+            drain_s = parse_server_args(container["args"][1:]).drain_timeout
+            assert container["lifecycle"] == {"preStop": {"httpGet": {"path": "/drain", "port": "http"}}}
+        assert drain_s + 10 <= spec["terminationGracePeriodSeconds"]
 
 
 def test_the_role_allows_what_the_operator_does_and_names_no_secrets(tmp_path: Path) -> None:

@@ -103,6 +103,23 @@ async def test_drains_and_exits_with_0(route, pair, number):
     assert await running.ended() == 0
 
 
+async def test_serves_on_while_load_balancers_learn_that_it_leaves(route, pair):
+    """Also on connections that clients keep: each ends with its answer, so that the next goes elsewhere."""
+    running = await route(*words(pair), "--shutdown-delay-secs", "60")
+    await running.line_with("ready")
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{running.port}") as http:
+        async with http.post("/generate", json=BODY) as before:
+            assert before.status == 200 and "connection" not in before.headers
+        running.process.send_signal(signal.SIGTERM)
+        await running.line_with("shutting down")
+        async with http.post("/generate", json=BODY) as served:
+            assert served.status == 200 and served.headers["connection"] == "close"
+        async with http.get("/readiness") as probe:
+            assert probe.status == 503
+    running.process.send_signal(signal.SIGTERM)
+    assert await running.ended() == 0
+
+
 async def test_the_grace_period_ends(route, pair):
     pair[1].gates = [asyncio.Event() for _ in range(2)]
     pair[1].gates[0].set()
