@@ -75,14 +75,6 @@ class HostGroup:
         dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
         return torch.cat(parts, -1) if parts is not None else None
 
-    def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-        from diptych.model.kernels import allreduce, fused  # for tests alone: in Triton's interpreter
-
-        return fused.add_norm(x, self.sum(allreduce.whole(delta, x.dtype)), weight, eps)
-
-    def share_tokens(self, tokens: Tensor) -> None:
-        dist.broadcast(tokens, group=self._group, group_src=0)
-
 
 class Parallel:
     """This process's place: `rank` of the `world` of one stage, and `stage` of `stages`.
@@ -123,12 +115,13 @@ class Parallel:
         return x if self.group is None else self.group.sum(x)
 
     def sum_add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x += the sum of every rank's `delta`, in place; returns RMSNorm(x) * weight. By kernels.
+        """x += the sum of every rank's `delta`, in place; returns RMSNorm(x) * weight. By kernels: not on several CPUs.
 
         `x` `[rows, width]`; `delta` is a product of this shape or its unreduced parts (model/kernels/matmul.py). A row
         gets the same bits whatever the number of rows: those of `add_norm(x, self.sum(delta), weight, eps)`.
         """
         if self.group is not None:
+            assert not isinstance(self.group, HostGroup)
             return self.group.sum_add_norm(x, delta, weight, eps)
         from diptych.model.kernels.fused import add_norm  # not to be had without Triton
 
@@ -139,8 +132,10 @@ class Parallel:
         return x if self.group is None else self.group.join(x)
 
     def share_tokens(self, tokens: Tensor) -> Tensor:
-        """What rank 0 of the stage sampled, int64 `[rows]`, on each of its ranks: fills `tokens` of the others."""
+        """What rank 0 of the stage sampled, int64 `[rows]`, on each of its ranks: fills `tokens` of the others. On CPUs
+        nobody needs them."""
         if self.group is not None:
+            assert not isinstance(self.group, HostGroup)
             self.group.share_tokens(tokens)
         return tokens
 
