@@ -17,7 +17,7 @@ from diptych.api.logprobs import chat_entries
 from diptych.api.prompts import Prompt, chat_prompt
 from diptych.api.sampling import grammar_field, grammar_of
 from diptych.api.schemas import ChatBody, StreamOptions, ToolChoice
-from diptych.api.service import Delta, Job, Result
+from diptych.api.sequence import Delta, Job, Result
 from diptych.api.sse import DONE, respond
 from diptych.api.wire import encode, json_response, read_body
 from diptych.errors import BadRequest

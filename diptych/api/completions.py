@@ -15,7 +15,7 @@ from diptych.api.limits import MAX_TOP_LOGPROBS, within
 from diptych.api.logprobs import completion_logprobs
 from diptych.api.sampling import grammar_field, grammar_of, num_choices
 from diptych.api.schemas import CompletionBody
-from diptych.api.service import Delta, Job
+from diptych.api.sequence import Delta, Job
 from diptych.api.sse import DONE, event, respond
 from diptych.api.wire import json_response, read_body
 from diptych.errors import BadRequest

@@ -34,7 +34,7 @@ from diptych.api.sampling import (
     token_ids,
 )
 from diptych.api.schemas import GenerateBody, NativeSampling, refuse_unsupported
-from diptych.api.service import Delta, Job
+from diptych.api.sequence import Delta, Job
 from diptych.api.sse import DONE, event, respond
 from diptych.api.wire import json_response, read_body
 from diptych.errors import BadRequest

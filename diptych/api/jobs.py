@@ -21,7 +21,7 @@ from diptych.api.sampling import (
     seed_of,
 )
 from diptych.api.schemas import OpenAIFields, Pairing, Usage, refuse_unsupported
-from diptych.api.service import Job, Result
+from diptych.api.sequence import Job, Result
 from diptych.errors import BadRequest
 from diptych.text.grammar import validate
 from diptych.types import Bootstrap, Grammar, LogprobSpec, Request, Sampling
