@@ -293,6 +293,8 @@ def real_place() -> Iterator[Place]:
         yield made
         made.close()
     finally:
+        for group in api.list(GROUP, namespace)[0]:  # no operator is left to end them in order
+            api.merge(GROUP, namespace, group["metadata"]["name"], {"metadata": {"finalizers": None}})
         api.delete(NAMESPACES, "", namespace, created["metadata"]["uid"])
         api.close()
 

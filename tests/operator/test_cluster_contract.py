@@ -4,18 +4,24 @@ of the kubeconfig (see cluster_place). What differs between the two is a bug of 
 
 from __future__ import annotations
 
+import pytest
 from cluster_place import IMAGE, SECOND_IMAGE, Place, role
 
+from diptych.errors import NotFound
 from diptych.group.operator.resources import (
     ADAPTER,
     CONFIG_MAP,
     GROUP,
+    LEADER_WORKER_SET,
     POD,
+    POD_GROUP,
     REVISION,
     SERVICE,
     STATEFUL_SET,
     Json,
 )
+
+LWS = {"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet"}
 
 
 def test_a_group_comes_in_order_is_repaired_and_goes(place: Place) -> None:
@@ -84,4 +90,38 @@ def test_a_deployment_and_a_change_of_kind(place: Place) -> None:
     place.wait_ready("g")
     place.edit("g", lambda each: each["spec"]["roles"][0].pop("workload"))
     place.until(lambda: sorted(place.objects(POD, "g")) == ["g-a-0", "g-a-1"], "pods with ordinals")
+    place.wait_ready("g")
+
+
+def test_a_gang_has_a_pod_group_while_it_is_wanted(place: Place) -> None:
+    """Scheduler-plugins' kind; on a cluster that lacks it, there is nothing to see."""
+    try:
+        place.api.list(POD_GROUP, place.namespace)
+    except NotFound:
+        pytest.skip("the PodGroups of scheduler-plugins are not installed")
+    place.create("g", role("a", 2), role("b"), podGroupPolicy={"kubeScheduling": {"scheduleTimeoutSeconds": 30}})
+    place.wait_ready("g")
+    made = place.read(POD_GROUP, "g")["spec"]
+    assert (made["minMember"], made["scheduleTimeoutSeconds"]) == (3, 30)
+    labels = [pod["metadata"]["labels"] for pod in place.objects(POD, "g").values()]
+    assert [each["pod-group.scheduling.sigs.k8s.io/name"] for each in labels] == ["g"] * 3
+    place.edit("g", lambda obj: obj["spec"].pop("podGroupPolicy"))
+    place.until(lambda: not place.exists(POD_GROUP, "g"), "no PodGroup")
+
+
+def test_a_leader_worker_set_is_made_as_its_definition_wants_it(place: Place) -> None:
+    """Its controller need not run."""
+    try:
+        place.api.list(LEADER_WORKER_SET, place.namespace)
+    except NotFound:
+        pytest.skip("LeaderWorkerSets are not installed")
+    place.create("g", role("a", 2, workload=LWS, leaderWorkerSet={"size": 2}))
+    place.until(lambda: place.exists(LEADER_WORKER_SET, "g-a"), "the LeaderWorkerSet")
+    made = place.read(LEADER_WORKER_SET, "g-a")["spec"]
+    assert (made["replicas"], made["leaderWorkerTemplate"]["size"]) == (2, 2)
+    place.edit("g", lambda obj: obj["spec"]["roles"][0].update(replicas=3))
+    place.until(lambda: place.read(LEADER_WORKER_SET, "g-a")["spec"]["replicas"] == 3, "three of them")
+    place.edit("g", lambda obj: obj["spec"]["roles"][0].pop("workload"))
+    place.edit("g", lambda obj: obj["spec"]["roles"][0].pop("leaderWorkerSet"))
+    place.until(lambda: not place.exists(LEADER_WORKER_SET, "g-a"), "no LeaderWorkerSet")
     place.wait_ready("g")
