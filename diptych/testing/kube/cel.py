@@ -160,8 +160,9 @@ class _Parser:
         arguments = self._items(")")
         if name not in ("type", "size") or len(arguments) != 1:
             raise CelError(f"{self._text!r}: the function {name} is not known here")
-        asked: Callable[[Any], Any] = {"type": type, "size": len}[name]
-        return lambda env: asked(arguments[0](env))
+        if name == "size":
+            return lambda env: len(arguments[0](env))
+        return lambda env: type(arguments[0](env))
 
     def _has(self) -> Code:
         """`has(a.b.c)`: whether `a.b`, which must be there, has `c`."""
