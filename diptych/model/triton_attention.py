@@ -18,6 +18,7 @@ from torch import Tensor
 from diptych.errors import ConfigError
 from diptych.model.kernels import fused, launch
 from diptych.model.kernels.attention import combine_kernel, decode_kernel, prefill_kernel
+from diptych.model.kernels.flash import ROWS, Flash
 from diptych.model.kernels.metadata import DeviceArrays, Uploader
 from diptych.model.kernels.schedule import ITEM_FIELDS, TILE_FIELDS, Cuts, make_schedule
 from diptych.model.pool import KVPool
@@ -42,6 +43,7 @@ class AttentionTiles:
     programs: int = 0  # of the decode kernel, for each multiprocessor; 0: as many as are there at once
     fused: bool = True  # the decode kernel combines the splits itself
     ahead: bool = True  # it asks for its next keys ahead
+    flash: bool = True  # prefill by the kernel of Hopper GPUs where it can; what follows is of the other one
     prefill_m: int = 64
     prefill_n: int = 64
     prefill_warps: int = 4
@@ -49,7 +51,7 @@ class AttentionTiles:
 
 
 # Decode and prefill alike, and splits of one size.
-FIXED_TILES = AttentionTiles(split=256, max_splits=1 << 30, decode_m=64, decode_stages=3)
+FIXED_TILES = AttentionTiles(split=256, max_splits=1 << 30, decode_m=64, decode_stages=3, flash=False)
 
 
 @dataclass(slots=True)
@@ -85,6 +87,10 @@ class TritonAttention:
         self.padded_group = triton.next_power_of_2(self.group)
         self._check()
         self._device = pool.pages.device
+        self._flash: Flash | None = None
+        if self.tiles.flash and Flash.takes(pool):
+            self._flash = Flash(pool, num_heads, self.padded_group, self.scale)
+            self.tiles = replace(self.tiles, prefill_m=ROWS, prefill_warps=8)  # the schedule's tiles are for both
         self._uploader = Uploader(self._device)
         items = -(-WANTED * _processors(self._device) // pool.num_heads)
         of = self.tiles
@@ -212,7 +218,11 @@ class TritonAttention:
         pages = self.pool.pages[:, :, layer]
         if step.decode_rows:
             self._decode(step, pages, q, out, window, softcap)
-        if step.prefill_tiles:
+        plain = not (window or softcap) and q.dtype == pages.dtype
+        if step.prefill_tiles and self._flash is not None and plain:
+            table, tiles = step.arrays["table"], step.arrays["prefill_tiles"]
+            self._flash(layer, q, out, table, step.table_stride, tiles, step.prefill_tiles)
+        elif step.prefill_tiles:
             self._prefill(step, pages, q, out, window, softcap)
         return out
 
