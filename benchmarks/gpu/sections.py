@@ -19,7 +19,8 @@ from benchmarks.gpu.shapes import HALVES, QWEN3_8B, QWEN3_32B, QWEN3_600M, TINY,
 from benchmarks.gpu.timing import Bench
 from diptych.model.kernels import fused as kernels
 from diptych.model.kernels import launch, matmul
-from diptych.model.kernels.matmul import MAX_ROWS, ProductTiles, product, product_parts, tiles_for, wins
+from diptych.model.kernels.matmul import MAX_ROWS, product, product_parts
+from diptych.model.kernels.tiles import ProductTiles, tiles_for, wins
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import FIXED_TILES, AttentionTiles, TritonAttention
 

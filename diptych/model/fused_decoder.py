@@ -4,14 +4,20 @@ are faster than cuBLAS. The reference is Decoder.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diptych.model.decoder import Decoder, Layer
+from diptych.model.kernels import gated
+from diptych.model.kernels.ends import embed_norm
 from diptych.model.kernels.fixed import fixed_product
 from diptych.model.kernels.fused import add_norm, silu_mul
-from diptych.model.kernels.matmul import product, product_parts, wins
-from diptych.model.layers import Linear, RMSNorm
+from diptych.model.kernels.matmul import Scaled, gated_product, product, product_add, product_parts
+from diptych.model.kernels.tiles import ProductTiles, wins
+from diptych.model.layers import Linear, RMSNorm, known_tokens
 from diptych.model.triton_attention import TritonAttention
+
+ADD_ROWS = 1024  # from so many rows on cuBLAS adds its product to `x`: the norm then has half as much to read and write
 
 
 class FusedDecoder:
@@ -23,9 +29,16 @@ class FusedDecoder:
         self.num_heads, self.num_kv_heads = decoder.num_heads, decoder.num_kv_heads
         self.num_layers, self.scale = decoder.num_layers, decoder.scale
         self._eps = decoder.config.norm_eps
+        gate_up = decoder.layers[0].gate_up
+        self._gates = not fixed and gate_up.bias is None and gated.takes(gate_up.weight)
+        if self._gates:
+            gated.prepare(gate_up.weight)
         self._cos, self._sin = decoder.cos.squeeze(1), decoder.sin.squeeze(1)
+        self._arrivals = torch.zeros(decoder.config.hidden_size, dtype=torch.int32, device=self._cos.device)
         # After its last layer a stage but the first has nothing to norm; add_norm is then done for its sum alone.
-        self._final = decoder.ends.norm if decoder.ends is not None else decoder.layers[-1].mlp_norm
+        final = decoder.ends.norm if decoder.ends is not None else decoder.layers[-1].mlp_norm
+        readers: list[tuple[RMSNorm, Linear | None]] = [(layer.attention_norm, layer.qkv) for layer in decoder.layers]
+        self._following = [*readers[1:], (final, None)]  # of each layer: the norm after it, and who reads what it gives
 
     @property
     def layer_bytes(self) -> int:
@@ -34,23 +47,30 @@ class FusedDecoder:
         return sum(linear.weight.nbytes for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None, wanted: Tensor | None, attention: TritonAttention
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        wanted: Tensor | None,
+        attention: TritonAttention,
+        last: Tensor | None = None,
     ) -> Tensor | None:
-        """As Decoder.forward, but `attention` knows the positions already. `wanted` None: all rows."""
+        """As Decoder.forward, but `attention` knows the positions already. `wanted` None: all rows. `last`: see
+        known_tokens; without it, all tokens are known."""
         decoder = self.decoder
-        x = decoder.begin(tokens)
         place = decoder.parallel
-        last = self.num_layers - 1 if place.stage == place.stages - 1 else None
-        normed = decoder.layers[0].attention_norm(x)
+        final = self.num_layers - 1 if place.stage == place.stages - 1 else None
+        normed: Tensor | Scaled
+        x, normed = self._begin(tokens, last)
         for index, layer in enumerate(decoder.layers):
             mixed = self._attend(index, layer, self._product(layer.qkv, normed), attention)
-            if index == last and wanted is not None:  # what follows concerns each row by itself
+            if index == final and wanted is not None:  # what follows concerns each row by itself
                 x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
                 if not len(wanted):
                     return x
             normed = self._after_attention(index, x, mixed)
         if place.stages > 1:
             return decoder.hand_on(x, len(tokens) if wanted is None else len(wanted))
+        assert isinstance(normed, Tensor)  # what follows the last layer is no product's input
         return normed
 
     def logits(self, features: Tensor) -> Tensor | None:
@@ -61,34 +81,71 @@ class FusedDecoder:
         joined = decoder.parallel.join(self._product(decoder.ends.head, normed, whole=True))
         return None if joined is None else joined[:, : decoder.config.vocab_size]
 
+    def _begin(self, tokens: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the first layer reads, and what its norm makes of it."""
+        decoder, norm = self.decoder, self.decoder.layers[0].attention_norm
+        if decoder.ends is not None and decoder.parallel.world == 1 and not self._fixed:
+            table = decoder.ends.embedding.table
+            return embed_norm(tokens, tokens if last is None else last, table, norm.weight, self._eps)
+        x = decoder.begin(tokens if last is None else known_tokens(tokens, last))
+        return x, norm(x)
+
     def _attend(self, index: int, layer: Layer, qkv: Tensor, attention: TritonAttention) -> Tensor:
         return attention.attend_qkv(index, qkv, layer.qk_norm, self._eps, self._cos, self._sin)
 
-    def _after_attention(self, index: int, x: Tensor, mixed: Tensor) -> Tensor:
-        """The rest of a layer, in place in `x`: what the next one's norm makes of it."""
-        layers = self.decoder.layers
-        layer, following = layers[index], layers[index + 1].attention_norm if index + 1 < len(layers) else self._final
-        normed = self._add(x, layer.o, mixed, layer.o_bias, layer.mlp_norm)
-        inner = silu_mul(self._product(layer.gate_up, normed), x.dtype)
-        return self._add(x, layer.down, inner, layer.down_bias, following)
+    def _after_attention(self, index: int, x: Tensor, mixed: Tensor) -> Tensor | Scaled:
+        """The rest of a layer, in place in `x`: what the norm after it makes of that."""
+        layer = self.decoder.layers[index]
+        normed = self._add(x, layer.o, mixed, layer.o_bias, layer.mlp_norm, layer.gate_up)
+        inner = self._gated(layer.gate_up, normed)
+        return self._add(x, layer.down, inner, layer.down_bias, *self._following[index])
 
-    def _product(self, linear: Linear, x: Tensor, *, whole: bool = False) -> Tensor:
+    def _product(self, linear: Linear, x: Tensor | Scaled, *, whole: bool = False) -> Tensor:
         """A product, or, unless it must be `whole`, its unreduced parts for the kernel that follows."""
+        tiles = self._tiles(linear, x)
+        if tiles is not None:
+            return (product if whole else product_parts)(x, linear.weight, tiles)
+        assert isinstance(x, Tensor)
         if self._fixed:
             out = fixed_product(x, linear.weight)
             return out if linear.bias is None else out + linear.bias
-        rows = x.shape[0] * x.element_size() // 2  # measured in 16 bits: wider numbers fill a tile sooner
-        tiles = None if linear.bias is not None else wins(rows, *linear.weight.shape)
-        if tiles is None:
-            return linear(x)
-        return (product if whole else product_parts)(x, linear.weight, tiles)
+        return linear(x)
 
-    def _add(self, x: Tensor, linear: Linear, inputs: Tensor, bias: Tensor | None, norm: RMSNorm) -> Tensor:
-        """Add to `x`, in place, a product whose inputs are split over the ranks; what `norm` makes of the sum."""
+    def _gated(self, linear: Linear, x: Tensor | Scaled) -> Tensor:
+        """silu(gate) * up, of a product that gives both."""
+        if self._gates and isinstance(x, Tensor) and x.shape[0] >= gated.LEAST_ROWS:
+            return gated.silu_product(x, linear.weight)
+        tiles = self._tiles(linear, x)
+        if tiles is not None and tiles.joins:
+            return gated_product(x, linear.weight, tiles)
+        return silu_mul(self._product(linear, x), self._cos.dtype)
+
+    def _add(
+        self, x: Tensor, linear: Linear, inputs: Tensor, bias: Tensor | None, norm: RMSNorm, reader: Linear | None
+    ) -> Tensor | Scaled:
+        """Add to `x`, in place, a product whose inputs are split over the ranks; what `norm` makes of the sum, for the
+        product `reader` if that is what reads it."""
         place = self.decoder.parallel
         if bias is None and place.world > 1:
             return place.sum_add_norm(x, self._product(linear, inputs), norm.weight, self._eps)
+        if bias is None and not self._fixed and x.shape[0] >= ADD_ROWS:
+            return norm(x.addmm_(inputs, linear.weight.t()))
+        tiles = self._tiles(linear, inputs)
+        joins = tiles is not None and tiles.joins and bias is None
+        if joins and reader is not None and self._reads_scaled(reader, x):
+            return product_add(x, inputs, linear.weight, norm.weight, self._eps, self._arrivals, tiles)
         delta = self._product(linear, inputs, whole=bias is not None)
         if bias is not None:
             delta = place.sum(delta) + bias
         return add_norm(x, delta, norm.weight, self._eps)
+
+    def _tiles(self, linear: Linear, x: Tensor | Scaled) -> ProductTiles | None:
+        """Those with which our product is the faster one; None: cuBLAS's, or the fixed one."""
+        if self._fixed or linear.bias is not None:
+            return None
+        values = x.values if isinstance(x, Scaled) else x
+        return wins(values.shape[0] * values.element_size() // 2, *linear.weight.shape)  # measured in 16 bits
+
+    def _reads_scaled(self, linear: Linear, x: Tensor) -> bool:
+        """Whether what our product reads may be Scaled. float16 might not hold it."""
+        return x.dtype != torch.float16 and self._tiles(linear, x) is not None

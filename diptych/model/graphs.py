@@ -16,10 +16,11 @@ from torch import Tensor
 
 from diptych.model.fused_decoder import FusedDecoder
 from diptych.model.kernels import launch
+from diptych.model.kernels.ends import argmax
 from diptych.model.triton_attention import TritonAttention
 from diptych.types import Plan
 
-FEW_ROWS, SMALL_LAYER = 4, 64 << 20  # bytes
+FEW_ROWS, SOME_ROWS, SMALL_LAYER = 4, 32, 64 << 20  # bytes
 WARM_UPS = 2  # runs before a capture: compile the kernels, let libraries take their workspaces
 
 
@@ -42,13 +43,14 @@ class DecodeGraphs:
     def __init__(self, model: FusedDecoder, attention: TritonAttention, last: Tensor, most: int) -> None:
         self._model, self._attention, self._last = model, attention, last
         self._captured: dict[int, Captured] = {}
+        self._arrivals = torch.zeros(most, dtype=torch.int32, device=last.device)
         self.sizes = batch_sizes(most)
 
     def capture(self, progress: Callable[[str], None]) -> None:
         """Capture all sizes, the largest first: smaller ones then fit into its memory. The ranks do so together."""
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
-            launch.set_overlap(self._overlaps(size))
+            launch.set_overlap(*self._overlap(size))
             self._attention.begin_graph(_nobody(size), size)
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
@@ -62,10 +64,11 @@ class DecodeGraphs:
             progress(f"graphs: decode steps of {size} rows")
         launch.set_overlap(False)
 
-    def _overlaps(self, size: int) -> bool:
-        """Whether kernels start while those before them end. Measured: it pays where they are short, and costs 1 to 3 %
-        where a product of many weights is slowed down by programs that wait beside it."""
-        return launch.can_overlap() and (size <= FEW_ROWS or self._model.layer_bytes <= SMALL_LAYER)
+    def _overlap(self, size: int) -> tuple[bool, bool]:
+        """Whether kernels start while those before them end, and whether products do. Measured: it pays where kernels
+        are short, and for products that do what follows them; attention of many rows is slowed down by it."""
+        small = size <= FEW_ROWS or self._model.layer_bytes <= SMALL_LAYER
+        return launch.can_overlap() and small, launch.can_overlap() and (small or size <= SOME_ROWS)
 
     def launch(self, plan: Plan) -> Captured | None:
         """Enqueue a plan of one new token a row, all of which sample; None if it does not fit. Results have a row for
@@ -79,12 +82,10 @@ class DecodeGraphs:
         return Captured(graph, None if logits is None else logits[:rows], None if greedy is None else greedy[:rows])
 
     def _step(self, size: int) -> tuple[Tensor | None, Tensor | None]:
-        ids = self._attention.reserved_ids(size).long()
-        tokens = torch.where(ids < 0, self._last[(-1 - ids).clamp_(min=0)], ids)
-        features = self._model.forward(tokens, None, None, self._attention)
+        features = self._model.forward(self._attention.reserved_ids(size), None, None, self._attention, last=self._last)
         assert features is not None
         logits = self._model.logits(features)
-        return logits, None if logits is None else logits.argmax(-1)
+        return logits, None if logits is None else argmax(logits, self._arrivals)
 
 
 def _nobody(num_rows: int) -> Plan:

@@ -88,3 +88,9 @@ def load_vocab(source: WeightSource, name: str, vocab_size: int, hidden: int, pa
     table = torch.zeros(width, hidden, dtype=source.dtype, device=source.device)
     source.read(table[: part[1] - part[0]], name, (vocab_size, hidden), part)
     return table
+
+
+def known_tokens(ids: Tensor, last: Tensor) -> Tensor:
+    """Token ids, int64: an id of -1 - r stands for `last[r]`, which the device alone may know (see Plan)."""
+    ids = ids.long()
+    return torch.where(ids < 0, last[(-1 - ids).clamp_(min=0)], ids)

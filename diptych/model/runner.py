@@ -22,7 +22,7 @@ from diptych.kv.share import layer_range
 from diptych.kv.store import PageStore
 from diptych.model.attention import AttentionBackend
 from diptych.model.gpu_store import make_store
-from diptych.model.layers import padded_rows
+from diptych.model.layers import known_tokens, padded_rows
 from diptych.model.load import load_model
 from diptych.model.logprobs import Reader, token_logprobs
 from diptych.model.memory import kv_page_bytes, pool_pages
@@ -193,7 +193,7 @@ class Runner:
         inputs[1, :num_tokens] = plan.positions
         tokens, positions = to_device(inputs, np.int64, self.device)
         if plan.token_ids.min(initial=0) < 0:
-            tokens = torch.where(tokens < 0, self._last[(-1 - tokens).clamp_(min=0)], tokens)
+            tokens = known_tokens(tokens, self._last)
         index = np.zeros(self.pad(len(wanted)), np.int64)
         index[: len(wanted)] = wanted
         self.attention.begin(plan)

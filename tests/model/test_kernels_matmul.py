@@ -1,11 +1,16 @@
-"""Products of few rows against float64, and each row against itself in other company."""
+"""Products of few rows, and what they do besides, against float64; each row against itself in other company."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from diptych.model.kernels.matmul import MAX_ROWS, TILES, ProductTiles, product, product_parts, tiles_for, wins
+from diptych.model.kernels.fused import silu_mul
+from diptych.model.kernels.matmul import MAX_ROWS, gated_product, product, product_add, product_parts
+from diptych.model.kernels.tiles import TILES, ProductTiles, tiles_for, wins
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no products of bfloat16
@@ -67,7 +72,51 @@ def test_cublas_has_the_many_rows() -> None:
         assert rows <= MAX_ROWS
         assert wins(rows + 1, n, k) is None
         assert most <= MAX_ROWS
-        assert 2 * tiles.splits * tiles.block_k <= k
+        assert tiles.splits * tiles.block_k <= k
     assert wins(16, 30000, 512) == wins(32, 4096, 512) == ProductTiles(splits=1) == tiles_for(30000, 512)
     assert wins(17, 30000, 512) is None
     assert wins(33, 4096, 512) is None
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("hidden", "k"), [(128, 256), (200, 136)])  # what fits the tiles; what does not
+@pytest.mark.parametrize("splits", [1, 3])
+def test_add_and_the_halves_of_a_norm(hidden: int, k: int, splits: int, dtype: torch.dtype) -> None:
+    """x += a product; another product of the norm of x; each row in any company."""
+    tiles, rows, eps = ProductTiles(block_n=32, block_k=32, splits=splits), 19, 1e-6
+    inputs, weight = randn(rows, k, seed=1, dtype=dtype), randn(hidden, k, seed=2, dtype=dtype, scale=k**-0.5)
+    norm, reader = randn(hidden, seed=3, dtype=dtype), randn(96, hidden, seed=4, dtype=dtype, scale=hidden**-0.5)
+    before = randn(rows, hidden, seed=5, dtype=dtype, scale=3.0)
+    arrivals = torch.zeros(hidden, dtype=torch.int32, device=DEVICE)
+    x = before.clone()
+    scaled = product_add(x, inputs, weight, norm, eps, arrivals, tiles)
+    assert torch.equal(x, before + product(inputs, weight, tiles))
+    assert torch.equal(scaled.values, x * norm)
+    exact = x.double().square()
+    torch.testing.assert_close(scaled.squares.double().sum(0), exact.sum(1), rtol=1e-5, atol=0)
+    assert not arrivals.any()
+    found = product(scaled, reader, tiles)
+    normed = F.rms_norm(x.double(), (hidden,), norm.double(), eps)
+    torch.testing.assert_close(found.double(), normed @ reader.double().T, rtol=0, atol=3 * ERROR[dtype])
+    for at in (slice(2, 3), slice(3, 18)):
+        alone = before[at].clone()
+        part = product_add(alone, inputs[at], weight, norm, eps, arrivals, tiles)
+        assert torch.equal(alone, x[at])
+        assert torch.equal(product(part, reader, tiles), found[at])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("inner", "k"), [(64, 128), (100, 136)])
+def test_gates(inner: int, k: int, dtype: torch.dtype) -> None:
+    """The bits of a product and silu_mul."""
+    tiles = ProductTiles(block_n=64, block_k=32, splits=2)
+    x, weight = randn(17, k, seed=6, dtype=dtype), randn(2 * inner, k, seed=7, dtype=dtype, scale=2 * k**-0.5)
+    found = gated_product(x, weight, tiles)
+    assert torch.equal(found, silu_mul(product(x, weight, replace(tiles, splits=1)), dtype))
+    gate, up = (x.double() @ weight.double().T).chunk(2, -1)
+    torch.testing.assert_close(found.double(), F.silu(gate) * up, rtol=0, atol=8 * ERROR[dtype])
+    assert torch.equal(gated_product(x[4:5], weight, tiles)[0], found[4])

@@ -17,13 +17,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # Of a multiprocessor of compute capability 9.0: registers and warps; shared memory in bytes.
 SM_REGISTERS, REGISTER_UNIT, SM_WARPS = 65536, 256, 64
 SM_SHARED, SHARED_OVERHEAD = 228 << 10, 1 << 10
-_overlaps = False
+_overlaps = _products_overlap = False
 
 
-def set_overlap(on: bool) -> None:
-    """Whether kernels launched from now on overlap, as only Hopper GPUs and newer ones can. At first they do not."""
-    global _overlaps
-    _overlaps = on
+def set_overlap(on: bool, products: bool | None = None) -> None:
+    """Whether kernels launched from now on overlap with the one before, as only Hopper GPUs and newer ones can; whether
+    products do (default: as the others). At first none does."""
+    global _overlaps, _products_overlap
+    _overlaps, _products_overlap = on, on if products is None else products
 
 
 def can_overlap() -> bool:
@@ -31,9 +32,10 @@ def can_overlap() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
-def options() -> dict[str, bool]:
+def options(*, product: bool = False) -> dict[str, bool]:
     """Arguments of every launch."""
-    return {"OVERLAP": True, "launch_pdl": True} if _overlaps else {"OVERLAP": False}
+    overlaps = _products_overlap if product else _overlaps
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 def resident(compiled: Any) -> int:

@@ -1,13 +1,20 @@
-"""Products of few rows, x[M, K] @ w[N, K]^T, by a fixed number of splits over K, added in order (no atomics).
+"""Products of few rows, x[M, K] @ w[N, K]^T, by a fixed number of splits over K, added in order.
 
 Such a product is bound by reading the weights: what counts is that all processors read at once and enough loads are
-under way. A weight's tile is the tall operand of the tensor cores, the few rows the narrow one. The parts may be left
-unreduced for the kernels that follow (diptych/model/kernels/fused.py), which saves a launch and a pass.
+under way. A weight's tile is the tall operand of the tensor cores, the few rows the narrow one. What follows a product
+is done by it, or by the kernel after it, for a launch of its own costs as much as a small product:
+
+* The parts of the splits may be left unreduced for the next kernel (diptych/model/kernels/fused.py).
+* gated_product applies SiLU · mul to its tile, which has the same columns of gate and up.
+* In product_add the last program to arrive at a tile of columns adds its parts, in their order, to the residual. The
+  norm that follows is cut in two: the values are scaled here, and divided by their row's root mean square in the
+  product that reads them, as it may be afterwards; see Scaled.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -18,17 +25,46 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from diptych.model.kernels import launch
 from diptych.model.kernels.fused import load_product
 from diptych.model.kernels.launch import prefetch, wait_for_previous
+from diptych.model.kernels.tiles import ProductTiles, tiles_for
 
 MAX_ROWS = 64
 AHEAD = 64  # inputs whose weights a program asks for before it waits: a cache line of each row
 LATE_BYTES = 24 << 20  # a product of more weights lets its successor start at its end only, see product_kernel
 
 
-@triton.jit(do_not_specialize=["rows"])
-def product_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _start(OVERLAP: tl.constexpr, LATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """LATE: the successor starts (and asks for its weights) when this product ends; asked for at its beginning, they
+    would be gone from the second-level cache before they are used."""
+    if OVERLAP and not LATE:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _weights(places, inside, at, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    if N % BLOCK_N == 0 and K % BLOCK_K == 0:
+        weights = tl.load(places + at, eviction_policy="evict_first")
+    else:
+        mask = inside[:, None] & (at + tl.arange(0, BLOCK_K) < K)[None, :]
+        weights = tl.load(places + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    return weights
+
+
+@triton.jit
+def _inputs(places, rows, at, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    mask = (tl.arange(0, BLOCK_M) < rows)[None, :]
+    if K % BLOCK_K != 0:
+        mask = mask & (at + tl.arange(0, BLOCK_K) < K)[:, None]
+    return tl.load(places + at, mask=mask, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
     x,
     w,
-    out,
+    columns,
+    inside,
+    split,
     rows,
     x_stride,
     N: tl.constexpr,
@@ -41,38 +77,149 @@ def product_kernel(  # type: ignore[no-untyped-def]
     LATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (columns, split): `out[split, :, columns]` over the split's SPLIT inputs (a multiple of BLOCK_K).
+    """`[BLOCK_N, BLOCK_M]`: the rows `columns` of w times x, over the split's SPLIT inputs (a multiple of BLOCK_K).
 
-    Weights, which no kernel writes, are asked for before the wait: those of AHEAD inputs, a power of two. LATE: the
-    successor starts (and asks for its weights) when this product ends; asked for at its beginning, they would be gone
-    from the second-level cache before they are used."""
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    Weights, which no kernel writes, are read before the wait where there is one block of them; else those of AHEAD
+    inputs, a power of two, are asked for."""
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    first = split * SPLIT + tl.arange(0, AHEAD // 64) * 64  # 64 weights of 2 bytes are a cache line
-    lines = tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K + tl.minimum(first, K - 1)[None, :]
-    prefetch(w + lines, OVERLAP)
-    if OVERLAP:
-        if not LATE:
-            gdc_launch_dependents()
-        gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    w_places = w + columns.to(tl.int64)[:, None] * K + k[None, :]
+    w_rows = w + columns.to(tl.int64)[:, None] * K
     x_places = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
-    for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, K), BLOCK_K):
-        w_mask, x_mask = (columns < N)[:, None], (m < rows)[None, :]
-        if K % BLOCK_K != 0:
-            w_mask, x_mask = w_mask & (at + k < K)[None, :], x_mask & (at + k < K)[:, None]
-        if N % BLOCK_N == 0 and K % BLOCK_K == 0:
-            weights = tl.load(w_places + at, eviction_policy="evict_first")
-        else:
-            weights = tl.load(w_places + at, mask=w_mask, other=0.0, eviction_policy="evict_first")
-        inputs = tl.load(x_places + at, mask=x_mask, other=0.0, eviction_policy="evict_last")
-        acc = tl.dot(weights, inputs, acc, input_precision="ieee")
+    if SPLIT == BLOCK_K:
+        _start(OVERLAP, LATE)
+        weights = _weights(w_rows + k[None, :], inside, split * SPLIT, N, K, BLOCK_N, BLOCK_K)
+        if OVERLAP:
+            gdc_wait()
+        acc = tl.dot(weights, _inputs(x_places, rows, split * SPLIT, K, BLOCK_M, BLOCK_K), acc, input_precision="ieee")
+    else:
+        first = split * SPLIT + tl.arange(0, AHEAD // 64) * 64  # 64 weights of 2 bytes are a cache line
+        prefetch(w_rows + tl.minimum(first, K - 1)[None, :], OVERLAP)
+        _start(OVERLAP, LATE)
+        if OVERLAP:
+            gdc_wait()
+        for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, K), BLOCK_K):
+            weights = _weights(w_rows + k[None, :], inside, at, N, K, BLOCK_N, BLOCK_K)
+            inputs = _inputs(x_places, rows, at, K, BLOCK_M, BLOCK_K)
+            acc = tl.dot(weights, inputs, acc, input_precision="ieee")
     if OVERLAP and LATE:
         gdc_launch_dependents()
-    places = out + (split * rows + m).to(tl.int64)[None, :] * N + columns[:, None]
-    tl.store(places, acc.to(out.dtype.element_ty), mask=(columns < N)[:, None] & (m < rows)[None, :])
+    return acc
+
+
+@triton.jit
+def _root(squares, rows, eps, K: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each row: what its inputs have yet to be multiplied with, `[BLOCK_M]`; see Scaled."""
+    PAD: tl.constexpr = triton.next_power_of_2(TILES)
+    tile, m = tl.arange(0, PAD)[:, None], tl.arange(0, BLOCK_M)[None, :]
+    parts = tl.load(squares + tile * rows + m, mask=(tile < TILES) & (m < rows), other=0.0)
+    return tl.rsqrt(tl.sum(parts, 0) / K + eps)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def product_kernel(  # type: ignore[no-untyped-def]
+    x,
+    w,
+    out,
+    squares,
+    rows,
+    x_stride,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILES: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Program (columns, split): `out[split, :, columns]`. TILES: how many `squares` there are of each row, 0 if x is
+    not Scaled. GATED: a tile is BLOCK_N / 2 gates and what they are multiplied with, `out` `[rows, N / 2]`."""
+    split, n, m = tl.program_id(1), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    COLUMNS: tl.constexpr = N // 2 if GATED else N
+    columns = tl.program_id(0) * WIDTH + n % WIDTH
+    inside = columns < COLUMNS
+    weights = tl.minimum(columns, COLUMNS - 1) + n // WIDTH * COLUMNS
+    acc = _tile(
+        x, w, weights, inside, split, rows, x_stride, N, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, AHEAD, LATE, OVERLAP
+    )
+    if TILES:
+        acc *= _root(squares, rows, eps, K, TILES, BLOCK_M)[None, :]
+    if GATED:
+        pairs = tl.reshape(acc.to(out.dtype.element_ty).to(tl.float32), (2, WIDTH, BLOCK_M))
+        gate, up = tl.split(tl.permute(pairs, (1, 2, 0)))
+        columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+        inside = columns < COLUMNS
+        acc = gate / (1.0 + tl.exp(-gate)) * up
+    places = out + (split * rows + m).to(tl.int64)[None, :] * COLUMNS + columns[:, None]
+    tl.store(places, acc.to(out.dtype.element_ty), mask=inside[:, None] & (m < rows)[None, :])
+
+
+@triton.jit
+def _add(product, x, at, mask, scale, scaled, squares, rows, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add a tile to the residual, in place; leave what its norm needs."""
+    m = tl.arange(0, BLOCK_M)
+    dtype = x.dtype.element_ty
+    total = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + product.to(dtype).to(tl.float32)).to(dtype)
+    tl.store(x + at, total, mask=mask)
+    value = total.to(tl.float32)
+    tl.store(scaled + at, (value * scale).to(dtype), mask=mask)
+    tl.store(squares + tl.program_id(0) * rows + m, tl.sum(value * value, 0), mask=m < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def product_add_kernel(  # type: ignore[no-untyped-def]
+    inputs,
+    w,
+    x,
+    norm,
+    parts,
+    arrivals,
+    scaled,
+    squares,
+    rows,
+    inputs_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Program (columns, split): x += inputs @ w^T, in place, rounded as the product and then as x; `scaled` and
+    `squares` for the norm of weight `norm` (see Scaled). The last program to arrive at the columns adds all their
+    `parts`, in order whoever that is; `arrivals`, one for each tile of columns, are 0 before and after."""
+    tile, split, m = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_M)
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < N
+    weights = tl.minimum(columns, N - 1)
+    acc = _tile(
+        inputs, w, weights, inside, split, rows, inputs_stride, N, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, AHEAD, LATE,
+        OVERLAP,
+    )  # fmt: skip
+    at = m.to(tl.int64)[None, :] * N + columns[:, None]
+    mask = inside[:, None] & (m < rows)[None, :]
+    scale = tl.load(norm + columns, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if SPLITS == 1:
+        _add(acc, x, at, mask, scale, scaled, squares, rows, BLOCK_M)
+    else:
+        stride = tl.cast(rows, tl.int64) * N
+        tl.store(parts + split * stride + at, acc, mask=mask)
+        tl.debug_barrier()  # the increment releases what all threads have stored, see decode_kernel
+        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.store(arrivals + tile, 0)
+            total = tl.load(parts + at, mask=mask, other=0.0)
+            for part in tl.static_range(1, SPLITS):
+                total += tl.load(parts + part * stride + at, mask=mask, other=0.0)
+            _add(total, x, at, mask, scale, scaled, squares, rows, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -87,114 +234,111 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True)
-class ProductTiles:
-    """How one product is cut. What `splits` is decides results' bits; the others only their speed."""
+class Scaled:
+    """What a norm makes of x, but for the division by each row's root mean square: `values` `[rows, width]` are x times
+    the norm's weight, rounded; `squares` `[tiles, rows]` float32 add up to the sum of x²."""
 
-    block_n: int = 64
-    block_k: int = 128
-    splits: int = 1
-    num_warps: int = 4
-    num_stages: int = 4
-
-
-def _tiles(block_k: int, splits: int, num_stages: int, block_n: int = 64) -> ProductTiles:
-    return ProductTiles(block_n, block_k, splits, 4, num_stages)
+    values: Tensor
+    squares: Tensor
+    eps: float
 
 
-# By (N, K): up to how many rows, and the tiles that beat cuBLAS there. Measured on one H200 at 1, 8, 16, 32 and 64 rows
-# (benchmarks/gpu/kernels.py); where nothing is listed, cuBLAS is as fast or faster.
-TILES: dict[tuple[int, int], tuple[tuple[int, ProductTiles], ...]] = {
-    # Qwen3-32B: qkv, o, gate_up, down, head
-    (10240, 5120): ((16, _tiles(128, 2, 3)),),
-    (5120, 8192): ((32, _tiles(128, 2, 4)), (64, _tiles(64, 2, 5))),
-    (51200, 5120): ((8, _tiles(128, 2, 4)), (16, _tiles(128, 1, 4))),
-    (5120, 25600): ((32, _tiles(128, 4, 3)), (64, _tiles(64, 4, 4, 128))),
-    (151936, 5120): ((16, _tiles(128, 1, 3)), (32, _tiles(128, 1, 4))),
-    # half of it, for two ranks
-    (5120, 5120): ((16, _tiles(128, 2, 4)),),
-    (5120, 4096): ((32, _tiles(128, 2, 4)),),
-    (25600, 5120): ((8, _tiles(128, 1, 3, 128)), (64, _tiles(64, 1, 4, 128))),
-    (5120, 12800): ((32, _tiles(128, 2, 4)), (64, _tiles(64, 4, 4, 128))),
-    (75968, 5120): ((32, _tiles(128, 1, 3)),),
-    # Qwen3-8B
-    (6144, 4096): ((32, _tiles(128, 2, 4)),),
-    (4096, 4096): ((64, _tiles(128, 2, 4)),),
-    (24576, 4096): ((32, _tiles(128, 1, 3)),),
-    (4096, 12288): ((32, _tiles(128, 4, 3)), (64, _tiles(128, 2, 4))),
-    (151936, 4096): ((32, _tiles(128, 1, 3)),),
-    # Qwen3-0.6B
-    (4096, 1024): ((32, _tiles(128, 2, 4)), (64, _tiles(64, 2, 5))),
-    (1024, 2048): ((64, _tiles(64, 8, 5)),),
-    (6144, 1024): ((32, _tiles(64, 2, 5)),),
-    (1024, 3072): ((8, _tiles(128, 8, 4)), (64, _tiles(64, 8, 5))),
-    (151936, 1024): ((32, _tiles(128, 1, 4)), (64, _tiles(64, 1, 5))),
-}
-PROCESSORS = 132  # of an H200: tiles are cut so that each has about two
-FEW_ROWS, SOME_ROWS = 16, 32  # where the table has nothing: cuBLAS loses with few rows; with some, where N is small
-
-
-def wins(rows: int, n: int, k: int) -> ProductTiles | None:
-    """The tiles with which product_parts beats cuBLAS for `x[rows, k] @ w[n, k]^T` in 16 bits, or None: cuBLAS."""
-    if (n, k) in TILES:
-        return next((tiles for most, tiles in TILES[n, k] if rows <= most), None)
-    tiles = tiles_for(n, k)
-    most = SOME_ROWS if triton.cdiv(n, tiles.block_n) < PROCESSORS else FEW_ROWS
-    return tiles if rows <= most else None
-
-
-def tiles_for(n: int, k: int) -> ProductTiles:
-    """The table's, or: as many splits (1, 2, 4, 8) as give each processor two tiles, but four blocks to each split; and
-    three stages instead of four if that makes room for all tiles at once."""
-    if (n, k) in TILES:
-        return TILES[n, k][0][1]
-    tiles, splits = ProductTiles(), 1
-    columns = triton.cdiv(n, tiles.block_n)
-    while splits < 8 and splits * columns < 2 * PROCESSORS and k >= 8 * splits * tiles.block_k:
-        splits *= 2
-    return ProductTiles(splits=splits, num_stages=3 if 2 * PROCESSORS < splits * columns <= 3 * PROCESSORS else 4)
-
-
-def product_parts(x: Tensor, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
+def product_parts(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
     """`[splits, rows, N]` float32 parts of `x @ weight.T`, to be added in order; one part only: the product `[rows, N]`
     in x's type. `x` `[rows, K]`, up to MAX_ROWS rows, each contiguous; `weight` `[N, K]` contiguous."""
-    (rows, k), n = x.shape, weight.shape[0]
-    if rows > MAX_ROWS:
-        raise ValueError(f"{rows} rows: these tiles are for {MAX_ROWS} rows at most")
-    tiles = tiles or tiles_for(n, k)
-    split = triton.cdiv(triton.cdiv(k, tiles.block_k), tiles.splits) * tiles.block_k
-    splits = triton.cdiv(k, split)
+    return _launch(x, weight, tiles or tiles_for(*weight.shape), gated=False)
+
+
+def gated_product(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
+    """silu(gate) * up, `[rows, N / 2]`, of the product, whose first half of the columns is gate. In one split."""
+    return _launch(x, weight, replace(tiles or tiles_for(*weight.shape), splits=1), gated=True)
+
+
+def _launch(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles, *, gated: bool) -> Tensor:
+    values, squares, eps = (x.values, x.squares, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
+    rows, n = values.shape[0], weight.shape[0] // 2 if gated else weight.shape[0]
+    splits, options = _options(values, weight, tiles)
     if splits == 1:
-        out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+        out = torch.empty(rows, n, dtype=values.dtype, device=values.device)
     else:
-        out = torch.empty(splits, rows, n, dtype=torch.float32, device=x.device)
-    product_kernel[(triton.cdiv(n, tiles.block_n), splits)](
-        x,
+        out = torch.empty(splits, rows, n, dtype=torch.float32, device=values.device)
+    product_kernel[(triton.cdiv(weight.shape[0], tiles.block_n), splits)](
+        values,
         weight,
         out,
+        values if squares is None else squares,
         rows,
-        x.stride(0),
-        N=n,
-        K=k,
-        SPLIT=split,
-        BLOCK_M=max(16, triton.next_power_of_2(rows)),
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        AHEAD=AHEAD,
-        LATE=2 * n * k > LATE_BYTES,
-        **launch.options(),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        values.stride(0),
+        eps,
+        TILES=0 if squares is None else squares.shape[0],
+        GATED=gated,
+        **options,
     )
     return out
 
 
-def product(x: Tensor, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
+def product_add(
+    x: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
+    norm: Tensor,
+    eps: float,
+    arrivals: Tensor,
+    tiles: ProductTiles | None = None,
+) -> Scaled:
+    """See product_add_kernel. `x` `[rows, N]` contiguous; `arrivals` int32, at least as many as there are tiles."""
+    rows, n = x.shape
+    tiles = tiles or tiles_for(*weight.shape)
+    splits, options = _options(inputs, weight, tiles)
+    columns = triton.cdiv(n, tiles.block_n)
+    scaled = Scaled(torch.empty_like(x), torch.empty(columns, rows, dtype=torch.float32, device=x.device), eps)
+    parts = torch.empty(splits if splits > 1 else 0, rows, n, dtype=torch.float32, device=x.device)
+    product_add_kernel[(columns, splits)](
+        inputs,
+        weight,
+        x,
+        norm,
+        parts,
+        arrivals,
+        scaled.values,
+        scaled.squares,
+        rows,
+        inputs.stride(0),
+        SPLITS=splits,
+        **options,
+    )
+    return scaled
+
+
+def _options(x: Tensor, weight: Tensor, tiles: ProductTiles) -> tuple[int, dict[str, Any]]:
+    """How many splits there are, and what all products' launches have."""
+    (rows, k), n = x.shape, weight.shape[0]
+    if rows > MAX_ROWS:
+        raise ValueError(f"{rows} rows: these tiles are for {MAX_ROWS} rows at most")
+    split = triton.cdiv(triton.cdiv(k, tiles.block_k), tiles.splits) * tiles.block_k
+    return triton.cdiv(k, split), {
+        "N": n,
+        "K": k,
+        "SPLIT": split,
+        "BLOCK_M": max(16, triton.next_power_of_2(rows)),
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "AHEAD": AHEAD,
+        "LATE": 2 * n * k > LATE_BYTES,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        **launch.options(product=True),
+    }
+
+
+def product(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
     """`x @ weight.T` `[rows, N]`; see product_parts."""
     parts = product_parts(x, weight, tiles)
     if parts.ndim == 2:
         return parts
     splits, rows, n = parts.shape
-    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    values = x.values if isinstance(x, Scaled) else x
+    out = torch.empty(rows, n, dtype=values.dtype, device=values.device)
     size, grid = rows * n, (triton.cdiv(rows * n, 1024),)
     reduce_kernel[grid](parts, out, size, size, SPLITS=splits, BLOCK=1024, **launch.options())
     return out
