@@ -51,10 +51,12 @@ async def warm_up(topology: Topology, args: argparse.Namespace) -> None:
             tails.check(await asyncio.gather(*(client.send(row) for row in rows)))
 
 
-async def goodput(topology: Topology, args: argparse.Namespace) -> dict[str, Any]:
+async def goodput(topology: Topology, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Fills `result` as it goes."""
     limits = slo.Slo(args.ttft_ms / 1e3, args.itl_ms / 1e3)
     mix = slo.Mix(tuple(args.prompt_len), tuple(args.answer_len), MODELS[args.model].vocab, args.duration_s, args.least)
-    runs = []
+    runs: list[dict[str, Any]] = []
+    result |= {"limits": vars(limits), "share": args.share, "runs": runs}
 
     async def at(rate: float) -> bool:
         found = await slo.run(topology.url, mix, limits, rate, args.share, args.seed, whole=bool(args.rates))
@@ -66,7 +68,6 @@ async def goodput(topology: Topology, args: argparse.Namespace) -> dict[str, Any
         print(f"  {rate:.3f} requests/s: {met}; {ends}, {found['duration_s']} s{late}", flush=True)
         return bool(found["holds"])
 
-    result: dict[str, Any] = {"limits": vars(limits), "share": args.share, "runs": runs}
     if args.rates:
         for rate in args.rates:
             await at(rate)
@@ -76,7 +77,6 @@ async def goodput(topology: Topology, args: argparse.Namespace) -> dict[str, Any
         while not search.done:
             search.add(await at(search.rate))
         result |= {"highest_rate": round(search.holds, 4), "lowest_that_fails": round(search.fails, 4)}
-    return result
 
 
 async def measure(topology: Topology, args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -94,13 +94,14 @@ async def measure(topology: Topology, args: argparse.Namespace, result: dict[str
         await asyncio.to_thread(topology.settle)
         print("  tail: " + ", ".join(f"{key} {value}" for key, value in result["tail"].items()), flush=True)
     if "goodput" in args.only:
-        result["goodput"] = await goodput(topology, args)
+        result["goodput"] = {}
+        await goodput(topology, args, result["goodput"])
         print(f"  highest rate that holds: {result['goodput']['highest_rate']} requests/s", flush=True)
 
 
-def one(text: str, folder: str, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
+def one(text: str, folder: str, args: argparse.Namespace, extra: list[str], result: dict[str, Any]) -> None:
     """All results of one topology."""
-    result: dict[str, Any] = {"model": args.model, "topology": text, "flags": extra, "policy": args.policy}
+    result |= {"model": args.model, "topology": text, "flags": extra, "policy": args.policy}
     print(f"== {args.model}, {text}", flush=True)
     with running(text, folder, args.model, args.gpus, extra, args.policy, args.rehearse) as topology:
         result["ready_s"] = [round(server.ready_s, 1) for server in topology.servers]
@@ -111,7 +112,14 @@ def one(text: str, folder: str, args: argparse.Namespace, extra: list[str]) -> d
         except (OSError, RuntimeError) as error:
             result["failed"] = str(error)
             print(*(server.process.tail() for server in (*topology.servers, topology.router)), sep="\n", flush=True)
-    return result
+
+
+def keep(text: str, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Writes one topology's results, also if it was cut off."""
+    name = "-".join(["gpu-serve", args.model.lower(), text.replace("+", "-"), *filter(None, [args.label])])
+    settings = {key: value for key, value in vars(args).items() if key not in ("json", "topology")}
+    output = f"{args.json.removesuffix('.json')}-{text.replace('+', '-')}.json" if args.json else ""
+    print(write(name, {"settings": settings, **result}, output).name, flush=True)
 
 
 def main() -> int:
@@ -121,12 +129,12 @@ def main() -> int:
     failed = []
     with model_folder(args.model) as folder:
         for text in args.topology:
-            result = one(text, folder, args, extra)
-            name = "-".join(["gpu-serve", args.model.lower(), text.replace("+", "-"), *filter(None, [args.label])])
-            if args.json or not args.rehearse:
-                settings = {key: value for key, value in vars(args).items() if key not in ("json", "topology")}
-                output = f"{args.json.removesuffix('.json')}-{text.replace('+', '-')}.json" if args.json else ""
-                print(write(name, {"settings": settings, **result}, output).name, flush=True)
+            result: dict[str, Any] = {}
+            try:
+                one(text, folder, args, extra, result)
+            finally:
+                if args.json or not args.rehearse:
+                    keep(text, args, result)
             if "failed" in result:
                 failed.append(f"{text}: {result['failed']}")
     for line in failed:
