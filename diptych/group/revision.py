@@ -35,6 +35,18 @@ def spec_revision(spec: Mapping[str, Any]) -> Revision:
     return Revision(_digest(data), data)
 
 
+def revision_data(data: Mapping[str, Any]) -> Raw:
+    """What a stored revision keeps: one of ours, or of upstream's v0.5, a strategic merge patch that replaces lists."""
+    kept = data.get("spec", data)
+    return {
+        field: [
+            {name: value for name, value in each.items() if name != "$patch"} for each in kept[field] if "name" in each
+        ]
+        for field in ("roles", "roleTemplates")
+        if kept.get(field)
+    }
+
+
 def restore(spec: Mapping[str, Any], data: Mapping[str, Any]) -> Raw:
     """The spec with the roles and templates of a revision; roles keep their replicas, and one that is not there now
     gets the default."""

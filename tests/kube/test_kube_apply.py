@@ -76,6 +76,16 @@ def test_a_dropped_field_with_another_owner_stays(cluster: Cluster) -> None:
     assert obj["data"] == {"a": "1", "c": "3"}
 
 
+def test_what_one_manager_owns_can_be_made_anothers(cluster: Cluster) -> None:
+    """kube-apiserver 1.36.2 does so."""
+    obj = apply(cluster, config_map(data={"a": "1", "b": "2"}), "one")
+    entries = [{**each, "manager": "two"} for each in obj["metadata"]["managedFields"]]
+    patch = {"metadata": {"resourceVersion": obj["metadata"]["resourceVersion"], "managedFields": entries}}
+    obj = cluster.api.patch("ConfigMap", "default", "settings", patch, manager="two")
+    assert [each["manager"] for each in obj["metadata"]["managedFields"]] == ["two"]
+    assert apply(cluster, config_map(data={"b": "2"}), "two")["data"] == {"b": "2"}
+
+
 def test_fields_that_others_set_survive_an_apply(cluster: Cluster) -> None:
     apply(cluster, config_map(data={"a": "1"}))
     cluster.api.patch("ConfigMap", "default", "settings", {"data": {"z": "9"}}, manager="person")

@@ -156,7 +156,7 @@ def test_objects_pass_the_schemas_of_kubernetes(on_delete: bool) -> None:
     valid(SERVICE, service)
     assert service["metadata"]["name"] == "pd-prefill"
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
-    valid(CONFIG_MAP, objects.config_map(group(), "x"))
+    valid(CONFIG_MAP, objects.config_map(group(), "pd", "x"))
     budget = objects.disruption_budget(group(), of)
     assert budget is not None
     valid(DISRUPTION_BUDGET, budget)
@@ -169,7 +169,7 @@ def test_the_discovery_file_names_addresses_that_resolve() -> None:
         role(servicePorts=[{"name": "http-api", "port": 8000}, {"port": 9000}]),
         {"name": "front", "workload": {"kind": "Deployment"}},
     ]
-    assert yaml.safe_load(config_yaml("pd", roles, {"prefill": 2, "front": 3})) == {
+    assert yaml.safe_load(config_yaml("pd", roles, {"prefill": 2, "front": 3}, {})) == {
         "group": {"name": "pd", "size": 2, "roles": ["prefill", "front"]},
         "roles": {
             "prefill": {

@@ -13,6 +13,7 @@ import msgspec
 
 from diptych.group import names
 from diptych.group.operator.resources import Json, Kind, key_of
+from diptych.group.operator.takeover import is_upstreams
 
 GROUP_LABEL = f"{names.PREFIX}/name"
 MAX_DELETED = 1024  # deleted objects whose last version is remembered
@@ -35,6 +36,7 @@ class Cache:
         self._versions: dict[Key, str] = {}
         self._groups = _Index()  # by (namespace, group) of the group's label
         self._owners = _Index()  # by the uid of the controlling owner
+        self._upstreams: set[Key] = set()  # of which the upstream controller owns fields
         self._deleted: OrderedDict[Key, str] = OrderedDict()  # when, lately
         self._listing: set[Key] | None = None  # what was told of since a list was asked for
 
@@ -48,6 +50,11 @@ class Cache:
     def has(self, namespace: str, name: str) -> bool:
         with self._lock:
             return (namespace, name) in self._objects
+
+    def is_upstreams(self, namespace: str, name: str) -> bool:
+        """Whether the upstream controller owns fields of the object."""
+        with self._lock:
+            return (namespace, name) in self._upstreams
 
     def of_group(self, namespace: str, group: str) -> list[Json]:
         """The objects with this group's label."""
@@ -115,7 +122,9 @@ class Cache:
             self._on_change(obj)
 
     def _set(self, key: Key, obj: Json) -> None:
-        obj["metadata"].pop("managedFields", None)
+        self._upstreams.discard(key)
+        if is_upstreams(obj["metadata"].pop("managedFields", None)):
+            self._upstreams.add(key)
         self._deleted.pop(key, None)
         self._objects[key] = msgspec.json.encode(obj)
         self._versions[key] = obj["metadata"]["resourceVersion"]
@@ -128,6 +137,7 @@ class Cache:
         self._versions.pop(key, None)
         self._groups.set(key, None)
         self._owners.set(key, None)
+        self._upstreams.discard(key)
         self._deleted[key] = version
         self._deleted.move_to_end(key)
         while len(self._deleted) > MAX_DELETED:

@@ -19,6 +19,7 @@ from diptych.group.operator.cache import Cache, controller_of
 from diptych.group.operator.events import Events
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import GROUP, Json, Kind, key_of
+from diptych.group.operator.takeover import taken_over
 
 MIN_FORGET = 256
 
@@ -90,6 +91,7 @@ class Cluster:
         if live is not None and last == Applied(digest, live["metadata"]["uid"], _version(live)) and _says(live, obj):
             return False
         self._check_owner(kind, obj, live)
+        self._take_over(kind, namespace, name)
         try:
             new = self._write("apply", kind, lambda: self._api.apply(kind, obj))
         except NotFound as error:
@@ -108,6 +110,7 @@ class Cluster:
         if all(old.get(field) == value for field, value in status.items()):
             return False
         namespace, name = key_of(obj)
+        self._take_over(kind, namespace, name)
         new = {"metadata": {"namespace": namespace, "name": name}, "status": status}
         self._write("apply", kind, lambda: self._api.apply(kind, new, "status"))
         return True
@@ -135,6 +138,20 @@ class Cluster:
             return False
         where = metadata.get("namespace", ""), metadata["name"], metadata["uid"]
         return bool(self._write("delete", kind, lambda: self._api.delete(kind, *where, foreground=foreground)))
+
+    def is_upstreams(self, kind: Kind, obj: Json) -> bool:
+        """Whether the upstream controller owns fields of the object."""
+        return self._caches[kind].is_upstreams(*key_of(obj))
+
+    def _take_over(self, kind: Kind, namespace: str, name: str) -> None:
+        """What the upstream controller owned of the object is ours. Raises Conflict if the object has changed."""
+        if self._caches[kind].is_upstreams(namespace, name):
+            metadata = self._api.get(kind, namespace, name)["metadata"]
+            mine = {
+                "resourceVersion": metadata["resourceVersion"],
+                "managedFields": taken_over(metadata["managedFields"]),
+            }
+            self.merge(kind, namespace, name, {"metadata": mine})
 
     def _write(self, verb: str, kind: Kind, call: Callable[[], Any]) -> Any:
         """The answer; the cache need not wait for the watch to show it."""

@@ -154,8 +154,9 @@ class _Pass:
 
     def _apply_shared(self) -> None:
         replicas = {role.name: role.replicas for role in self._view.desired.roles}
-        text = config_yaml(self._name, self._view.spec["roles"], replicas)
-        self._cluster.apply(CONFIG_MAP, objects.config_map(self._group, text))
+        text = config_yaml(self._name, self._view.spec["roles"], replicas, self._view.services())
+        for name in self._config_maps():
+            self._cluster.apply(CONFIG_MAP, objects.config_map(self._group, name, text))
         for name in objects.scaled(self._group):
             self._cluster.apply(ADAPTER, objects.adapter(self._group, name))
         gang = self._view.pod_group()
@@ -165,6 +166,11 @@ class _Pass:
             else:
                 for old in self._cluster.owned(kind, self._group["metadata"]["uid"]):
                     self._cluster.delete(kind, old)
+
+    def _config_maps(self) -> list[str]:
+        """The group's discovery file, and those of roles that the upstream controller has made: pods may mount them."""
+        there = {each["metadata"]["name"] for each in self._cluster.owned(CONFIG_MAP, self._group["metadata"]["uid"])}
+        return [self._name, *sorted(there & self._names(self._view.roles))]
 
     # ---- roles ----
 
@@ -198,13 +204,15 @@ class _Pass:
     def _apply_workload(self, name: str, target: Target, live: Json) -> None:
         """All of it while it has the wanted revision; else only what does not concern the template."""
         annotations = self._rollout_annotation(name)
+        if name in self._view.adopted:
+            annotations |= self._view.marks(name, target.revision)
         if target.revision == self._view.revisions[name] and not self._view.keeps_template(name):
             resource, made = self._view.workload(name, target, annotations)
             if objects.has_rolling_update(live) and target.on_delete:
                 # An apply takes away only what is ours; a partition that came by patch, or a default, would stay.
                 self._cluster.merge(resource, self._namespace, live["metadata"]["name"], objects.ON_DELETE)
             self._cluster.apply(resource, made)
-        elif name in self._targets or name in self._rollouts:
+        elif name in self._targets or name in self._rollouts or name in self._view.adopted:
             kind = self._view.workloads[name][0]
             patch = objects.retarget(kind, target, annotations)
             self._cluster.merge(WORKLOADS[kind], self._namespace, live["metadata"]["name"], patch)
@@ -252,7 +260,7 @@ class _Pass:
             SERVICE: self._names(served),
             DISRUPTION_BUDGET: self._names(budgets),
             ADAPTER: self._names(objects.scaled(self._group)),
-            CONFIG_MAP: {self._name},
+            CONFIG_MAP: set(self._config_maps()),
         }
 
     def _names(self, roles: Iterable[str]) -> set[str]:

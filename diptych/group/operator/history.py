@@ -12,7 +12,7 @@ import msgspec
 from diptych.group.operator import objects
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.resources import GROUP, REVISION, Json
-from diptych.group.revision import restore, spec_revision
+from diptych.group.revision import restore, revision_data, spec_revision
 
 KEEP = 5
 ROLE_REVISIONS = f"{objects.names.PREFIX}/role-revisions"  # annotation: role → revision of its pod template
@@ -55,5 +55,5 @@ class History:
 
     def restore(self, revision: Json) -> None:
         """Make the group's spec that of `revision`, with today's replicas. Raises Conflict if the group has changed."""
-        spec = restore(self._group["spec"], revision["data"])
+        spec = restore(self._group["spec"], revision_data(revision["data"]))
         self._cluster.replace(GROUP, {"metadata": self._group["metadata"], "spec": spec})

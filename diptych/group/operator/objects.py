@@ -151,9 +151,9 @@ def headless_service(group: Json, role: Json) -> Json:
     return {"metadata": metadata(group, role["name"], name), "spec": spec}
 
 
-def config_map(group: Json, text: str) -> Json:
+def config_map(group: Json, name: str, text: str) -> Json:
     """The discovery file of all roles. (v0.4 writes the same text once a role.)"""
-    return {"metadata": metadata(group, "", group["metadata"]["name"]), "data": {"config.yaml": text}}
+    return {"metadata": metadata(group, "", name), "data": {"config.yaml": text}}
 
 
 def disruption_budget(group: Json, role: Json) -> Json | None:

@@ -15,6 +15,7 @@ from diptych.group import names
 from diptych.group.actions import Failures, Kind, Observed, ObservedRole, Phase, PodState, Rollout, Target
 from diptych.group.operator.cache import controller_of
 from diptych.group.operator.resources import Json
+from diptych.group.operator.takeover import live_templates
 
 ROLE_LABEL = f"{names.PREFIX}/role"
 REVISION = f"{names.PREFIX}/role-revision-hash"  # label of pods and annotation of workloads
@@ -22,6 +23,7 @@ ROLLOUT = f"{names.PREFIX}/rollout"  # annotation of workloads
 DEPENDENCIES = f"{names.PREFIX}/dependencies"  # annotation of workloads
 FAILURES = f"{names.PREFIX}/restarts"  # annotation of groups
 POD_INDEX = "apps.kubernetes.io/pod-index"
+CONTROLLER_REVISION = "controller-revision-hash"  # label of a StatefulSet's pods
 SIDECARS = frozenset({"patio-runtime"})  # whose restarts concern nobody else, as in v0.4
 
 
@@ -54,6 +56,8 @@ def _is_made_for(pod: Json, workload: str) -> bool:
 def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json]) -> ObservedRole:
     metadata, spec = workload["metadata"], workload["spec"]
     annotations = metadata.get("annotations") or {}
+    if not is_marked(workload):
+        pods = [_marked(pod, workload) for pod in pods]
     if kind == "LeaderWorkerSet":
         size = spec["leaderWorkerTemplate"].get("size") or 1
         states = _replicas_of_leaders(metadata["name"], size, pods)
@@ -72,6 +76,22 @@ def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json]) -> Observ
         dependencies=tuple(filter(None, annotations.get(DEPENDENCIES, "").split(","))),
         rollout=_decode(annotations.get(ROLLOUT), Rollout),
     )
+
+
+def is_marked(workload: Json) -> bool:
+    """Whether the workload's pods get the label of their revision; those of the upstream controller's do not."""
+    return all(REVISION in ((each.get("metadata") or {}).get("labels") or {}) for each in live_templates(workload))
+
+
+def _marked(pod: Json, workload: Json) -> Json:
+    """A pod whose workload's template has no such label, with the one it would have: the workload's revision, if it was
+    made from this template."""
+    labels = pod["metadata"].get("labels") or {}
+    newest = (workload.get("status") or {}).get("updateRevision")
+    if REVISION in labels or (newest and labels.get(CONTROLLER_REVISION, newest) != newest):
+        return pod
+    revision = (workload["metadata"].get("annotations") or {}).get(REVISION, "")
+    return {**pod, "metadata": {**pod["metadata"], "labels": {**labels, REVISION: revision}}}
 
 
 def _is_settled(kind: Kind, workload: Json) -> bool:

@@ -19,7 +19,7 @@ from diptych.group.operator.cache import controller_of
 from diptych.group.operator.main import connect
 from diptych.group.operator.metrics import Metrics
 from diptych.group.operator.resources import GROUP, REVISION, Json
-from diptych.group.revision import restore, spec_revision
+from diptych.group.revision import restore, revision_data, spec_revision
 
 POLL_S = 1.0
 
@@ -72,14 +72,15 @@ def history(target: Target, args: argparse.Namespace) -> int:
     for number, each in target.revisions().items():
         name, metadata = each["metadata"]["name"], each["metadata"]
         mark = " (now)" if name.endswith(f"-{newest}") else ""
-        table.add_row(f"{number}{mark}", name, metadata["creationTimestamp"], ", ".join(_images(each["data"])))
+        images = ", ".join(_images(revision_data(each["data"])))
+        table.add_row(f"{number}{mark}", name, metadata["creationTimestamp"], images)
     Console().print(table)
     return 0
 
 
 def diff(target: Target, args: argparse.Namespace) -> int:
     revision = target.choose(args.revision)
-    now, then = spec_revision(target.group["spec"]).data, revision["data"]
+    now, then = spec_revision(target.group["spec"]).data, revision_data(revision["data"])
     lines = difflib.unified_diff(_yaml(now), _yaml(then), "now", f"revision {revision['revision']}", lineterm="")
     print("\n".join(lines) or "no difference")
     return 0
@@ -87,7 +88,7 @@ def diff(target: Target, args: argparse.Namespace) -> int:
 
 def undo(target: Target, args: argparse.Namespace) -> int:
     revision = target.choose(args.revision)
-    target.replace_spec(restore(target.group["spec"], revision["data"]))
+    target.replace_spec(restore(target.group["spec"], revision_data(revision["data"])))
     print(
         f"{target.name}: back to revision {revision['revision']}; watch it with: diptych rollout status {target.name}"
     )

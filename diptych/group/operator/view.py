@@ -17,7 +17,7 @@ from diptych.group.operator import objects
 from diptych.group.operator.adapters import with_scale
 from diptych.group.operator.cache import controller_of
 from diptych.group.operator.cluster import Cluster, is_orphan
-from diptych.group.operator.observe import DEPENDENCIES, REVISION, ROLE_LABEL, observe
+from diptych.group.operator.observe import DEPENDENCIES, REVISION, ROLE_LABEL, is_marked, observe
 from diptych.group.operator.resources import (
     ADAPTER,
     DEPLOYMENT,
@@ -29,6 +29,7 @@ from diptych.group.operator.resources import (
     Json,
 )
 from diptych.group.operator.resources import Kind as Resource
+from diptych.group.operator.takeover import live_templates, runs_the_same
 from diptych.group.operator.template import in_gang, pod_template
 from diptych.group.reader import Reading
 from diptych.group.resolve import leader_worker_templates, resolve_spec
@@ -38,6 +39,7 @@ WORKLOADS: dict[Kind, Resource] = {
     "Deployment": DEPLOYMENT,
     "LeaderWorkerSet": LEADER_WORKER_SET,
 }
+FIXED = ("serviceName", "selector")  # of a workload's spec; those of v0.3 and v0.5 differ from ours
 PROFILES = f"{objects.names.PREFIX}/profiles"  # annotation of workloads: hash of the profiles in its template
 MAX_PODS = 10_000  # of a group: its discovery file must fit into a ConfigMap
 
@@ -68,6 +70,11 @@ class View:
         self._pods = [pod for pod in self._pods if pod["metadata"]["labels"].get(ROLE_LABEL) not in strangers]
         self.observed = observe(group, self.workloads, self._pods)
         self.revisions = {name: self._revision(role, gang) for name, role in self.roles.items()}
+        self.adopted = {name for name in self.workloads if self._is_to_be_adopted(name)}
+        for name in self.adopted:
+            self.workloads[name][1]["metadata"].setdefault("annotations", {})[REVISION] = self.revisions[name]
+        if self.adopted:
+            self.observed = observe(group, self.workloads, self._pods)
         self.desired = self._desired()
 
     def _desired(self) -> Desired:
@@ -103,6 +110,17 @@ class View:
         """Revisions of the role's workload and pods."""
         seen = self.observed.role(name)
         return {seen.target.revision, *(pod.revision for pod in seen.pods)} if seen else set()
+
+    def _is_to_be_adopted(self, name: str) -> bool:
+        """Whether the upstream controller made the role's workload, which runs what the role asks for."""
+        kind, live = self.workloads[name]
+        return (
+            name in self.roles
+            and workload_kind(self.roles[name]) == kind
+            and REVISION not in (live["metadata"].get("annotations") or {})
+            and self._cluster.is_upstreams(WORKLOADS[kind], live)
+            and runs_the_same(live_templates(live), self.templates[name])
+        )
 
     def _sort_in(self, kind: Kind, workload: Json) -> None:
         name = workload["metadata"]["name"].removeprefix(f"{self.group['metadata']['name']}-")
@@ -140,9 +158,14 @@ class View:
         return objects.pod_group(self.group, max(1, min_member(self.desired, self.observed) - outside))
 
     def keeps_template(self, name: str) -> bool:
-        """Whether the role's workload has profiles that have changed since, which its pods are not to get now."""
-        annotations = self.workloads[name][1]["metadata"].get("annotations") or {}
-        return annotations.get(REVISION) == self.revisions[name] and annotations.get(PROFILES, "") != self._used(name)
+        """Whether the role's workload has profiles that have changed since, which its pods are not to get now, or the
+        template of the upstream controller."""
+        kind, live = self.workloads[name]
+        annotations = live["metadata"].get("annotations") or {}
+        if annotations.get(REVISION) != self.revisions[name]:
+            return False
+        upstreams = not is_marked(live) and self._cluster.is_upstreams(WORKLOADS[kind], live)
+        return upstreams or annotations.get(PROFILES, "") != self._used(name)
 
     def _used(self, name: str) -> str:
         """Hash of the profiles in the role's template; empty without any."""
@@ -150,7 +173,7 @@ class View:
         return hashlib.sha256(msgspec.json.encode(used, order="sorted")).hexdigest()[:10] if used else ""
 
     def workload(self, name: str, target: Target, annotations: dict[str, str]) -> tuple[Resource, Json]:
-        """The workload object of a desired role."""
+        """The workload object of a desired role. Of one that is there, what cannot be changed stays."""
         role = self.roles[name]
         templates = [self._labelled(template, name) for template in self.templates[name]]
         kind = workload_kind(role)
@@ -160,13 +183,26 @@ class View:
             made = objects.deployment(self.group, role, templates[0], target)
         else:
             made = objects.leader_worker_set(self.group, role, templates[0], templates[1], target)
+        made["metadata"]["annotations"] |= self.marks(name, target.revision) | annotations
+        if name in self.workloads:
+            live = self.workloads[name][1]["spec"]
+            made["spec"] |= {field: live[field] for field in FIXED if field in made["spec"] and field in live}
+        return WORKLOADS[kind], made
+
+    def marks(self, name: str, revision: str) -> dict[str, str]:
+        """The annotations of the role's workload that do not change while it is updated."""
+        role = self.roles[name]
         own = {
-            REVISION: target.revision,
+            REVISION: revision,
             DEPENDENCIES: ",".join(role.get("dependencies") or []),
             PROFILES: self._used(name),
         }
-        made["metadata"]["annotations"] |= {key: value for key, value in (own | annotations).items() if value}
-        return WORKLOADS[kind], made
+        return {key: value for key, value in own.items() if value}
+
+    def services(self) -> dict[str, str]:
+        """By role: the Service through which the pods of its StatefulSet have names. (v0.5 called it s-...)"""
+        found = {name: live["spec"].get("serviceName") for name, (_, live) in self.workloads.items()}
+        return {name: service for name, service in found.items() if service}
 
     def _labelled(self, template: Json, name: str) -> Json:
         """With the revision, by which the plan knows old pods from new ones."""

@@ -62,14 +62,15 @@ def new_metadata(kind: Kind, obj: Obj, now: str) -> Obj:
 
 
 def kept_metadata(live: Obj, new: Obj) -> Obj:
-    """Of an object that is updated: what clients cannot change stays."""
+    """Of an object that is updated: what clients cannot change stays. They may say who owns which fields."""
     metadata = {
         key: value for key, value in new["metadata"].items() if key not in (*_KEPT, "managedFields", "selfLink")
     }
     old = live["metadata"]
     metadata.update({key: old[key] for key in (*_KEPT, "name", "namespace", "resourceVersion") if key in old})
-    if "managedFields" in old:
-        metadata["managedFields"] = old["managedFields"]
+    owners = new["metadata"].get("managedFields") or old.get("managedFields")
+    if owners:
+        metadata["managedFields"] = owners
     return metadata
 
 

@@ -98,7 +98,7 @@ def _differing(old: Obj, new: Obj, shape: Shape, path: Path, before: dict[Path, 
 
 def after_update(old: Obj | None, new: Obj, manager: Manager, shape: Shape) -> Owners:
     """The owners after a create, update or patch by `manager`: it takes what it changed from all others."""
-    owners = owners_of(new if old is None else old)
+    owners = owners_of(new)
     changed, removed = difference(old or {}, new, shape)
     for other in owners:
         if other != manager:
