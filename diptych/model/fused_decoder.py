@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diptych.model.blas import blas_product
 from diptych.model.decoder import Decoder, Layer
 from diptych.model.kernels import gated
 from diptych.model.kernels.ends import embed_norm
@@ -109,7 +110,7 @@ class FusedDecoder:
         if self._fixed:
             out = fixed_product(x, linear.weight)
             return out if linear.bias is None else out + linear.bias
-        return linear(x)
+        return blas_product(linear, x)
 
     def _gated(self, linear: Linear, x: Tensor | Scaled) -> Tensor:
         """silu(gate) * up, of a product that gives both."""
@@ -117,7 +118,7 @@ class FusedDecoder:
             return gated.silu_product(x, linear.weight)
         tiles = self._tiles(linear, x)
         if tiles is not None and tiles.joins:
-            return gated_product(x, linear.weight, tiles)
+            return gated_product(x, linear.weight, self._arrivals, tiles)
         return silu_mul(self._product(linear, x), self._cos.dtype)
 
     def _add(

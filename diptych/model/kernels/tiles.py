@@ -11,7 +11,8 @@ import triton
 class ProductTiles:
     """How one product is cut. What `splits` is decides results' bits; the others only their speed. A split that is one
     block is read before the kernels that came before have ended: for launches that overlap, of small products.
-    `joins`: the product also does what follows, SiLU · mul or add and norm (matmul.py)."""
+    `joins`: the product also does what follows, SiLU · mul or add and norm (matmul.py). `pieces`: of those tiles that
+    are too few for all processors, when there is SiLU to be done."""
 
     block_n: int = 64
     block_k: int = 128
@@ -19,6 +20,7 @@ class ProductTiles:
     num_warps: int = 4
     num_stages: int = 4
     joins: bool = True
+    pieces: int = 1
 
 
 def _tiles(block_k: int, splits: int, num_stages: int, block_n: int = 64) -> ProductTiles:
@@ -35,9 +37,9 @@ def _alone(block_k: int, splits: int, num_stages: int, block_n: int = 64) -> Pro
 TILES: dict[tuple[int, int], tuple[tuple[int, ProductTiles], ...]] = {
     # Qwen3-32B: qkv, o, gate_up, down, head
     (10240, 5120): ((32, _tiles(128, 2, 3)),),
-    (5120, 8192): ((32, _tiles(128, 2, 4)), (64, _alone(64, 2, 5))),
+    (5120, 8192): ((32, _tiles(128, 2, 4)),),
     (51200, 5120): ((32, _tiles(128, 1, 4)),),
-    (5120, 25600): ((32, _tiles(128, 4, 3)), (64, _alone(64, 4, 4, 128))),
+    (5120, 25600): ((32, _tiles(128, 4, 3)),),
     (151936, 5120): ((16, _tiles(128, 1, 3)), (32, _tiles(128, 1, 4))),
     # half of it, for two ranks
     (5120, 5120): ((16, _tiles(128, 2, 4)),),
