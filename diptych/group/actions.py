@@ -136,7 +136,8 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True):
     `index`: the ordinal, -1 for a Deployment's. `revision` equals the role's iff it was made from that template.
     `phase`: stopping, from the moment its end was asked for; exited, when it ended by itself for good (Failed).
     `restarts`: containers restarted within this pod, sidecars left out. `ready` counts only while it runs.
-    `unproven`: it has not been ready yet. `unplaced`: the scheduler says that no node takes it.
+    `unproven`: it has not been ready yet. `unplaced`: the scheduler says that no node takes it. `cut_off`: unready only
+    because its node is not heard of; it may well serve.
     """
 
     name: str
@@ -150,6 +151,7 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True):
     ready_since: float = 0.0
     restarts: int = 0
     unproven: bool = False
+    cut_off: bool = False
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ unavailable. So the partition only ever covers pods that may go now, and if seve
 * A pod that is unavailable goes first, since that costs nothing: a broken one cannot stall the rollout. Where it is not
   the next by ordinal, the workload is put on OnDelete meanwhile. OnDelete knows no partition: if the user holds
   ordinals back with one, only until the broken pod has been made anew, and only while all of those are well.
+* A pod whose node is not heard of is unavailable and not broken: after an outage of the API server that is every pod.
 * Nothing here is remembered. Each time the pods that may go are chosen anew, and the partition follows.
 """
 
@@ -57,6 +58,9 @@ class View:
 
     def is_ready(self, pod: PodState | None) -> bool:
         return pod is not None and pod.phase == "running" and pod.ready
+
+    def may_serve(self, pod: PodState | None) -> bool:
+        return self.is_ready(pod) or (pod is not None and pod.phase == "running" and pod.cut_off)
 
     def is_available(self, pod: PodState | None) -> bool:
         return pod is not None and self.is_ready(pod) and self.now >= self.available_at(pod)
@@ -196,14 +200,14 @@ def _chosen(view: View, limit: int | None, surge: int) -> set[int]:
     pods, left_to_controller = view.pods, view.role.kind == "LeaderWorkerSet"
     candidates = [i for i in reversed(range(view.floor, view.replicas)) if not view.is_updated(pods.get(i))]
     if view.may_skip and not left_to_controller:
-        candidates.sort(key=lambda i: view.is_ready(pods.get(i)))
+        candidates.sort(key=lambda i: view.may_serve(pods.get(i)))
     if limit is None or not view.outdated:
         limit = view.replicas
     room = limit - sum(view.is_updated(pods.get(i)) for i in range(view.replicas))
     spare = view.replicas if left_to_controller else _spare(view, surge)
     chosen: set[int] = set()
     for i in candidates:
-        cost = int(view.is_ready(pods.get(i)))  # ready, but not for long enough to count: wait for it
+        cost = int(view.may_serve(pods.get(i)))  # ready, but not for long enough to count: wait for it
         if len(chosen) >= room or (cost and spare < cost):
             break
         chosen.add(i)

@@ -47,8 +47,8 @@ def group(*roles: DesiredRole, **more: Any) -> Desired:
 
 
 def seen(text: str, target: Target | None = None, name: str = "a", **more: Any) -> ObservedRole:
-    """One pod a letter: `o` old and ready, `x` old and not ready, `n` new and ready, `u` new and not ready, `~` ends,
-    `-` is missing. The target is the old one unless given."""
+    """One pod a letter: `o` old and ready, `x` old and not ready, `c` old and cut off, `n` new and ready, `u` new and not
+    ready, `~` ends, `-` is missing. The target is the old one unless given."""
     pods = tuple(
         PodState(
             name=f"g-{name}-{index}",
@@ -57,6 +57,7 @@ def seen(text: str, target: Target | None = None, name: str = "a", **more: Any) 
             revision="new" if letter in "nu" else "old",
             phase="stopping" if letter == "~" else "running",
             ready=letter in "on",
+            cut_off=letter == "c",
             ready_since=-1000.0 if letter == "o" else 0.0,
         )
         for index, letter in enumerate(text)
@@ -138,6 +139,14 @@ def test_a_broken_pod_at_a_low_ordinal_goes_first_and_stalls_nothing() -> None:
     assert steps(desired, seen("nooo", target(0, on_delete=True))) == delete(3)
     assert steps(desired, seen("noon", target(0, on_delete=True))) == delete(2)
     assert steps(desired, seen("nonn", target(0, on_delete=True))) == applied(target(0))
+
+
+@pytest.mark.parametrize("text", ["cccc", "cccn", "ccuu", "ooco", "occn"])
+def test_pods_of_nodes_that_are_not_heard_of_are_left_alone(text: str) -> None:
+    """They may well serve: after an outage of the API server all are unready for a moment, and not all may go."""
+    held = target(len(text.rstrip("nu")))
+    assert steps(group(role()), seen(text)) == applied(held)
+    assert steps(group(role()), seen(text, held)) == []
 
 
 def test_a_broken_pod_above_the_users_partition_goes_first_too() -> None:

@@ -77,6 +77,15 @@ def test_a_pod_waits_for_room_only_when_the_scheduler_says_so() -> None:
     assert [(each.scheduled, each.unplaced) for each in found] == [(False, False), (False, True)]
 
 
+def test_a_pod_of_a_node_that_is_not_heard_of_is_unready_and_cut_off() -> None:
+    """The node's controller takes Ready from its pods, and leaves what the kubelet said last of their containers."""
+    lost, starting = pod("g-a-0", ready=False), pod("g-a-1", ready=False)
+    for each, status in ((lost, "True"), (starting, "False")):
+        each["status"]["conditions"].append({"type": "ContainersReady", "status": status})
+    found = seen("StatefulSet", lost, starting).pods
+    assert [(each.ready, each.cut_off) for each in found] == [(False, True), (False, False)]
+
+
 def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> None:
     pods = [
         pod("g-a-0"),

@@ -132,6 +132,7 @@ def _pod(pod: Json) -> PodState:
         ready_since=unix_time(ready.get("lastTransitionTime")),
         restarts=_restarts(status),
         unproven=_is_unproven(conditions, metadata),
+        cut_off=ready.get("status") == "False" and conditions.get("ContainersReady", {}).get("status") == "True",
     )
 
 
