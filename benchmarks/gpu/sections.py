@@ -45,17 +45,10 @@ DECODE = [
     AttentionTiles(decode_n=128),
     FIXED_TILES,
 ]
-WIDE = AttentionTiles(prefill_m=128, prefill_warps=8)
-PREFILL = [
-    AttentionTiles(),
-    AttentionTiles(prefill_n=32),
-    AttentionTiles(prefill_n=32, prefill_stages=4),
-    AttentionTiles(prefill_m=128),
-    WIDE,
-    replace(WIDE, prefill_stages=4),
-    replace(WIDE, prefill_n=32),
-]
-FP8_PREFILL = [AttentionTiles(), WIDE, replace(WIDE, prefill_n=128, prefill_stages=2)]
+NARROW = AttentionTiles(flash=False)
+WIDE = replace(NARROW, prefill_m=128, prefill_warps=8)
+PREFILL = [AttentionTiles(), NARROW, WIDE]
+FP8_PREFILL = [NARROW, WIDE, replace(WIDE, prefill_n=128, prefill_stages=2)]
 FP8 = torch.float8_e4m3fn
 FP8_DECODE = [
     AttentionTiles(),
@@ -187,6 +180,8 @@ def attention_cut(tiles: AttentionTiles, kind: str) -> str:
         cut = f"split {tiles.split or 'share'}/{tiles.max_splits % (1 << 30)} m {tiles.decode_m} n {tiles.decode_n} "
         cut += f"warps {tiles.decode_warps} stages {tiles.decode_stages} programs {tiles.programs or 'all'}"
         return cut + " apart" * (not tiles.fused) + " not ahead" * (not tiles.ahead)
+    if tiles.flash:
+        return "flash"
     return f"m {tiles.prefill_m} n {tiles.prefill_n} warps {tiles.prefill_warps} stages {tiles.prefill_stages}"
 
 
