@@ -69,7 +69,7 @@ class RouterConfig:
     hold_size: int = flag(1000, "requests that may be held at a time; beyond that 503 at once")
     max_payload_size: int = flag(32 << 20, "largest body of a request, and of an answer that is not streamed, in bytes")
     disable_prefill_fallback: bool = flag(
-        False, "answer 503 while no prefill server is healthy, rather than let decode servers do the prefill"
+        False, "let no decode server do the prefill while no prefill server is healthy: requests wait, then 503"
     )
     # retries
     disable_retries: bool = flag(False, "answer with the first failure")
