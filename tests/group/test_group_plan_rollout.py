@@ -47,8 +47,8 @@ def group(*roles: DesiredRole, **more: Any) -> Desired:
 
 
 def seen(text: str, target: Target | None = None, name: str = "a", **more: Any) -> ObservedRole:
-    """One pod a letter: `o` old and ready, `x` old and not ready, `c` old and cut off, `n` new and ready, `u` new and not
-    ready, `~` ends, `-` is missing. The target is the old one unless given."""
+    """One pod a letter: `o` old and ready, `x` old and not ready, `c` old and cut off, `n` new and ready, `u` new and
+    not ready, `~` ends, `-` is missing. The target is the old one unless given."""
     pods = tuple(
         PodState(
             name=f"g-{name}-{index}",
