@@ -118,7 +118,7 @@ class FusedDecoder:
             return gated.silu_product(x, linear.weight)
         tiles = self._tiles(linear, x)
         if tiles is not None and tiles.joins:
-            return gated_product(x, linear.weight, tiles)
+            return gated_product(x, linear.weight, self._arrivals, tiles)
         return silu_mul(self._product(linear, x), self._cos.dtype)
 
     def _add(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,13 +108,18 @@ def test_add_and_the_halves_of_a_norm(hidden: int, k: int, splits: int, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize(("inner", "k"), [(64, 128), (100, 136)])
-def test_gates(inner: int, k: int, dtype: torch.dtype) -> None:
-    """The bits of a product and silu_mul."""
-    tiles = ProductTiles(block_n=64, block_k=32, splits=2)
+@pytest.mark.parametrize(("inner", "k", "pieces"), [(64, 128, 1), (100, 136, 1), (100, 136, 3)])
+def test_gates(inner: int, k: int, pieces: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiles that have one program, and with some of them that several programs share."""
+    monkeypatch.setattr("diptych.model.kernels.matmul.PROCESSORS", 3)
+    tiles = ProductTiles(block_n=64, block_k=32, pieces=pieces)
     x, weight = randn(17, k, seed=6, dtype=dtype), randn(2 * inner, k, seed=7, dtype=dtype, scale=2 * k**-0.5)
-    found = gated_product(x, weight, tiles)
-    assert torch.equal(found, silu_mul(product(x, weight, replace(tiles, splits=1)), dtype))
+    arrivals = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    found = gated_product(x, weight, arrivals, tiles)
+    assert not arrivals.any()
+    whole = silu_mul(product(x, weight, tiles), dtype)
+    same = inner if pieces == 1 else 96  # columns of whole tiles: the bits of a product and silu_mul
+    assert torch.equal(found[:, :same], whole[:, :same])
     gate, up = (x.double() @ weight.double().T).chunk(2, -1)
     torch.testing.assert_close(found.double(), F.silu(gate) * up, rtol=0, atol=8 * ERROR[dtype])
-    assert torch.equal(gated_product(x[4:5], weight, tiles)[0], found[4])
+    assert torch.equal(gated_product(x[4:5], weight, arrivals, tiles)[0], found[4])

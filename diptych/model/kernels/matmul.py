@@ -13,7 +13,7 @@ is done by it, or by the kernel after it, for a launch of its own costs as much 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from diptych.model.kernels import launch
 from diptych.model.kernels.fused import load_product
 from diptych.model.kernels.launch import prefetch, wait_for_previous
-from diptych.model.kernels.tiles import ProductTiles, tiles_for
+from diptych.model.kernels.tiles import PROCESSORS, ProductTiles, tiles_for
 
 MAX_ROWS = 64
 AHEAD = 64  # inputs whose weights a program asks for before it waits: a cache line of each row
@@ -64,12 +64,13 @@ def _tile(  # type: ignore[no-untyped-def]
     w,
     columns,
     inside,
-    split,
+    start,
+    stop,
     rows,
     x_stride,
     N: tl.constexpr,
     K: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,27 +78,27 @@ def _tile(  # type: ignore[no-untyped-def]
     LATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """`[BLOCK_N, BLOCK_M]`: the rows `columns` of w times x, over the split's SPLIT inputs (a multiple of BLOCK_K).
+    """`[BLOCK_N, BLOCK_M]`: the rows `columns` of w times x, over the inputs [start, stop), in blocks of BLOCK_K.
 
-    Weights, which no kernel writes, are read before the wait where there is one block of them; else those of AHEAD
-    inputs, a power of two, are asked for."""
+    Weights, which no kernel writes, are read before the wait where there is one block of them (SINGLE); else those of
+    AHEAD inputs, a power of two, are asked for."""
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     w_rows = w + columns.to(tl.int64)[:, None] * K
     x_places = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
-    if SPLIT == BLOCK_K:
+    if SINGLE:
         _start(OVERLAP, LATE)
-        weights = _weights(w_rows + k[None, :], inside, split * SPLIT, N, K, BLOCK_N, BLOCK_K)
+        weights = _weights(w_rows + k[None, :], inside, start, N, K, BLOCK_N, BLOCK_K)
         if OVERLAP:
             gdc_wait()
-        acc = tl.dot(weights, _inputs(x_places, rows, split * SPLIT, K, BLOCK_M, BLOCK_K), acc, input_precision="ieee")
+        acc = tl.dot(weights, _inputs(x_places, rows, start, K, BLOCK_M, BLOCK_K), acc, input_precision="ieee")
     else:
-        first = split * SPLIT + tl.arange(0, AHEAD // 64) * 64  # 64 weights of 2 bytes are a cache line
+        first = start + tl.arange(0, AHEAD // 64) * 64  # 64 weights of 2 bytes are a cache line
         prefetch(w_rows + tl.minimum(first, K - 1)[None, :], OVERLAP)
         _start(OVERLAP, LATE)
         if OVERLAP:
             gdc_wait()
-        for at in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, K), BLOCK_K):
+        for at in range(start, stop, BLOCK_K):
             weights = _weights(w_rows + k[None, :], inside, at, N, K, BLOCK_N, BLOCK_K)
             inputs = _inputs(x_places, rows, at, K, BLOCK_M, BLOCK_K)
             acc = tl.dot(weights, inputs, acc, input_precision="ieee")
@@ -128,7 +129,6 @@ def product_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     SPLIT: tl.constexpr,
     TILES: tl.constexpr,
-    GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -136,27 +136,84 @@ def product_kernel(  # type: ignore[no-untyped-def]
     LATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (columns, split): `out[split, :, columns]`. TILES: how many `squares` there are of each row, 0 if x is
-    not Scaled. GATED: a tile is BLOCK_N / 2 gates and what they are multiplied with, `out` `[rows, N / 2]`."""
-    split, n, m = tl.program_id(1), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    WIDTH: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    COLUMNS: tl.constexpr = N // 2 if GATED else N
-    columns = tl.program_id(0) * WIDTH + n % WIDTH
-    inside = columns < COLUMNS
-    weights = tl.minimum(columns, COLUMNS - 1) + n // WIDTH * COLUMNS
+    """Program (columns, split): `out[split, :, columns]` over the split's SPLIT inputs. TILES: how many `squares` there
+    are of each row, 0 if x is not Scaled."""
+    split, m = tl.program_id(1), tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = columns < N
+    start = split * SPLIT
     acc = _tile(
-        x, w, weights, inside, split, rows, x_stride, N, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, AHEAD, LATE, OVERLAP
-    )
+        x, w, tl.minimum(columns, N - 1), inside, start, tl.minimum(start + SPLIT, K), rows, x_stride, N, K,
+        SPLIT == BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, AHEAD, LATE, OVERLAP,
+    )  # fmt: skip
     if TILES:
         acc *= _root(squares, rows, eps, K, TILES, BLOCK_M)[None, :]
-    if GATED:
-        pairs = tl.reshape(acc.to(out.dtype.element_ty).to(tl.float32), (2, WIDTH, BLOCK_M))
-        gate, up = tl.split(tl.permute(pairs, (1, 2, 0)))
-        columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-        inside = columns < COLUMNS
-        acc = gate / (1.0 + tl.exp(-gate)) * up
-    places = out + (split * rows + m).to(tl.int64)[None, :] * COLUMNS + columns[:, None]
+    places = out + (split * rows + m).to(tl.int64)[None, :] * N + columns[:, None]
     tl.store(places, acc.to(out.dtype.element_ty), mask=inside[:, None] & (m < rows)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_kernel(  # type: ignore[no-untyped-def]
+    x,
+    w,
+    out,
+    squares,
+    parts,
+    arrivals,
+    rows,
+    x_stride,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """silu(gate) * up in `out` `[rows, N / 2]`: a tile is BLOCK_N / 2 gates and what they are multiplied with. Program
+    i below WHOLE has tile i; each tile from WHOLE on is shared by PIECES programs of PIECE inputs, the last of which to
+    arrive adds their `parts` in order. `arrivals`, one for each such tile, are 0 before and after."""
+    program, n, m = tl.program_id(0), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    WIDTH: tl.constexpr = BLOCK_N // 2
+    COLUMNS: tl.constexpr = N // 2
+    shared = tl.maximum(program - WHOLE, 0)
+    tile = tl.where(program < WHOLE, program, WHOLE + shared // PIECES)
+    start = shared % PIECES * PIECE
+    stop = tl.where(program < WHOLE, K, tl.minimum(start + PIECE, K))
+    columns = tile * WIDTH + n % WIDTH
+    weights = tl.minimum(columns, COLUMNS - 1) + n // WIDTH * COLUMNS
+    acc = _tile(
+        x, w, weights, columns < COLUMNS, start, stop, rows, x_stride, N, K, PIECES == 1 and BLOCK_K == K, BLOCK_M,
+        BLOCK_N, BLOCK_K, AHEAD, LATE, OVERLAP,
+    )  # fmt: skip
+    stored = rows
+    if PIECES > 1:  # noqa: SIM102: known when it is compiled
+        if program >= WHOLE:
+            SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+            at = parts + shared // PIECES * (PIECES * SIZE) + m[None, :] * BLOCK_N + n[:, None]
+            tl.store(at + shared % PIECES * SIZE, acc)
+            tl.debug_barrier()  # the increment releases what all threads have stored, see decode_kernel
+            stored = rows * 0
+            if tl.atomic_add(arrivals + shared // PIECES, 1, sem="acq_rel", scope="gpu") == PIECES - 1:
+                tl.store(arrivals + shared // PIECES, 0)
+                stored = rows
+                acc = tl.load(at)
+                for piece in tl.static_range(1, PIECES):
+                    acc += tl.load(at + piece * SIZE)
+    if TILES:
+        acc *= _root(squares, rows, eps, K, TILES, BLOCK_M)[None, :]
+    pairs = tl.reshape(acc.to(out.dtype.element_ty).to(tl.float32), (2, WIDTH, BLOCK_M))
+    gate, up = tl.split(tl.permute(pairs, (1, 2, 0)))
+    places = tile * WIDTH + tl.arange(0, WIDTH)
+    mask = (places < COLUMNS)[:, None] & (m < stored)[None, :]
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + m.to(tl.int64)[None, :] * COLUMNS + places[:, None], value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -200,10 +257,10 @@ def product_add_kernel(  # type: ignore[no-untyped-def]
     tile, split, m = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_M)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < N
-    weights = tl.minimum(columns, N - 1)
+    start = split * SPLIT
     acc = _tile(
-        inputs, w, weights, inside, split, rows, inputs_stride, N, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, AHEAD, LATE,
-        OVERLAP,
+        inputs, w, tl.minimum(columns, N - 1), inside, start, tl.minimum(start + SPLIT, K), rows, inputs_stride, N, K,
+        SPLIT == BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_K, AHEAD, LATE, OVERLAP,
     )  # fmt: skip
     at = m.to(tl.int64)[None, :] * N + columns[:, None]
     mask = inside[:, None] & (m < rows)[None, :]
@@ -246,23 +303,15 @@ class Scaled:
 def product_parts(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
     """`[splits, rows, N]` float32 parts of `x @ weight.T`, to be added in order; one part only: the product `[rows, N]`
     in x's type. `x` `[rows, K]`, up to MAX_ROWS rows, each contiguous; `weight` `[N, K]` contiguous."""
-    return _launch(x, weight, tiles or tiles_for(*weight.shape), gated=False)
-
-
-def gated_product(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles | None = None) -> Tensor:
-    """silu(gate) * up, `[rows, N / 2]`, of the product, whose first half of the columns is gate. In one split."""
-    return _launch(x, weight, replace(tiles or tiles_for(*weight.shape), splits=1), gated=True)
-
-
-def _launch(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles, *, gated: bool) -> Tensor:
+    tiles = tiles or tiles_for(*weight.shape)
     values, squares, eps = (x.values, x.squares, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
-    rows, n = values.shape[0], weight.shape[0] // 2 if gated else weight.shape[0]
-    splits, options = _options(values, weight, tiles)
+    (rows, k), n = values.shape, weight.shape[0]
+    split, splits = _cut(k, tiles.splits, tiles)
     if splits == 1:
         out = torch.empty(rows, n, dtype=values.dtype, device=values.device)
     else:
         out = torch.empty(splits, rows, n, dtype=torch.float32, device=values.device)
-    product_kernel[(triton.cdiv(weight.shape[0], tiles.block_n), splits)](
+    product_kernel[(triton.cdiv(n, tiles.block_n), splits)](
         values,
         weight,
         out,
@@ -270,8 +319,38 @@ def _launch(x: Tensor | Scaled, weight: Tensor, tiles: ProductTiles, *, gated: b
         rows,
         values.stride(0),
         eps,
+        SPLIT=split,
         TILES=0 if squares is None else squares.shape[0],
-        GATED=gated,
+        **_options(values, weight, tiles),
+    )
+    return out
+
+
+def gated_product(x: Tensor | Scaled, weight: Tensor, arrivals: Tensor, tiles: ProductTiles | None = None) -> Tensor:
+    """See gated_kernel: silu(gate) * up, `[rows, N / 2]`, of the product, whose first half of the columns is gate."""
+    tiles = tiles or tiles_for(*weight.shape)
+    values, squares, eps = (x.values, x.squares, x.eps) if isinstance(x, Scaled) else (x, None, 0.0)
+    (rows, k), n = values.shape, weight.shape[0]
+    columns = triton.cdiv(n, tiles.block_n)
+    piece, pieces = _cut(k, tiles.pieces, tiles)
+    whole = columns // PROCESSORS * PROCESSORS if pieces > 1 else columns
+    options = _options(values, weight, tiles)
+    out = torch.empty(rows, n // 2, dtype=values.dtype, device=values.device)
+    size = (columns - whole) * pieces * tiles.block_n * options["BLOCK_M"]
+    gated_kernel[(whole + (columns - whole) * pieces,)](
+        values,
+        weight,
+        out,
+        values if squares is None else squares,
+        torch.empty(size, dtype=torch.float32, device=values.device),
+        arrivals,
+        rows,
+        values.stride(0),
+        eps,
+        WHOLE=whole,
+        PIECES=pieces,
+        PIECE=piece,
+        TILES=0 if squares is None else squares.shape[0],
         **options,
     )
     return out
@@ -289,7 +368,7 @@ def product_add(
     """See product_add_kernel. `x` `[rows, N]` contiguous; `arrivals` int32, at least as many as there are tiles."""
     rows, n = x.shape
     tiles = tiles or tiles_for(*weight.shape)
-    splits, options = _options(inputs, weight, tiles)
+    split, splits = _cut(weight.shape[1], tiles.splits, tiles)
     columns = triton.cdiv(n, tiles.block_n)
     scaled = Scaled(torch.empty_like(x), torch.empty(columns, rows, dtype=torch.float32, device=x.device), eps)
     parts = torch.empty(splits if splits > 1 else 0, rows, n, dtype=torch.float32, device=x.device)
@@ -304,22 +383,27 @@ def product_add(
         scaled.squares,
         rows,
         inputs.stride(0),
+        SPLIT=split,
         SPLITS=splits,
-        **options,
+        **_options(inputs, weight, tiles),
     )
     return scaled
 
 
-def _options(x: Tensor, weight: Tensor, tiles: ProductTiles) -> tuple[int, dict[str, Any]]:
-    """How many splits there are, and what all products' launches have."""
-    (rows, k), n = x.shape, weight.shape[0]
+def _cut(k: int, pieces: int, tiles: ProductTiles) -> tuple[int, int]:
+    """The inputs of each of so many pieces, a multiple of the blocks, and how many pieces that makes."""
+    piece = triton.cdiv(triton.cdiv(k, tiles.block_k), pieces) * tiles.block_k
+    return piece, triton.cdiv(k, piece)
+
+
+def _options(x: Tensor, weight: Tensor, tiles: ProductTiles) -> dict[str, Any]:
+    """What all products' launches have."""
+    rows, (n, k) = x.shape[0], weight.shape
     if rows > MAX_ROWS:
         raise ValueError(f"{rows} rows: these tiles are for {MAX_ROWS} rows at most")
-    split = triton.cdiv(triton.cdiv(k, tiles.block_k), tiles.splits) * tiles.block_k
-    return triton.cdiv(k, split), {
+    return {
         "N": n,
         "K": k,
-        "SPLIT": split,
         "BLOCK_M": max(16, triton.next_power_of_2(rows)),
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
