@@ -193,7 +193,7 @@ def gated_kernel(  # type: ignore[no-untyped-def]
         BLOCK_N, BLOCK_K, AHEAD, LATE, OVERLAP,
     )  # fmt: skip
     stored = rows
-    if PIECES > 1:  # noqa: SIM102: known when it is compiled
+    if PIECES > 1:  # known when it is compiled  # noqa: SIM102
         if program >= WHOLE:
             SIZE: tl.constexpr = BLOCK_N * BLOCK_M
             at = parts + shared // PIECES * (PIECES * SIZE) + m[None, :] * BLOCK_N + n[:, None]
