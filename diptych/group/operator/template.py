@@ -112,8 +112,7 @@ def _add_drain(spec: Json, role: Json) -> None:
         return
     seconds = int(drain.get("timeoutSeconds") or DRAIN_S)
     container = spec["containers"][0]
-    ports = container.get("ports") or [{}]
-    port = drain.get("port") or ports[0].get("name") or ports[0].get("containerPort") or DEFAULT_PORT
+    port = drain.get("port") or DEFAULT_PORT
     container.setdefault("lifecycle", {}).setdefault("preStop", {"httpGet": {"path": drain["path"], "port": port}})
     spec["terminationGracePeriodSeconds"] = max(int(spec.get("terminationGracePeriodSeconds") or 30), seconds)
 
