@@ -29,8 +29,9 @@ ROUTER, CLIENT = "router", "client"
 class Cluster:
     """`prefill` and `decode` servers behind a router; all randomness comes from `seed`.
 
-    `tp`: ranks of each prefill and of each decode server. `overlaps`: they plan ahead. `follower`: what leads a rank
-    above 0. `defects` collects what must never be: pages that are not what a prompt demands.
+    `tp`: ranks of each stage of prefill and of decode servers, `pp`: their stages. `overlaps`: they plan ahead.
+    `follower`: what leads a rank above 0. `defects` collects what must never be: pages that are not what a prompt
+    demands.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Cluster:
         prefill: int = 2,
         decode: int = 1,
         tp: tuple[int, int] = (1, 1),
+        pp: tuple[int, int] = (1, 1),
         overlaps: bool = False,
         follower: type[Follower] = Follower,
     ) -> None:
@@ -51,6 +53,7 @@ class Cluster:
         self.http: dict[str, str] = {}  # where each server's HTTP is reached now
         self.names = {"prefill": [f"p{i}" for i in range(prefill)], "decode": [f"d{i}" for i in range(decode)]}
         self.tp = dict(zip(self.names, tp, strict=True))
+        self.pp = dict(zip(self.names, pp, strict=True))
         self.servers: dict[str, SimServer] = {}
         self.info = MockRunner(1, PAGE_SIZE, context_len=CONTEXT_LEN).info
         self.num_pages = self.rng.choice([40, 64, 160])
@@ -81,7 +84,7 @@ class Cluster:
     async def start_server(self, name: str, mode: str) -> None:
         """New processes under this name, with an empty pool."""
         radix = mode == "prefill" or self.rng.random() < 0.5
-        server = SimServer(name, mode, self, self.num_pages, radix=radix, tp=self.tp[mode])
+        server = SimServer(name, mode, self, self.num_pages, radix=radix, tp=self.tp[mode], pp=self.pp[mode])
         for endpoint in server.endpoints:
             self.network.revive(endpoint)
         await server.start()

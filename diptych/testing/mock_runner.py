@@ -15,6 +15,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from diptych.kv.share import layer_range
 from diptych.testing.mock_model import EMPTY, MASK, PLACE, U64, content_of, extend, result_of_row
 from diptych.types import ModelInfo, Plan, StepResult
 
@@ -22,13 +23,13 @@ NUM_LAYERS, HEAD_DIM = 2, 2
 
 
 class MockStore:
-    """One rank's heads of the pool, as PageStore."""
+    """One rank's heads and layers of the pool, as PageStore."""
 
     def __init__(self, pool: U64) -> None:
         self._pool = pool  # [page, head, layer, 2, slot, dim], a view of the runner's
         self.num_pages, self.num_heads, self.num_layers = pool.shape[:3]
         self.head_bytes = int(np.prod(pool.shape[2:])) * pool.itemsize
-        self.layout = f"page,head,layer,kv,slot,dim:uint64:{pool.shape[4]}:{pool.shape[2]}:{pool.shape[5]}"
+        self.layout = f"page,head,layer,kv,slot,dim:uint64:{pool.shape[4]}:{NUM_LAYERS}:{pool.shape[5]}"
 
     def read(self, pages: Sequence[int], head_start: int, head_stop: int, layers: range | None = None) -> memoryview:
         """See PageStore.read."""
@@ -48,7 +49,7 @@ class MockStore:
 
 
 class MockRank:
-    """What one rank holds and does: the pages of its heads. What it reads of them is added up over the ranks.
+    """What one rank holds and does: its heads and layers of the pages. What it reads there is added up over the ranks.
 
     Each entry of a slot is the content xor a key of its own. Reading takes a weighted sum of what all entries of all
     heads say; the weights sum to one, so that entries that agree give the content, and any that does not spoils it.
@@ -68,7 +69,7 @@ class MockRank:
         return ((slots ^ self._keys) * self._weights).sum(axis=(1, 2, 3, 4), dtype=np.uint64)
 
     def write(self, plan: Plan, contents: U64, layers: slice = slice(None)) -> None:
-        """Store what the plan's tokens stand for, [T], in `layers` of all heads."""
+        """Store what the plan's tokens stand for, [T], in `layers` of its own, of all its heads."""
         page_size = self._pool.shape[4]
         values = contents.reshape(-1, 1, 1, 1, 1) ^ self._keys[:, layers]
         self._pool[plan.slots // page_size, :, layers, :, plan.slots % page_size] = values
@@ -90,8 +91,8 @@ class Inputs(NamedTuple):
 
 
 class MockRunner:
-    """All ranks of a mock model in one object: `ranks[r]` holds `num_kv_heads / world` heads, `stores[r]` is its pages,
-    `store` rank 0's.
+    """All ranks of a mock model in one object: `ranks[r]` holds `num_kv_heads / world` heads of its stage's layers,
+    `stores[r]` is its pages, `store` rank 0's.
 
     Fresh pages are full of garbage, as real ones are. A step is a function of the plan, of the pages' contents and of
     the last step's tokens alone. With `overlaps` it is computed as late as a device may, when it is collected, so that
@@ -106,6 +107,7 @@ class MockRunner:
         *,
         num_kv_heads: int = 4,
         world: int = 1,
+        stages: int = 1,
         vocab_size: int = 101,
         eos_token_ids: tuple[int, ...] = (0,),
         context_len: int = 4096,
@@ -125,7 +127,9 @@ class MockRunner:
         weights.flat[:1] += np.uint64(1) - weights.sum(keepdims=True, dtype=np.uint64).reshape(1)
         share = num_kv_heads // world
         heads = [slice(rank * share, (rank + 1) * share) for rank in range(world)]
-        self.ranks = [MockRank(pool[:, mine], keys[mine], weights[mine]) for mine in heads]
+        layers = [layer_range(NUM_LAYERS, stages, stage) for stage in range(stages)]
+        parts = [(mine, slice(stage.start, stage.stop)) for stage in layers for mine in heads]
+        self.ranks = [MockRank(pool[:, *part], keys[part], weights[part]) for part in parts]
         self.stores = [rank.store for rank in self.ranks]
         self.store = self.stores[0]
         self.info = ModelInfo(

@@ -21,7 +21,7 @@ import numpy as np
 from diptych.engine.ranks import Follower, PagesMoved, RankReady, ToRank
 from diptych.sched.plan import MAX_IN_FLIGHT
 from diptych.testing.mock_model import U64
-from diptych.testing.mock_runner import NUM_LAYERS, Inputs, MockRunner, num_cached, resolve
+from diptych.testing.mock_runner import Inputs, MockRunner, num_cached, resolve
 from diptych.testing.pipe import PipeChannel, Pipes
 from diptych.transfer.commands import AnyEvent
 from diptych.transfer.plane import DataPlane
@@ -30,8 +30,6 @@ from diptych.types import Plan, RowResult, StepResult
 STEP_S = (0.002, 0.02)
 LAG_S = (0.0, 0.003)
 LATE_P, LATE_S = 0.1, (0.01, 0.1)  # a rank whose processor is taken away in the middle of a step
-
-_FIRST_LAYERS, _LAST_LAYER = slice(0, NUM_LAYERS - 1), slice(NUM_LAYERS - 1, NUM_LAYERS)
 
 
 class SimThread(Executor):
@@ -147,10 +145,11 @@ class SimRank:
     async def _compute(self, plan: Plan) -> StepResult:
         """One step. Rows that sample nothing need no logits: then this rank is done without the others."""
         inputs = self._runner.begin(plan, await self._add(self._share.read(plan, num_cached(plan))))
-        self._share.write(plan, inputs.contents, _FIRST_LAYERS)
+        last = self._share.store.num_layers - 1
+        self._share.write(plan, inputs.contents, slice(0, last))
         late = LATE_S if self._rng.random() < LATE_P else LAG_S
         await asyncio.sleep(self._rng.uniform(*late))
-        self._share.write(plan, inputs.contents, _LAST_LAYER)
+        self._share.write(plan, inputs.contents, slice(last, last + 1))
         if not any(row.samples or row.prompt_targets is not None for row in plan.rows):
             return StepResult(rows=[RowResult(-1) for _ in plan.rows])
         return await self._sample(plan, inputs)

@@ -44,17 +44,22 @@ LAST_WORDS_S = (0.0, 0.3)  # from the death of a rank to the end of its server
 
 
 class SimServer:
-    """One prefill or decode server of `tp` ranks. `start`, then `kill` (it is gone at once).
+    """One prefill or decode server of `pp` stages of `tp` ranks. `start`, then `kill` (it is gone at once).
 
     Rank 0's endpoint in the network is the server's name, rank r's is `name.r`.
     """
 
-    def __init__(self, name: str, mode: str, cluster: Cluster, num_pages: int, *, radix: bool, tp: int = 1) -> None:
-        self.name, self.mode, self.tp = name, mode, tp
+    def __init__(
+        self, name: str, mode: str, cluster: Cluster, num_pages: int, *, radix: bool, tp: int = 1, pp: int = 1
+    ) -> None:
+        self.name, self.mode = name, mode
         self.ended = asyncio.Event()
         self._cluster = cluster
         self._rng = random.Random(cluster.rng.getrandbits(64))
-        self.runner = MockRunner(num_pages, PAGE_SIZE, context_len=CONTEXT_LEN, world=tp, overlaps=cluster.overlaps)
+        self.runner = MockRunner(
+            num_pages, PAGE_SIZE, context_len=CONTEXT_LEN, world=tp, stages=pp, overlaps=cluster.overlaps
+        )
+        self._grid = Grid(self.runner.info.num_kv_heads, self.runner.info.num_layers, tp, pp)
         config = SchedConfig(
             page_size=PAGE_SIZE,
             context_len=CONTEXT_LEN,
@@ -77,7 +82,7 @@ class SimServer:
 
     def _set_up_ranks(self) -> None:
         self._pipes = Pipes(self._rng)
-        self._lockstep = Lockstep(self.tp)
+        self._lockstep = Lockstep(self._grid.num_ranks)
         leader: Any = self._sim_rank(0)
         self._leader: SimRank = leader
         self.overlaps = leader.overlaps
@@ -86,7 +91,7 @@ class SimServer:
         self.plane = self.ranks.plane = self._make_plane(0, partial(self._on_event, 0))
         self._fds: list[int] = []
         self.followers: list[SimFollower] = []
-        for rank in range(1, self.tp):
+        for rank in range(1, self._grid.num_ranks):
             ours, theirs = self._pipes.pair()
             self._fds.append(ours)
             make_plane = partial(self._make_plane, rank)
@@ -100,12 +105,11 @@ class SimServer:
         return SimRank(self.runner, rank, self._lockstep, self._rng, partial(self._inspect, rank))
 
     def _make_plane(self, rank: int, on_event: Callable[[AnyEvent], None]) -> DataPlane:
-        info = self.runner.info
         return DataPlane(
             self.runner.stores[rank],
             [self._cluster.network.transport(self.endpoints[rank])],
             rank,
-            Grid(info.num_kv_heads, info.num_layers, self.tp),
+            self._grid,
             on_event,
             rng=self._rng,
             executor=LateExecutor(self._rng, COPY_S, LATE_COPY_P, LATE_COPY_S),
@@ -114,7 +118,7 @@ class SimServer:
 
     @property
     def endpoints(self) -> list[str]:
-        return [self.name, *(f"{self.name}.{rank}" for rank in range(1, self.tp))]
+        return [self.name, *(f"{self.name}.{rank}" for rank in range(1, self._grid.num_ranks))]
 
     async def start(self) -> None:
         for follower in self.followers:
@@ -126,6 +130,7 @@ class SimServer:
             layout=self.runner.store.layout,
             page_size=PAGE_SIZE,
             addresses=[await self.plane.start(self.name), *self.ranks.addresses],
+            pp_size=self._grid.pp,
             broadcast=self.ranks.broadcast,
             counters=self.ranks.counters,
             transport=transport,
@@ -216,7 +221,7 @@ class SimServer:
             if length and row.rid not in self._inspected:
                 demands.append((index, contents_of(self.state.seqs[row.rid].tokens[:length])))
             self._inspected[row.rid] = None
-        for rank in range(self.tp):
+        for rank in range(self._grid.num_ranks):
             self._demands[plan.step, rank] = demands
 
     def _inspect(self, rank: int, plan: Plan) -> None:

@@ -57,8 +57,8 @@ def fingerprint(runner: MockRunner, length: int, pages: list[int]) -> float:
     return logprobs[0].logprob
 
 
-def filled(world: int = 1) -> MockRunner:
-    runner = MockRunner(12, PAGE, world=world)
+def filled(world: int = 1, stages: int = 1) -> MockRunner:
+    runner = MockRunner(12, PAGE, world=world, stages=stages)
     run(runner, row_of(0, 8), list(range(1, 9)), [2, 5])
     return runner
 
@@ -104,6 +104,16 @@ def test_heads_differ_and_ranks_hold_slices_of_them() -> None:
     heads = [bytes(whole.store.read([2, 5], head, head + 1)) for head in range(4)]
     assert len(set(heads)) == 4
     assert [bytes(split.stores[head // 2].read([2, 5], head % 2, head % 2 + 1)) for head in range(4)] == heads
+
+
+def test_stages_hold_layers() -> None:
+    whole, split = filled(), filled(world=2, stages=2)
+    assert [(store.num_heads, store.num_layers) for store in split.stores] == [(2, 1)] * 4
+    assert split.store.layout == whole.store.layout
+    for rank, (layer, head) in enumerate(((0, 0), (0, 2), (1, 0), (1, 2))):
+        part = whole.store.read([2, 5], head, head + 2, range(layer, layer + 1))
+        assert bytes(split.stores[rank].read([2, 5], 0, 2)) == bytes(part)
+    assert fingerprint(split, 8, [2, 5]) == fingerprint(whole, 8, [2, 5])
 
 
 def test_pages_can_be_copied_in_slices_of_heads() -> None:
