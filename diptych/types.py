@@ -179,6 +179,7 @@ class RowResult(msgspec.Struct, array_like=True):
 class StepResult(msgspec.Struct, kw_only=True):
     rows: list[RowResult]  # B, in the plan's order
     duration_s: float = 0.0
+    eager: bool = False  # a decode step that no CUDA graph took, though there are some
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,6 +262,7 @@ class Stats(msgspec.Struct, omit_defaults=True, kw_only=True):
     evicted_tokens_total: int = 0
     forward_seconds_total: float = 0.0
     steps_total: int = 0
+    num_eager_decode_steps_total: int = 0
     # prefill-decode
     num_prefill_bootstrap_queue_reqs: int = 0
     num_prefill_inflight_queue_reqs: int = 0

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.layers import WAYS, Layers, launched
 from benchmarks.gpu.shapes import QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
-from diptych.model.kernels import fused, launch
-from diptych.model.kernels.matmul import MAX_ROWS, product, product_parts
+from diptych.model.kernels import fused
+from diptych.model.kernels.matmul import MAX_ROWS, product
 from diptych.model.pool import KVPool
-from diptych.model.triton_attention import AttentionTiles, TritonAttention
+from diptych.model.triton_attention import PLAIN_TILES, TritonAttention
 
 MOST = 0.03  # error of a number, over its own size plus the root mean square of its row; 16 bits round to 2^-9 or less
 
@@ -76,7 +77,8 @@ def attention(
     stored = torch.float8_e4m3fn if fp8 else bench.dtype
     pool = KVPool(num_pages(plan, page_size), page_size, shape.kv_heads, 2, shape.dim, stored, bench.device)
     scale = shape.dim**-0.5
-    backend = TritonAttention(pool, shape.heads, scale, fixed=fixed)
+    tiles = PLAIN_TILES if window and not fixed else None
+    backend = TritonAttention(pool, shape.heads, scale, fixed=fixed, tiles=tiles)
     q = _randn(bench, generator, length, shape.heads, shape.dim)
     k, v = (_randn(bench, generator, length, shape.kv_heads, shape.dim) for _ in range(2))
     for row in range(len(cached)):  # every sequence has the same tokens
@@ -169,36 +171,26 @@ def _decoding(bench: Bench, generator: torch.Generator, shape: Shape, batch: int
 
 
 def _combines(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
-    """The last program of the decode kernel, again and again, as a kernel of its own."""
+    """Decode gives the same again and again, whichever program is the last to arrive."""
     batch, context = 48, 2500
     pool, plan = _decoding(bench, generator, shape, batch, context), plan_of([(context - 1, 1)] * batch, 64)
     q = _randn(bench, generator, batch, shape.heads, shape.dim)
-    backends = [
-        TritonAttention(pool, shape.heads, 0.1, tiles=AttentionTiles(split=256, fused=fused)) for fused in (False, True)
-    ]
-    for backend in backends:
-        backend.begin(plan)
-    apart = backends[0].attend_stored(1, q)
-    return all(torch.equal(backends[1].attend_stored(1, q), apart) for _ in range(100))
+    backend = TritonAttention(pool, shape.heads, 0.1)
+    backend.begin(plan)
+    first = backend.attend_stored(1, q)
+    return all(torch.equal(backend.attend_stored(1, q), first) for _ in range(100))
 
 
 def _overlap(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
-    """A chain of layers, each kernel reading what the one before writes, with and without overlapping launches."""
-    weights = {name: _randn(bench, generator, *size) for name, size in shape.products.items()}
-    norm, cos, sin = (_randn(bench, generator, n, shape.dim) for n in (shape.heads + shape.kv_heads, 512, 512))
-    weight, start = _randn(bench, generator, shape.hidden), _randn(bench, generator, 4, shape.hidden)
+    """Some layers, each kernel reading what the one before writes, with and without overlapping launches."""
     pool, plan = _decoding(bench, generator, shape, 4, 500), plan_of([(499, 1)] * 4, 64)
     attention = TritonAttention(pool, shape.heads, shape.dim**-0.5)
     attention.begin(plan)
-    results = []
-    for overlap in (False, True, True):
-        launch.set_overlap(overlap)
-        residual, x = start.clone(), start
-        for _ in range(50):
-            mixed = attention.attend_qkv(1, product_parts(x, weights["qkv"]), norm, 1e-6, cos, sin)
-            x = fused.add_norm(residual, product_parts(mixed, weights["o"]), weight, 1e-6)
-            inner = fused.silu_mul(product_parts(x, weights["gate_up"]), bench.dtype)
-            x = fused.add_norm(residual, product_parts(inner, weights["down"]), weight, 1e-6)
-        results.append(torch.cat((residual, x)))
-    launch.set_overlap(False)
-    return all(torch.equal(result, results[0]) for result in results)
+    layers, results = Layers(bench, shape, 2), []
+    for way in (*WAYS, "all overlap"):
+        torch.manual_seed(0)
+        with launched(bench, way):
+            calls = layers.calls(attention, 2, 4)
+            for _ in range(25):
+                results.append([call() for call in calls][-1].clone())
+    return all(torch.equal(result, results[i % 25]) for i, result in enumerate(results))

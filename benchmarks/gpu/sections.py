@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product as pairs
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from benchmarks.gpu import checks, draws
 from benchmarks.gpu.draws import sampling as sampling
+from benchmarks.gpu.layers import WAYS, Layers, launched
 from benchmarks.gpu.shapes import HALVES, QWEN3_8B, QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
 from diptych.model.kernels import fused as kernels
-from diptych.model.kernels import launch, matmul
-from diptych.model.kernels.matmul import MAX_ROWS, product, product_parts
+from diptych.model.kernels.matmul import product, product_parts
 from diptych.model.kernels.tiles import ProductTiles, tiles_for, wins
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import FIXED_TILES, AttentionTiles, TritonAttention
@@ -31,18 +30,11 @@ CUTS = [  # block_n, block_k, warps, stages
 ]  # fmt: skip
 DECODE = [
     AttentionTiles(),
-    AttentionTiles(fused=False),
-    AttentionTiles(ahead=False),
-    AttentionTiles(split=256),
-    AttentionTiles(split=512),
-    AttentionTiles(max_splits=16),
-    AttentionTiles(programs=3),
-    AttentionTiles(decode_stages=3),
-    AttentionTiles(decode_warps=2),
-    AttentionTiles(decode_warps=2, decode_stages=3),
-    AttentionTiles(decode_n=32, decode_warps=1),
-    AttentionTiles(decode_n=32, decode_warps=2, decode_stages=3),
-    AttentionTiles(decode_n=128),
+    AttentionTiles(run_rows=0),
+    AttentionTiles(run_rows=0, split=256),
+    AttentionTiles(run_rows=0, split=512),
+    AttentionTiles(run_rows=0, decode_n=32, decode_warps=1),
+    AttentionTiles(run_rows=1 << 30),
     FIXED_TILES,
 ]
 NARROW = AttentionTiles(flash=False)
@@ -50,14 +42,7 @@ WIDE = replace(NARROW, prefill_m=128, prefill_warps=8)
 PREFILL = [AttentionTiles(), NARROW, WIDE]
 FP8_PREFILL = [NARROW, WIDE, replace(WIDE, prefill_n=128, prefill_stages=2)]
 FP8 = torch.float8_e4m3fn
-FP8_DECODE = [
-    AttentionTiles(),
-    AttentionTiles(decode_stages=3),
-    AttentionTiles(decode_n=128),
-    AttentionTiles(decode_warps=2),
-    AttentionTiles(decode_m=64),
-]
-AHEADS, LATES = (64, 128, 256, 512), (0, 24 << 20, 1 << 60)  # see matmul.AHEAD, matmul.LATE_BYTES
+FP8_DECODE = [AttentionTiles(run_rows=0), AttentionTiles(run_rows=1 << 30)]
 
 
 def shapes_of(bench: Bench) -> list[Shape]:
@@ -177,9 +162,8 @@ def prefill(bench: Bench) -> None:
 
 def attention_cut(tiles: AttentionTiles, kind: str) -> str:
     if kind == "decode":
-        cut = f"split {tiles.split or 'share'}/{tiles.max_splits % (1 << 30)} m {tiles.decode_m} n {tiles.decode_n} "
-        cut += f"warps {tiles.decode_warps} stages {tiles.decode_stages} programs {tiles.programs or 'all'}"
-        return cut + " apart" * (not tiles.fused) + " not ahead" * (not tiles.ahead)
+        cut = f"split {tiles.split or 'share'} m {tiles.decode_m} n {tiles.decode_n} warps {tiles.decode_warps} "
+        return cut + f"stages {tiles.decode_stages}, runs up to {tiles.run_rows} rows"
     if tiles.flash:
         return "flash"
     return f"m {tiles.prefill_m} n {tiles.prefill_n} warps {tiles.prefill_warps} stages {tiles.prefill_stages}"
@@ -222,94 +206,41 @@ def fused_calls(bench: Bench, shape: Shape, rows: int) -> Iterator[tuple[str, Ca
 # ---- a decode layer ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def overlapped(ahead: int = matmul.AHEAD, late: int = matmul.LATE_BYTES) -> Iterator[None]:
-    usual = matmul.AHEAD, matmul.LATE_BYTES
-    matmul.AHEAD, matmul.LATE_BYTES = ahead, late
-    launch.set_overlap(True)
-    try:
-        yield
-    finally:
-        launch.set_overlap(False)
-        matmul.AHEAD, matmul.LATE_BYTES = usual
-
-
 def layer_batches(bench: Bench, shape: Shape) -> tuple[int, ...]:
     if bench.rehearse:
         return (3,)
     return (1, 8, 16, 32, 64, 128, 256) if shape is QWEN3_600M else (1, 8, 16, 32, 64, 128)
 
 
-Way = Callable[[], AbstractContextManager[None]]
-
-
-def layer_ways(bench: Bench, batch: int) -> Iterator[tuple[str, str, Way]]:
-    """(name, products, how to launch)."""
-    yield "chosen", "chosen", nullcontext
-    if bench.rehearse:
-        return
-    yield "chosen, overlapped", "chosen", overlapped
-    yield "cuBLAS, overlapped", "cuBLAS", overlapped
-    if batch <= MAX_ROWS:
-        yield "ours, overlapped", "ours", overlapped
-    if batch <= 32:
-        for ahead, late in pairs(AHEADS, LATES):
-            if (ahead, late) != (matmul.AHEAD, matmul.LATE_BYTES):
-                yield f"chosen, ahead {ahead}, late from {late >> 20} MiB", "chosen", partial(overlapped, ahead, late)
-
-
 def layer(bench: Bench) -> None:
-    """All of a decode layer at context 1,024; `ms_per_step` is all layers and the head, sampling left out."""
+    """All of a decode layer at context 1,024; `ms_per_step` is all layers and the head, what comes before and after
+    them left out."""
     for shape in shapes_of(bench):
         heads = [randn(bench, shape.vocab, shape.hidden) for _ in range(2)]
+        num_bytes = 2 * sum(n * k for n, k in shape.products.values())
+        layers = Layers(bench, shape, bench.copies(num_bytes))
         for batch in layer_batches(bench, shape):
             attend = Attend(bench, shape, [(39 if bench.rehearse else 1023, 1)] * batch)
+            attention = TritonAttention(attend.pool, shape.heads, shape.dim**-0.5)
+            attention.begin(attend.plan)
             x = randn(bench, batch, shape.hidden)
-            name = f"{shape.name} head, {batch} rows"
-            head_s = bench.add(name, "chosen", [partial(multiply, "chosen", x, head, whole=True) for head in heads])
-            what, weights = f"{shape.name} layer, batch {batch}, context 1024", sum(n * k for n, k in sizes_of(shape))
-            for variant, kind, way in layer_ways(bench, batch):
-                with way():
-                    calls = layer_calls(bench, attend, kind)
-                    seconds = bench.add(what, variant, calls, 2 * weights + attend.kv_bytes)
+            head_s = bench.add(f"{shape.name} head, {batch} rows", "chosen", [partial(chosen, x, h) for h in heads])
+            what = f"{shape.name} layer, batch {batch}, context 1024"
+            for way in list(WAYS)[:1] if bench.rehearse else WAYS:
+                with launched(bench, way):
+                    calls = layers.calls(attention, attend.layers, batch)
+                    seconds = bench.add(what, way, calls, num_bytes + attend.kv_bytes)
                     if seconds is not None and head_s is not None:
                         bench.rows[-1]["ms_per_step"] = round((seconds * shape.layers + head_s) * 1e3, 3)
                         print(f"{'':44} {bench.rows[-1]['ms_per_step']} ms for a step", flush=True)
-                    if variant.startswith("chosen") and len(variant) < 20 and batch in (1, 32, 64, 128):
-                        bench.trace(f"{what}, {variant}", [calls[i % len(calls)] for i in range(10)])
+                    if batch in (1, 32, 64, 128):
+                        bench.trace(f"{what}, {way}", [calls[i % len(calls)] for i in range(10)])
 
 
-def sizes_of(shape: Shape) -> list[tuple[int, int]]:
-    return list(shape.products.values())
-
-
-def multiply(kind: str, x: Tensor, w: Tensor, *, whole: bool = False) -> Tensor:
-    """`x @ w.T` by cuBLAS, by our kernel, or by the one that matmul.wins names; its parts unless it must be `whole`."""
-    tiles = {"cuBLAS": None, "ours": tiles_for(*w.shape), "chosen": wins(x.shape[0], *w.shape)}[kind]
-    if tiles is None:
-        return F.linear(x, w)
-    return (product if whole else product_parts)(x, w, tiles)
-
-
-def layer_calls(bench: Bench, attend: Attend, kind: str) -> list[Callable[[], Tensor]]:
-    shape, rows = attend.shape, len(attend.plan.slots)
-    attention = TritonAttention(attend.pool, shape.heads, shape.dim**-0.5)
-    attention.begin(attend.plan)
-    weight = randn(bench, shape.hidden)
-    norm, cos, sin = (randn(bench, n, shape.dim) for n in (shape.heads + shape.kv_heads, 4096, 4096))
-    residual = randn(bench, rows, shape.hidden)
-
-    def run(index: int, w: dict[str, Tensor]) -> Tensor:
-        mixed = attention.attend_qkv(index, multiply(kind, normed[0], w["qkv"]), norm, EPS, cos, sin)
-        x = kernels.add_norm(residual, multiply(kind, mixed, w["o"]), weight, EPS)
-        inner = kernels.silu_mul(multiply(kind, x, w["gate_up"]), bench.dtype)
-        normed[0] = kernels.add_norm(residual, multiply(kind, inner, w["down"]), weight, EPS)
-        return normed[0]
-
-    normed = [randn(bench, rows, shape.hidden)]
-    copies = min(attend.layers, bench.copies(2 * sum(n * k for n, k in sizes_of(shape))))
-    sets = [{name: randn(bench, n, k) for name, (n, k) in shape.products.items()} for _ in range(copies)]
-    return [partial(run, index, sets[index % copies]) for index in range(attend.layers)]
+def chosen(x: Tensor, w: Tensor) -> Tensor:
+    """`x @ w.T` by whom the table names."""
+    tiles = wins(x.shape[0], *w.shape)
+    return F.linear(x, w) if tiles is None else product(x, w, tiles)
 
 
 # ---- compiling ---------------------------------------------------------------------------------------------------
@@ -343,9 +274,8 @@ def compile_jobs(bench: Bench, only: list[str]) -> Iterator[Callable[[], Any]]:
         for tiles in FP8_PREFILL if "prefill" in only else ():
             yield partial(compile_attention, bench, shape, tiles, [(0, 100)], FP8)
         for batch in layer_batches(bench, shape) if "layer" in only else ():
-            for _, kind, way in layer_ways(bench, batch):
-                for size in sizes_of(shape):
-                    yield partial(compile_multiply, bench, kind, batch, size, way)
+            for way in WAYS:
+                yield partial(compile_layer, bench, shape, batch, way)
     if "sampling" in only:
         yield from draws.compile_jobs(bench)
     if "products" in only:
@@ -354,9 +284,13 @@ def compile_jobs(bench: Bench, only: list[str]) -> Iterator[Callable[[], Any]]:
                 yield partial(compile_product, bench, n, k, rows, cut)
 
 
-def compile_multiply(bench: Bench, kind: str, rows: int, size: tuple[int, int], way: Way) -> None:
-    with way():
-        multiply(kind, *(torch.empty(n, size[1], dtype=bench.dtype, device=bench.device) for n in (rows, size[0])))
+def compile_layer(bench: Bench, shape: Shape, batch: int, way: str) -> None:
+    attend = Attend(bench, shape, [(99, 1)] * batch)
+    attention = TritonAttention(attend.pool, shape.heads, shape.dim**-0.5)
+    attention.begin(attend.plan)
+    with launched(bench, way):
+        for call in Layers(bench, shape, 2).calls(attention, attend.layers, batch)[:2]:
+            call()
 
 
 def compile_product(bench: Bench, n: int, k: int, rows: int, tiles: ProductTiles) -> None:

@@ -20,7 +20,7 @@ from diptych.model.graphs import DecodeGraphs
 from diptych.model.kernels.fixed import fixed_product
 from diptych.model.pool import KVPool
 from diptych.model.selftest import attention_is_exact, products_are_exact
-from diptych.model.triton_attention import TritonAttention
+from diptych.model.triton_attention import PLAIN_TILES, TritonAttention
 
 
 def fuse(config: ServerConfig, model: Any, pool: KVPool) -> tuple[Any, TritonAttention]:
@@ -29,8 +29,9 @@ def fuse(config: ServerConfig, model: Any, pool: KVPool) -> tuple[Any, TritonAtt
     fixed = config.deterministic
     if fixed and not isinstance(model, Decoder):
         raise ConfigError("--deterministic on a GPU is for the models that we compute ourselves; leave it out")
-    attention = TritonAttention(pool, model.num_heads, model.scale, fixed=fixed)
-    return FusedDecoder(model, fixed=fixed) if isinstance(model, Decoder) else model, attention
+    if not isinstance(model, Decoder):
+        return model, TritonAttention(pool, model.num_heads, model.scale, tiles=PLAIN_TILES)
+    return FusedDecoder(model, fixed=fixed), TritonAttention(pool, model.num_heads, model.scale, fixed=fixed)
 
 
 @torch.inference_mode()
@@ -64,7 +65,7 @@ def capture(
         progress("graphs: none, this model's decode steps cannot be captured")
         return None
     pool = attention.pool
-    num_tokens = pool.pages.shape[0] * pool.page_size  # sequences that share pages can have more, and go without
+    num_tokens = pool.pages.shape[0] * pool.page_size  # sequences that share pages can have more
     attention.reserve(config.cuda_graph_max_bs, -(-context_len // pool.page_size), num_tokens)
     graphs = DecodeGraphs(model, attention, last, config.cuda_graph_max_bs)
     graphs.capture(progress)

@@ -69,6 +69,7 @@ class Pending:
     plan: Plan
     launched_at: float
     sampling: list[int]  # rows that sample
+    eager: bool = False  # see StepResult
     tokens: Tensor | None = None  # theirs; None on ranks that do not sample
     logprobs: tuple[list[int], Reader] | None = None  # rows that ask for them
     prompts: list[tuple[int, list[Reader]]] = field(default_factory=list)
@@ -146,6 +147,7 @@ class Runner:
         captured = None
         if self._graphs is not None and len(wanted) == len(pending.sampling) == len(plan.rows):
             captured = self._graphs.launch(plan)
+            pending.eager = captured is None and len(plan.token_ids) == len(plan.rows)
         if captured is not None:
             self._sample(pending, captured.logits, captured.greedy)
         elif (features := self._features(plan, wanted)) is not None:
@@ -181,7 +183,7 @@ class Runner:
             for read in readers:
                 found += read()
             rows[b].prompt_logprobs = found
-        return StepResult(rows=rows, duration_s=duration_s)
+        return StepResult(rows=rows, duration_s=duration_s, eager=pending.eager)
 
     # ---- the forward pass --------------------------------------------------------------------------------------------
 

@@ -17,10 +17,22 @@ from torch import Tensor
 
 from diptych.errors import ConfigError
 from diptych.model.kernels import fused, launch
-from diptych.model.kernels.attention import combine_kernel, decode_kernel, prefill_kernel
+from diptych.model.kernels.decode import decode_kernel
 from diptych.model.kernels.flash import ROWS, Flash
 from diptych.model.kernels.metadata import DeviceArrays, Uploader
-from diptych.model.kernels.schedule import ITEM_FIELDS, TILE_FIELDS, Cuts, make_schedule
+from diptych.model.kernels.prefill import prefill_kernel
+from diptych.model.kernels.runs import run_kernel
+from diptych.model.kernels.schedule import (
+    ITEM_FIELDS,
+    RUN_FIELDS,
+    TILE_FIELDS,
+    Cuts,
+    blocks_of,
+    decode_rows,
+    make_items,
+    make_runs,
+    prefill_tiles,
+)
 from diptych.model.pool import KVPool
 from diptych.types import I32, Plan
 
@@ -40,9 +52,9 @@ class AttentionTiles:
     decode_n: int = 64  # keys of a block
     decode_warps: int = 4
     decode_stages: int = 2
-    programs: int = 0  # of the decode kernel, for each multiprocessor; 0: as many as are there at once
-    fused: bool = True  # the decode kernel combines the splits itself
-    ahead: bool = True  # it asks for its next keys ahead
+    run_rows: int = 4  # a step of up to so many rows, all of decode, is cut in runs
+    run_programs: int = 2  # for each multiprocessor
+    run_stages: int = 4
     flash: bool = True  # prefill by the kernel of Hopper GPUs where it can; what follows is of the other one
     prefill_m: int = 64
     prefill_n: int = 64
@@ -51,7 +63,8 @@ class AttentionTiles:
 
 
 # Decode and prefill alike, and splits of one size.
-FIXED_TILES = AttentionTiles(split=256, max_splits=1 << 30, decode_m=64, decode_stages=3, flash=False)
+FIXED_TILES = AttentionTiles(split=256, max_splits=1 << 30, decode_m=64, decode_stages=3, run_rows=0, flash=False)
+PLAIN_TILES = AttentionTiles(run_rows=0)  # for layers with windows or softcaps, which runs do not have
 
 
 @dataclass(slots=True)
@@ -63,8 +76,9 @@ class _Step:
     decode_rows: int
     prefill_tiles: int
     table_stride: int
+    in_runs: bool
     num_items: int  # at most
-    parts: Tensor  # see decode_kernel
+    parts: Tensor  # see store_part
     stats: Tensor
     arrivals: Tensor
 
@@ -94,7 +108,8 @@ class TritonAttention:
         self._uploader = Uploader(self._device)
         items = -(-WANTED * _processors(self._device) // pool.num_heads)
         of = self.tiles
-        self._cuts = Cuts(of.split, of.max_splits, of.decode_n, items, of.prefill_m // self.padded_group)
+        self._cuts = Cuts(of.split, of.max_splits, of.decode_n, items)
+        self._runs = max(1, of.run_programs * _processors(self._device) // pool.num_heads)
         self._programs: dict[tuple[bool, bool, torch.dtype], int] = {}
         self._scratch = self._new_scratch(0)
         self._reserved: _Step | None = None
@@ -122,18 +137,22 @@ class TritonAttention:
         items = len(arrays["items"]) // ITEM_FIELDS
         if self._scratch[1].shape[0] < items:
             self._scratch = self._new_scratch(2 * items)
-        decode, prefill = (len(arrays[name]) // TILE_FIELDS for name in ("decode_tiles", "prefill_tiles"))
-        self._step = _Step(target, len(plan.slots), decode, prefill, plan.pages.shape[1], items, *self._scratch)
+        prefill, decode = len(arrays["prefill_tiles"]) // TILE_FIELDS, len(decode_rows(plan))
+        in_runs = len(arrays["runs"]) > 0
+        stride = plan.pages.shape[1]
+        self._step = _Step(target, len(plan.slots), decode, prefill, stride, in_runs, items, *self._scratch)
 
     def reserve(self, rows: int, pages: int, tokens: int) -> None:
         """Memory for decode steps in CUDA graphs: up to `rows` sequences of up to `pages` pages each, with `tokens` in
         all. Graphs captured before are void."""
-        items = self._cuts.most_items(rows, tokens)
-        sizes = {"sizes": 3, "ids": rows, "slots": rows, "positions": rows, "first_items": rows + 1}
-        sizes |= {"decode_tiles": rows * TILE_FIELDS, "prefill_tiles": 0}
-        sizes |= {"items": items * ITEM_FIELDS, "table": rows * pages}
+        runs = self._runs if self.tiles.run_rows else 0
+        items = max(self._cuts.most_items(rows, tokens), rows + runs)
+        unit = int(blocks_of(np.array([1]), self.pool.page_size, self.tiles.decode_n)[0]) * self.tiles.decode_n
+        sizes = {"sizes": 2, "ids": rows, "slots": rows, "positions": rows, "prefill_tiles": 0}
+        sizes |= {"runs": runs * RUN_FIELDS, "items": items * ITEM_FIELDS}
+        sizes |= {"pages": rows * (pages + unit // self.pool.page_size - 1)}
         target = DeviceArrays(sizes, self._device)
-        self._reserved = _Step(target, rows, rows, 0, pages, items, *self._new_scratch(items))
+        self._reserved = _Step(target, rows, rows, 0, pages, False, items, *self._new_scratch(items))
 
     def begin_graph(self, plan: Plan, num_rows: int) -> bool:
         """As `begin`, but into the reserved memory and for `num_rows` rows, those past the plan's being padding. False,
@@ -147,7 +166,8 @@ class TritonAttention:
         if not reserved.arrays.holds(arrays):
             return False
         self._uploader.upload(arrays, reserved.arrays)
-        self._step = replace(reserved, num_tokens=num_rows, decode_rows=num_rows)
+        in_runs = len(arrays["runs"]) > 0
+        self._step = replace(reserved, num_tokens=num_rows, decode_rows=num_rows, in_runs=in_runs)
         return True
 
     def reserved_ids(self, num_rows: int) -> Tensor:
@@ -157,18 +177,23 @@ class TritonAttention:
 
     def _arrays(self, plan: Plan, num_rows: int) -> dict[str, I32]:
         """What a step's kernels read; slots are -1 from the plan's tokens to `num_rows`."""
-        schedule = make_schedule(plan, self.pool.page_size, self._cuts)
-        sizes = len(schedule.decode_tiles), len(schedule.items), plan.pages.shape[1]
+        tiles, size = self.tiles, self.pool.page_size
+        prefill = prefill_tiles(plan, tiles.prefill_m // self.padded_group)
+        if num_rows <= tiles.run_rows and not len(prefill):
+            share = make_runs(plan, size, tiles.decode_n, self._runs)
+            runs, items, pages = share.runs, share.items, share.pages
+        else:
+            items, pages = make_items(plan, size, self._cuts), plan.pages
+            runs = np.zeros(0, np.int32)
         return {
-            "sizes": np.array(sizes, np.int32),
+            "sizes": np.array((len(items), plan.pages.shape[1]), np.int32),
             "ids": _padded(plan.token_ids, num_rows, 0),
             "slots": _padded(plan.slots, num_rows, -1),
             "positions": _padded(plan.positions, num_rows, 0),
-            "first_items": schedule.first_items,
-            "decode_tiles": schedule.decode_tiles.reshape(-1),
-            "prefill_tiles": schedule.prefill_tiles.reshape(-1),
-            "items": schedule.items.reshape(-1),
-            "table": plan.pages.reshape(-1),
+            "prefill_tiles": prefill.reshape(-1),
+            "runs": runs.reshape(-1),
+            "items": items.reshape(-1),
+            "pages": pages.reshape(-1),
         }
 
     def _new_scratch(self, items: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,8 +224,12 @@ class TritonAttention:
         """`attend` from the product of the packed q, k and v: norms and rotary in the kernel that writes the KV. See
         fused.norm_rotate_store."""
         step = self._begun()
-        slots, positions = (step.arrays[name][: step.num_tokens] for name in ("slots", "positions"))
         pages = self.pool.pages[:, :, layer]
+        if step.in_runs:
+            out = torch.empty(qkv.shape[-2], self.num_heads * self.pool.head_dim, dtype=cos.dtype, device=qkv.device)
+            self._run(step, pages, qkv, out, (norm, eps, cos, sin))
+            return out
+        slots, positions = (step.arrays[name][: step.num_tokens] for name in ("slots", "positions"))
         q = fused.norm_rotate_store(qkv, norm, eps, cos, sin, positions, slots, pages, self.num_heads)
         return self.attend_stored(layer, q, window, softcap)
 
@@ -216,11 +245,15 @@ class TritonAttention:
     def _attend(self, step: _Step, layer: int, q: Tensor, window: int, softcap: float) -> Tensor:
         out = torch.empty(q.shape[0], self.num_heads * self.pool.head_dim, dtype=q.dtype, device=q.device)
         pages = self.pool.pages[:, :, layer]
-        if step.decode_rows:
+        if step.in_runs:
+            if window or softcap:
+                raise RuntimeError("layers with windows or softcaps take PLAIN_TILES")
+            self._run(step, pages, q, out, None)
+        elif step.decode_rows:
             self._decode(step, pages, q, out, window, softcap)
         plain = not (window or softcap) and q.dtype == pages.dtype
         if step.prefill_tiles and self._flash is not None and plain:
-            table, tiles = step.arrays["table"], step.arrays["prefill_tiles"]
+            table, tiles = step.arrays["pages"], step.arrays["prefill_tiles"]
             self._flash(layer, q, out, table, step.table_stride, tiles, step.prefill_tiles)
         elif step.prefill_tiles:
             self._prefill(step, pages, q, out, window, softcap)
@@ -229,12 +262,12 @@ class TritonAttention:
     def _decode(self, step: _Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
         arrays, tiles = step.arrays, self.tiles
         kind = (window > 0, softcap > 0, q.dtype)
-        programs = self._programs.get(kind, _processors(self._device) * (tiles.programs or FIRST_PROGRAMS))
+        programs = self._programs.get(kind, _processors(self._device) * FIRST_PROGRAMS)
         compiled = decode_kernel[(max(1, min(programs, step.num_items * self.pool.num_heads)),)](
             q,
             out,
             pages,
-            arrays["table"],
+            arrays["pages"],
             arrays["items"],
             arrays["sizes"],
             step.parts,
@@ -256,32 +289,59 @@ class TritonAttention:
             BLOCK_N=tiles.decode_n,
             PAGE=self.pool.page_size,
             DIM=self.pool.head_dim,
-            FUSED=tiles.fused,
-            AHEAD=tiles.ahead and self._device.type == "cuda",
             **launch.options(),
             num_warps=tiles.decode_warps,
             num_stages=tiles.decode_stages,
         )
         if kind not in self._programs and compiled is not None:  # None: interpreted
-            self._programs[kind] = _processors(self._device) * (tiles.programs or launch.resident(compiled))
-        if not tiles.fused:
-            self._combine(step, out)
+            self._programs[kind] = _processors(self._device) * launch.resident(compiled)
 
-    def _combine(self, step: _Step, out: Tensor) -> None:
-        combine_kernel[(step.decode_rows, self.pool.num_heads)](
+    def _run(
+        self,
+        step: _Step,
+        pages: Tensor,
+        q: Tensor,
+        out: Tensor,
+        new: tuple[Tensor | None, float, Tensor, Tensor] | None,
+    ) -> None:
+        """`new`: (norm, eps, cos, sin), for which `q` is the product of q, k and v; see run_kernel."""
+        arrays, tiles = step.arrays, self.tiles
+        norm, eps, cos, sin = new or (None, 0.0, q, q)
+        run_kernel[(self._runs * self.pool.num_heads,)](
+            q,
+            cos if norm is None else norm,
+            cos,
+            sin,
             out,
-            step.arrays["decode_tiles"],
-            step.arrays["first_items"],
-            step.arrays["sizes"],
+            pages,
+            arrays["pages"],
+            arrays["runs"],
+            arrays["items"],
             step.parts,
             step.stats,
+            step.arrivals,
+            q.stride(-2) if new else q.stride(0),
+            q.stride(0),
             out.stride(0),
+            pages.stride(0),
+            pages.stride(1),
+            eps,
+            torch.finfo(pages.dtype).max,
+            self.scale,
+            NEW=new is not None,
+            SPLITS=fused.splits_of(q) if new else 1,
+            NORM=norm is not None,
+            DTYPE=fused.DTYPES[out.dtype],
             KV_HEADS=self.pool.num_heads,
             GROUP=self.group,
             PAD=self.padded_group,
+            BLOCK_M=max(tiles.decode_m, triton.next_power_of_2(self.group + 2)),
+            BLOCK_N=tiles.decode_n,
+            PAGE=self.pool.page_size,
             DIM=self.pool.head_dim,
             **launch.options(),
-            num_warps=4,
+            num_warps=tiles.decode_warps,
+            num_stages=tiles.run_stages,
         )
 
     def _prefill(self, step: _Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
@@ -290,7 +350,7 @@ class TritonAttention:
             q,
             out,
             pages,
-            step.arrays["table"],
+            step.arrays["pages"],
             step.arrays["prefill_tiles"],
             step.table_stride,
             q.stride(0),

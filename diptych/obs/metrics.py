@@ -92,6 +92,7 @@ ENGINE: tuple[Spec, ...] = (
     _counter("evicted_tokens_total", "Tokens evicted from the prefix cache."),
     Spec("forward_execution_seconds_total", "counter", "Seconds spent in forward passes.", "forward_seconds_total"),
     Spec("steps_total", "counter", "Steps of the engine.", "steps_total"),
+    _counter("num_eager_decode_steps_total", "Decode steps that no CUDA graph took, where there are graphs."),
     _counter("num_bootstrap_failed_reqs_total", "Hand-overs that failed before pages moved."),
     _counter("num_transfer_failed_reqs_total", "Hand-overs that failed while pages moved."),
     _counter("kv_pages_sent_total", "KV pages sent to decode servers, whatever the number of ranks."),

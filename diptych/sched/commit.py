@@ -39,6 +39,7 @@ def commit(state: SchedState, plan: Plan, result: StepResult, now: float) -> lis
         if seq.after_step is not After.NOTHING and not seq.in_flight:
             after.append(seq)
     counters.steps += 1
+    counters.eager_steps += result.eager
     counters.forward_s += result.duration_s
     _measure(state, counters.generation_tokens - num_before, now)
     for seq in after:

@@ -142,6 +142,7 @@ class Counters:
     retractions: int = 0
     forward_s: float = 0.0
     steps: int = 0
+    eager_steps: int = 0
     queue_time_s: list[float] = field(default_factory=list)  # since the last snapshot
     window_at: float | None = None  # start of the window over which throughput is measured
     window_tokens: int = 0

@@ -35,6 +35,7 @@ def stats(state: SchedState) -> Stats:
         evicted_tokens_total=tree.num_evicted * pool.page_size,
         forward_seconds_total=counters.forward_s,
         steps_total=counters.steps,
+        num_eager_decode_steps_total=counters.eager_steps,
         num_decode_transfer_queue_reqs=len(state.transferring),
         queue_time_s=queue_time_s,
     )

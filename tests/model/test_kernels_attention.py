@@ -6,7 +6,6 @@ On a GPU they run compiled, else in Triton's interpreter, which has no products 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,15 +14,18 @@ from test_model_attention import make_plan, naive
 from torch import Tensor
 
 from diptych.errors import ConfigError
-from diptych.model.kernels.schedule import Cuts, make_schedule
+from diptych.model.kernels import fused
+from diptych.model.kernels.schedule import Cuts, blocks_of, decode_rows, make_items, make_runs, prefill_tiles
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import AttentionTiles, TritonAttention
+from diptych.types import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-SMALL = AttentionTiles(split=64, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
-ALIKE = AttentionTiles(split=64, decode_m=32, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
+SMALL = AttentionTiles(split=64, run_rows=0, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
+RUNS = AttentionTiles(run_rows=9, run_programs=9, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
+ALIKE = AttentionTiles(split=64, run_rows=0, decode_m=32, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
 
 
 class Sequences:
@@ -84,14 +86,18 @@ CASES = [  # page size, kv heads, group, dim, window, softcap, dtype
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_attention_is_a_softmax_over_the_sequence(case: int) -> None:
+@pytest.mark.parametrize("tiles", [SMALL, RUNS], ids=["splits", "runs"])
+def test_attention_is_a_softmax_over_the_sequence(case: int, tiles: AttentionTiles) -> None:
     page_size, kv_heads, group, dim, window, softcap, dtype = CASES[case]
+    if tiles is RUNS:
+        window, softcap = 0, 0.0
     rnd = random.Random(case)
     lengths = [1, rnd.choice([64, 65, 129]), rnd.choice([33, 70, 130]), 17]
     s = Sequences(case, lengths, kv_heads * group, kv_heads, dim, page_size)
-    attention = s.backend(dtype, SMALL, fixed=case % 2 == 1)
+    attention = s.backend(dtype, tiles, fixed=tiles is SMALL and case % 2 == 1)
     cached = [0, lengths[1] - 1, rnd.randrange(1, lengths[2] - 1), 0]
     steps = [[(i, 0, c) for i, c in enumerate(cached) if c], [(i, c, lengths[i] - c) for i, c in enumerate(cached)]]
+    steps.append([(i, length - 1, 1) for i, length in enumerate(lengths)])
     for spans in steps:  # the second has decode rows and chunks, with and without cached tokens
         for (i, start, new), out in zip(spans, s.attend(attention, spans, window, softcap), strict=True):
             q, k, v = (t[i].to(dtype) for t in (s.q, s.k, s.v))
@@ -100,12 +106,12 @@ def test_attention_is_a_softmax_over_the_sequence(case: int) -> None:
             torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=ERROR[dtype])
 
 
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("tiles", "fixed"), [(SMALL, False), (SMALL, True), (RUNS, False)])
 @pytest.mark.parametrize(("page_size", "dim"), [(16, 16), (64, 128)])
-def test_a_pool_of_8_bits_is_read_as_it_is(page_size: int, dim: int, fixed: bool) -> None:
+def test_a_pool_of_8_bits_is_read_as_it_is(page_size: int, dim: int, tiles: AttentionTiles, fixed: bool) -> None:
     lengths = [75, 65]
     s = Sequences(14, lengths, 4, 2, dim, page_size)
-    attention = s.backend(HALF, SMALL, fixed, stored=torch.float8_e4m3fn)
+    attention = s.backend(HALF, tiles, fixed, stored=torch.float8_e4m3fn)
     s.attend(attention, [(0, 0, 40), (1, 0, 64)])
     outs = s.attend(attention, [(0, 40, 35), (1, 64, 1)])
     layer = attention.pool.pages[:, :, 1].float()
@@ -158,20 +164,19 @@ def test_fixed_a_token_gets_the_same_bits_as_a_decode_step(dtype: torch.dtype) -
         assert torch.equal(s.attend(attention, [(0, position, 1)])[0][0], whole[position])
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
-def test_the_last_program_combines_as_a_kernel_of_its_own(page_size: int) -> None:
-    s = Sequences(13, [400, 70, 30], 6, 2, 16, page_size)
-    apart, fused = (s.backend(torch.float32, replace(SMALL, max_splits=5, fused=fused)) for fused in (False, True))
-    fused.pool.pages.copy_(apart.pool.pages)
-    for spans in ([(0, 399, 1), (1, 69, 1), (2, 29, 1)], [(1, 65, 1), (0, 300, 1)]):  # 4, 2 and 1 splits; 2 and 5
-        for a, b in zip(s.attend(apart, spans), s.attend(fused, spans), strict=True):
-            assert torch.equal(a, b)
-        assert not fused._scratch[2].any()
+@pytest.mark.parametrize("tiles", [SMALL, RUNS], ids=["splits", "runs"])
+def test_arrivals_are_counted_back_to_nothing(tiles: AttentionTiles) -> None:
+    s = Sequences(13, [400, 70, 30], 6, 2, 16, 16)
+    attention = s.backend(torch.float32, tiles)
+    first, second = (s.attend(attention, [(0, 399, 1), (1, 69, 1), (2, 29, 1)]) for _ in range(2))
+    assert not attention._scratch[2].any()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_graphs_step_is_an_eager_step_with_padding() -> None:
+@pytest.mark.parametrize("tiles", [SMALL, RUNS], ids=["splits", "runs"])
+def test_a_graphs_step_is_an_eager_step_with_padding(tiles: AttentionTiles) -> None:
     s = Sequences(10, [100, 30, 65], 4, 2, 16, 16)
-    attention = s.backend(torch.float32, SMALL)
+    attention = s.backend(torch.float32, tiles)
     s.attend(attention, [(0, 0, 99), (1, 0, 29), (2, 0, 64)])
     attention.reserve(rows=4, pages=8, tokens=300)
     for spans in ([(2, 64, 1), (0, 99, 1), (1, 29, 1)], [(1, 28, 1), (2, 63, 1)]):
@@ -202,46 +207,66 @@ def test_what_does_not_fit_a_graph_is_refused() -> None:
     assert not attention.begin_graph(plans[2], 2)  # 4 splits
 
 
+def test_runs_fit_a_graph_whatever_pages_are_shared() -> None:
+    """Rows and pages are all that can be too many: two sequences in the pages of one have more tokens than the pool."""
+    s = Sequences(11, [200], 4, 2, 16, 16)
+    attention = s.backend(torch.float32, RUNS)
+    s.attend(attention, [(0, 0, 200)])
+    [alone] = s.attend(attention, [(0, 199, 1)])
+    attention.reserve(rows=4, pages=13, tokens=208)
+    rows, (q, k, v) = s.spans([(0, 199, 1)] * 4)
+    assert attention.begin_graph(make_plan(rows, 16), 4)
+    out = attention.attend(1, q.to(DEVICE), k.to(DEVICE), v.to(DEVICE)).view(q.shape)
+    torch.testing.assert_close(out, alone.expand(4, -1, -1), rtol=0, atol=ERROR[torch.float32])
+    assert not attention.begin_graph(make_plan(s.spans([(0, 199, 1)] * 5)[0], 16), 4)
+
+
 def test_shapes_that_the_kernels_do_not_take() -> None:
     for heads, dim, message in ((2, 24, "head_dim"), (2, 8, "head_dim"), (128, 16, "query heads")):
         with pytest.raises(ConfigError, match=f"{message}.*choose --attention-backend torch"):
             TritonAttention(KVPool(1, 16, 1, 1, dim, torch.float32, DEVICE), heads, 1.0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_schedule_has_every_token_and_every_key_once(seed: int) -> None:
+def random_plan(seed: int) -> Plan:
     rnd = random.Random(seed)
     rows = [(255, 1, list(range(16)))]  # the split's last key
     for _ in range(rnd.randrange(1, 20)):
         cached, new = rnd.randrange(0, 900), rnd.choice([1, 1, 2, 100])
-        rows.append((cached, new, list(range(-(-(cached + new) // 16)))))
-    plan = make_plan(rows, 16)
-    schedule = make_schedule(plan, 16, Cuts(128, 4, 32, 0, 16))
-    tokens = [
-        (row, token + i, position + i)
-        for row, token, count, position in np.concatenate((schedule.decode_tiles, schedule.prefill_tiles)).tolist()
-        for i in range(count)
-    ]
-    owners = np.repeat(np.arange(len(rows)), np.diff(plan.q_starts))
-    assert sorted(tokens) == list(zip(owners, range(len(owners)), plan.positions, strict=True))
-    assert (schedule.prefill_tiles[:, 2] <= 16).all()
-    assert (np.diff(schedule.prefill_tiles[:, 2:].sum(1)) <= 0).all()
-    items, first = [], [0]
-    for row, token, _, position in schedule.decode_tiles.tolist():
+        rows.append((cached, new, rnd.sample(range(100), -(-(cached + new) // 16))))
+    return make_plan(rows, 16)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_prefill_has_every_token_once(seed: int) -> None:
+    plan = random_plan(seed)
+    tiles = prefill_tiles(plan, 16)
+    tokens = [(row, token + i, at + i) for row, token, count, at in tiles.tolist() for i in range(count)]
+    owners = np.repeat(np.arange(len(plan.kv_lens)), np.diff(plan.q_starts))
+    long = np.diff(plan.q_starts)[owners] > 1
+    every = zip(owners[long], np.flatnonzero(long), plan.positions[long], strict=True)
+    assert sorted(tokens) == list(every)
+    assert (tiles[:, 2] <= 16).all()
+    assert (np.diff(tiles[:, 2:].sum(1)) <= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_splits_have_every_key_once(seed: int) -> None:
+    plan = random_plan(seed)
+    items = []
+    for row in decode_rows(plan).tolist():
+        token, position = int(plan.q_starts[row]), int(plan.kv_lens[row]) - 1
         size = 128 if position < 512 else 256  # at most 4 splits
         count = position // size + 1
         for i in range(count):
             page = int(plan.pages[row, i * size // 16])
             items.append([row, token, position, i * size, min((i + 1) * size, position + 1), i, count, page])
-        first.append(len(items))
-    assert schedule.items.tolist() == items
-    assert schedule.first_items.tolist() == first
+    assert make_items(plan, 16, Cuts(128, 4, 32, 0)).tolist() == items
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_splits_by_the_batch_are_each_sequences_share(seed: int) -> None:
     rnd = random.Random(seed)
-    cuts = Cuts(0, 32, 64, 50, 16)
+    cuts = Cuts(0, 32, 64, 50)
     assert cuts.sizes(np.array([1024])).tolist() == [64]  # not less than a block
     assert cuts.sizes(np.array([16384])).tolist() == [512]  # 32 splits at most
     assert cuts.sizes(np.array([1024] * 32)).tolist() == [512] * 32
@@ -256,16 +281,77 @@ def test_splits_by_the_batch_are_each_sequences_share(seed: int) -> None:
     assert (sizes < 1.5 * share + 64).all()
 
 
-def test_a_packed_product_attends_as_its_parts() -> None:
-    s = Sequences(12, [40], 4, 2, 16, 16)
-    attention = s.backend(torch.float32, SMALL)
-    cos, sin = torch.ones(40, 16, device=DEVICE), torch.zeros(40, 16, device=DEVICE)
-    for start, new in ((0, 37), (37, 1)):
-        rows, (q, k, v) = s.spans([(0, start, new)])
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("block", "page_size"), [(32, 16), (16, 16), (8, 16)])
+def test_runs_have_every_key_once_and_equal_shares(seed: int, block: int, page_size: int) -> None:
+    plan, count = random_plan(seed), random.Random(seed).choice([1, 3, 20, 500])
+    rows = decode_rows(plan)
+    share = make_runs(plan, page_size, block, count)
+    assert share.runs.shape == (count, 16)
+    total = int(blocks_of(plan.kv_lens[rows].astype(np.int64), page_size, block).sum())
+    used = share.runs[share.runs[:, 2] > 0]
+    assert 0.8 * min(count, total / 2) <= len(used) <= count
+    assert not share.runs[len(used) :].any()
+    assert used[:, 2].sum() == total
+    assert np.ptp(used[:, 2]) <= 1
+    keys: dict[int, list[int]] = {int(plan.q_starts[row]): [] for row in rows}
+    seen: dict[int, list[int]] = {token: [] for token in keys}
+    for first, at, blocks, number, *pages in used[:, :7].tolist():
+        for i, page in enumerate(pages[:blocks]):
+            assert page == share.pages[(at + i * block) // page_size]
+        assert share.items[first : first + number, 3].sum() == blocks
+        for item in share.items[first : first + number].tolist():
+            token, position, limit, length, index, parts, slot, _ = item
+            assert slot == plan.slots[token]
+            row = int(rows[list(keys).index(token)])
+            assert position == plan.kv_lens[row] - 1
+            seen[token].append(index)
+            for place in range(at, at + length * block):
+                key = place - limit + position
+                if key <= position:
+                    assert share.pages[place // page_size] == plan.pages[row, key // page_size]
+                    assert place % page_size == key % page_size
+                    keys[token].append(key)
+            assert parts == sum(share.items[:, 0] == token)
+            at += length * block
+    assert np.array_equal(used[:, 8:], share.items[used[:, 0]])
+    for row, token in zip(rows.tolist(), keys, strict=True):
+        assert keys[token] == list(range(plan.kv_lens[row]))
+        assert seen[token] == list(range(len(seen[token])))
+
+
+@pytest.mark.parametrize("tiles", [SMALL, RUNS], ids=["splits", "runs"])
+def test_a_packed_product_attends_as_its_parts(tiles: AttentionTiles) -> None:
+    s = Sequences(12, [70, 33, 1], 4, 2, 16, 16)
+    attention = s.backend(torch.float32, tiles)
+    cos, sin = torch.ones(70, 16, device=DEVICE), torch.zeros(70, 16, device=DEVICE)
+    for spans in ([(0, 0, 69), (1, 0, 32)], [(0, 69, 1), (1, 32, 1), (2, 0, 1)]):
+        rows, (q, k, v) = s.spans(spans)
         attention.begin(make_plan(rows, 16))
         qkv = torch.cat((q, k, v), 1).flatten(1).to(DEVICE)
         found = attention.attend_qkv(1, qkv, None, 0.0, cos, sin)
         pages = attention.pool.pages.clone()
         expected = attention.attend(1, q.to(DEVICE), k.to(DEVICE), v.to(DEVICE))
-        assert torch.equal(found[:new], expected[:new])
+        new = sum(count for _, _, count in spans)
+        error = 0.0 if tiles is SMALL else ERROR[torch.float32]  # runs take the new keys from registers
+        torch.testing.assert_close(found[:new], expected[:new], rtol=0, atol=error)
         assert torch.equal(attention.pool.pages, pages)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_norm_and_rotary_in_decode_are_those_of_the_kernel_apart(dtype: torch.dtype) -> None:
+    s = Sequences(15, [66, 97], 6, 2, 16, 64)
+    attention = s.backend(dtype, RUNS)
+    s.attend(attention, [(0, 0, 65), (1, 0, 96)])
+    cached = attention.pool.pages.clone()
+    qkv, norm = s.randn(4, 10).view(2, 2, -1).to(DEVICE), s.randn(8, 1)[:, 0].to(DEVICE, dtype)
+    cos, sin = (s.randn(100, 1)[:, 0].to(DEVICE, dtype) for _ in range(2))
+    plan = make_plan(s.spans([(0, 65, 1), (1, 96, 1)])[0], 64)
+    attention.begin(plan)
+    found, pages = attention.attend_qkv(1, qkv, norm, 1e-6, cos, sin), attention.pool.pages.clone()
+    attention.pool.pages.copy_(cached)
+    positions, slots = (torch.from_numpy(x.astype(np.int32)).to(DEVICE) for x in (plan.positions, plan.slots))
+    layer = attention.pool.pages[:, :, 1]
+    q = fused.norm_rotate_store(qkv, norm, 1e-6, cos, sin, positions, slots, layer, 6)
+    torch.testing.assert_close(pages, attention.pool.pages, rtol=ERROR[dtype], atol=ERROR[dtype])
+    torch.testing.assert_close(found, attention.attend_stored(1, q), rtol=0, atol=2 * ERROR[dtype])

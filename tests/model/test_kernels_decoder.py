@@ -16,7 +16,7 @@ from diptych.model.runner import Runner
 from diptych.model.triton_attention import AttentionTiles, TritonAttention
 from diptych.types import LogprobSpec
 
-TILES = AttentionTiles(split=64, decode_n=32, prefill_m=64, prefill_n=64, prefill_warps=4)
+TILES = AttentionTiles(decode_n=32, run_programs=6, prefill_m=64, prefill_n=64, prefill_warps=4)
 
 
 GPU = torch.cuda.is_available()
@@ -37,13 +37,14 @@ def runner_of(folder: Path, *, kernels: bool) -> Runner:
 
 
 def logprobs(folder: Path, *, kernels: bool) -> tuple[list[list[int]], torch.Tensor]:
-    """Three sequences in company: chunks and decode steps in the same pass. Tokens, and their logprobs."""
+    """Three sequences in company: chunks and decode steps, apart and in the same pass. Tokens, and their logprobs."""
     runner = runner_of(folder, kernels=kernels)
     driver = Driver(runner, 16)
     a, b, c = (Sequence(prompt_of(n, n), logprobs=LogprobSpec(prompt_start=0)) for n in (70, 21, 34))
     driver.run([(a, 70), (b, 20)])
     driver.run([(a, 1), (b, 1), (c, 20)])
     driver.run([(b, 1), (c, 14), (a, 1)])
+    driver.run([(c, 1), (a, 1), (b, 1)])
     found = [p.logprob for s in (a, b, c) for p in s.output_logprobs + s.prompt_logprobs]
     return [s.outputs for s in (a, b, c)], torch.tensor(found)
 

@@ -12,15 +12,14 @@ from diptych.sched.stats import stats
 from diptych.types import Bootstrap, Finish, FirstToken, LogprobSpec, Plan, RowResult, Stats, StepResult, TokenLogprob
 
 
-def commit_tokens(server: Server, *tokens: int) -> list[Event]:
+def commit_tokens(server: Server, *tokens: int, eager: bool = False) -> list[Event]:
     """Plan a step and commit the given tokens as its result."""
     plan = server.begin()
     assert plan is not None
     server.flight.clear()
     server.now += 0.5
-    return commit(
-        server.state, plan, StepResult(rows=[RowResult(token) for token in tokens], duration_s=0.25), server.now
-    )
+    rows = [RowResult(token) for token in tokens]
+    return commit(server.state, plan, StepResult(rows=rows, duration_s=0.25, eager=eager), server.now)
 
 
 def finish_of(events: list[Event]) -> Finish | None:
@@ -159,7 +158,7 @@ def test_stats_count_what_happened() -> None:
     server.now = 2.0
     commit_tokens(server, 5)
     server.submit(request("b", range(1, 11), 2, ignore_eos=True))
-    commit_tokens(server, 6, 7)
+    commit_tokens(server, 6, 7, eager=True)
     report = stats(server.state)
     assert report == Stats(
         num_running_reqs=2,
@@ -175,6 +174,7 @@ def test_stats_count_what_happened() -> None:
         cached_tokens_total=8,
         forward_seconds_total=0.5,
         steps_total=2,
+        num_eager_decode_steps_total=1,
         queue_time_s=[2.0, 0.0],
     )
     assert stats(server.state).queue_time_s == []

@@ -1,9 +1,7 @@
 """What the attention kernels do in a step, as arrays made on the CPU from the plan alone: no device, no torch.
 
-A tile is some consecutive new tokens of one sequence: (row of the page table, first token of the step, number of
-tokens, position of the first). Sequences with one new token are decode tiles, whose keys are cut into splits. An item
-is a split of a tile: (row, token, position, first key, the key after the last, which of the tile's items, how many they
-are, the first key's page). The other sequences are cut into prefill tiles, those with the most keys first.
+Sequences with one new token are for decode, whose work is cut in one of two ways: `make_items` (each sequence into
+splits) or `make_runs` (all of them together into equal shares). The others are cut into prefill tiles.
 """
 
 from __future__ import annotations
@@ -15,17 +13,14 @@ import numpy as np
 from diptych.types import I32, I64, Plan
 
 TILE_FIELDS = 4
-ITEM_FIELDS = 8
+ITEM_FIELDS = 8  # of make_items
+RUN_FIELDS, SHARE_FIELDS = 16, 8  # of make_runs
+LEAST_BLOCKS = 2  # of a run, where there are so many
 
 
-@dataclass(slots=True)
-class Schedule:
-    """See above; `first_items[i]` is the first item of decode tile i, and the last entry the number of items."""
-
-    decode_tiles: I32  # [decode tiles, 4]
-    items: I32  # [items, 8]
-    first_items: I32  # [decode tiles + 1]
-    prefill_tiles: I32  # [prefill tiles, 4]
+def decode_rows(plan: Plan) -> I64:
+    """The rows of the plan with one new token."""
+    return np.flatnonzero(np.diff(plan.q_starts) == 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +32,6 @@ class Cuts:
     max_splits: int
     block: int  # splits are multiples of it
     items: int
-    tile_tokens: int  # at most in a prefill tile
 
     def sizes(self, lengths: I64) -> I64:
         """The keys of a split, by sequence."""
@@ -55,31 +49,99 @@ class Cuts:
         return rows + (tokens // self.split if self.split else self.items)
 
 
-def make_schedule(plan: Plan, page_size: int, cuts: Cuts) -> Schedule:
-    new = np.diff(plan.q_starts)
-    decode = np.flatnonzero(new == 1)
-    lengths = plan.kv_lens[decode].astype(np.int64)
-    ones = np.ones(len(decode), np.int32)
-    tiles = np.stack((decode, plan.q_starts[decode], ones, lengths - 1), 1).astype(np.int32)
+def make_items(plan: Plan, page_size: int, cuts: Cuts) -> I32:
+    """The splits of decode: `[items, 8]` of (row of the page table, token of the step, its position, first key, the key
+    after the last, which of the sequence's splits, how many they are, the first key's page)."""
+    rows = decode_rows(plan)
+    lengths = plan.kv_lens[rows].astype(np.int64)
     sizes = cuts.sizes(lengths)
-    splits = -(-lengths // sizes)
-    first = np.zeros(len(decode) + 1, np.int32)
-    np.cumsum(splits, out=first[1:])
-    tile = np.repeat(np.arange(len(decode)), splits)
-    index = np.arange(len(tile)) - first[tile]
-    start = index * sizes[tile]
-    stop = np.minimum(start + sizes[tile], lengths[tile])
-    rows = decode[tile]
-    pages = plan.pages[rows, start // page_size]
-    fields = (rows, tiles[tile, 1], tiles[tile, 3], start, stop, index, splits[tile], pages)
-    items = np.stack(fields, 1).astype(np.int32)
-    prefill = _prefill_tiles(plan, np.flatnonzero(new > 1), cuts.tile_tokens)
-    return Schedule(tiles, items, first, prefill)
+    counts = -(-lengths // sizes)
+    first = np.cumsum(counts) - counts
+    of = np.repeat(np.arange(len(rows)), counts)
+    index = np.arange(len(of)) - first[of]
+    start = index * sizes[of]
+    stop = np.minimum(start + sizes[of], lengths[of])
+    pages = plan.pages[rows[of], start // page_size]
+    fields = (rows[of], plan.q_starts[rows[of]], lengths[of] - 1, start, stop, index, counts[of], pages)
+    return np.stack(fields, 1).astype(np.int32)
 
 
-def _prefill_tiles(plan: Plan, rows: np.ndarray, tile_tokens: int) -> I32:
+@dataclass(slots=True)
+class Runs:
+    """The shares of decode. All keys, block by block and sequence by sequence, are one line; each sequence begins at a
+    new page and block of it, and `pages` are its pages. A run is a stretch of the line; an item is what a run and a
+    sequence have in common.
+
+    `runs` `[count, 16]`: first item, place in the line, blocks, items, pages of the first three blocks, 0, and the
+    first item. `items` `[items, 8]`: token of the step, its position, its place in the line, blocks, which of the
+    sequence's items, how many they are, the token's slot, 0.
+    """
+
+    runs: I32
+    items: I32
+    pages: I32
+
+
+def make_runs(plan: Plan, page_size: int, block: int, count: int) -> Runs:
+    """Up to `count` runs, which differ by a block at most; the rest have none."""
+    rows = decode_rows(plan)
+    lengths = plan.kv_lens[rows].astype(np.int64)
+    blocks = blocks_of(lengths, page_size, block)
+    ends = np.cumsum(blocks)
+    firsts, total = ends - blocks, int(blocks.sum())
+    starts, bounds = _cut(firsts, total, count)
+    used = len(bounds) - 1
+    of = np.searchsorted(ends, starts, "right")
+    first_items = np.searchsorted(starts, firsts)
+    items = np.zeros((len(starts), SHARE_FIELDS), np.int32)
+    items[:, 0] = plan.q_starts[rows[of]]
+    items[:, 1] = lengths[of] - 1
+    items[:, 2] = firsts[of] * block + lengths[of] - 1
+    items[:, 3] = np.diff(starts, append=total)
+    items[:, 4] = np.arange(len(starts)) - first_items[of]
+    items[:, 5] = np.diff(first_items, append=len(starts))[of]
+    items[:, 6] = plan.slots[items[:, 0]]
+    counts = blocks * block // page_size
+    table = plan.pages[rows]
+    table = np.pad(table, ((0, 0), (0, max(0, int(counts.max(initial=0)) - table.shape[1]))))
+    pages = table[np.arange(table.shape[1]) < counts[:, None]]
+    runs = np.zeros((count, RUN_FIELDS), np.int32)
+    if used:
+        of_run = np.searchsorted(starts, bounds)
+        runs[:used, 0], runs[:used, 1] = of_run[:-1], bounds[:-1] * block
+        runs[:used, 2], runs[:used, 3] = np.diff(bounds), np.diff(of_run)
+        ahead = (runs[:used, 1:2] + np.arange(3) * block) // page_size
+        runs[:used, 4:7] = pages[np.minimum(ahead, len(pages) - 1)]
+        runs[:used, 8:] = items[of_run[:-1]]
+    return Runs(runs, items, pages)
+
+
+def _cut(firsts: I64, total: int, count: int) -> tuple[I64, I64]:
+    """Where items and runs begin; the runs' last number is the line's end. A few runs less than there could be are
+    better where fewer items come of them: an item costs about as much as a block."""
+    most = min(count, -(-total // LEAST_BLOCKS))
+    best: tuple[float, I64, I64] | None = None
+    for used in range(most, most - most // 8 - 1, -1):
+        bounds = np.arange(used + 1) * total // max(used, 1)
+        starts = np.union1d(firsts, bounds[:-1])
+        cost = -(-total // max(used, 1)) + len(starts) / max(used, 1)
+        if best is None or cost < best[0]:
+            best = cost, starts, bounds
+    assert best is not None
+    return best[1:]
+
+
+def blocks_of(lengths: I64, page_size: int, block: int) -> I64:
+    """The blocks of sequences of so many keys in a line of `make_runs`: whole pages and whole blocks."""
+    unit = max(page_size, block)
+    return -(-lengths // unit) * (unit // block)
+
+
+def prefill_tiles(plan: Plan, tile_tokens: int) -> I32:
+    """Sequences with several new tokens, cut into tiles of consecutive ones, those with the most keys first: `[tiles,
+    4]` of (row of the page table, first token of the step, number of tokens, position of the first)."""
     parts = [np.zeros((0, TILE_FIELDS), np.int32)]
-    for row in rows.tolist():
+    for row in np.flatnonzero(np.diff(plan.q_starts) > 1).tolist():
         first, stop = int(plan.q_starts[row]), int(plan.q_starts[row + 1])
         start = np.arange(first, stop, tile_tokens, dtype=np.int32)
         part = np.empty((len(start), TILE_FIELDS), np.int32)
