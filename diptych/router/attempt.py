@@ -20,6 +20,7 @@ from diptych.router.replies import JSON, error_body, error_event
 from diptych.router.retry import STATUSES
 
 VERDICT_S = 0.1  # how long one side's failure waits to learn whether the other's loss was the cause
+LOSS_S = 1.0  # how long if it looks like that
 LINGER_S = 5.0  # how long prefill's answer may outlast decode's
 
 _SSE = b"text/event-stream"
@@ -167,7 +168,11 @@ class Attempt:
         if failed is None:
             await asyncio.wait((other,))
         elif failed.lost is None and failed.charged and not other.done():
-            await asyncio.wait((other,), timeout=VERDICT_S)
+            await asyncio.wait((other,), timeout=LOSS_S if self._tells_of_loss(failed) else VERDICT_S)
+
+    def _tells_of_loss(self, told: Blame) -> bool:
+        found = verdict.guilt(told.leg.server.role, told.reply.status, told.reply.data)
+        return found is verdict.Guilt.SILENT
 
     def _judge(self, prefill: Blame | None, decode: Blame | None, *, answered: bool) -> Failure | None:
         """Who is to blame: a server that was lost or leaves is the cause of the other's failure, never the reverse.

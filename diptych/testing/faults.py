@@ -40,7 +40,7 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     retract_every: int = 0  # steps after which all that runs loses its pages; 0: never
     poison_token: int = -1  # a step that samples after a prompt which has it fails, when all its KV is stored
     senseless_token: int = -1  # a forward pass over it fails, but for tensor parallelism, where no rank has all tokens
-    deadly_token: int = -1  # the process is killed when it is to compute a prompt which has it
+    deadly_token: int = -1  # the process is killed when it has a request whose prompt has it
 
 
 class Faults:

@@ -153,21 +153,22 @@ def test_a_pass_that_fails_ends_an_engine_of_several_ranks() -> None:
 
 
 def test_a_request_that_kills_engines_kills_two() -> None:
-    """The router gives up on it, and says so; the third server lives, and serves others."""
+    """The router gives up on it, and says so; the third prefill server lives, and serves others."""
     with ExitStack() as stack:
-        env = faults(deadly_token=POISON)
-        servers = [stack.enter_context(ServerProcess("serve", *MODEL, env=env)) for _ in range(3)]
-        urls = [server.wait_ready().url for server in servers]
-        flags = ("--port", "0", "--policy", "round_robin")
-        router = stack.enter_context(ServerProcess("route", "--worker-urls", *urls, *flags)).wait_ready()
+        prefill = [start_prefill(stack, env=faults(deadly_token=POISON)) for _ in range(3)]
+        decode = [start_decode(stack)]
+        for server in (*prefill, *decode):
+            server.wait_ready()
+        router = start_router(stack, prefill, decode)
         deadly = endless(90, 40, 4)
         deadly["input_ids"][20] = POISON
         status, text = ask(router.url, "/generate", deadly)
         assert (status, json.loads(text)["error"]["code"]) == (500, "servers_died")
-        until(lambda: sum(server.process.poll() == 1 for server in servers) == 2, "two servers have ended")
+        until(lambda: sum(server.process.poll() == 1 for server in prefill) == 2, "two servers have ended")
         for index in range(4):
             assert ask(router.url, "/generate", endless(index, 40, 4))[0] == 200
         assert metrics(router.get("/metrics"))["diptych_router_given_up_total"] == 1
+        settle(PDCluster([server for server in prefill if server.process.poll() is None], decode, router))
 
 
 def assert_poisoned(answer: tuple[int, str]) -> None:

@@ -10,6 +10,7 @@ from mock_server import die_after, hang, refuse, reset, say
 from router_cluster import held, until
 
 from diptych.errors import EngineLost
+from diptych.router.attempt import VERDICT_S
 from diptych.router.breaker import Circuit
 
 BODY = {"text": "a"}
@@ -181,7 +182,7 @@ async def test_an_engine_that_died_is_the_cause_of_what_the_other_side_tells_fir
 
     def tell_first(event):
         async def run(server, request, body):
-            asyncio.get_running_loop().call_soon(event.set)
+            asyncio.get_running_loop().call_later(2 * VERDICT_S, event.set)
             return await refuse(500, "the link broke", code="kv_transfer_failed")(server, request, body)
 
         return run
