@@ -1,9 +1,9 @@
 """Strategic merge patch of a pod template, as Kubernetes applies it. Pure.
 
 A patch is a partial object. Objects merge field by field, null deletes a field, and a list replaces a list, except the
-lists of `_KEYS`: their items merge by a key. Directives: `$patch: replace` (an object, or as an item of its own: the
-list) and `$patch: delete` (an object becomes empty, an item goes), `$retainKeys` (fields that stay; the others of the
-object go). See "Strategic merge patch" in Kubernetes' API conventions.
+lists of `_KEYS`: their items merge by a key. Directives: `$patch: replace` (an object; in an item, which is then no item
+itself, the list) and `$patch: delete` (an object becomes empty, an item goes), `$retainKeys` (fields that stay; the
+others of the object go). See "Strategic merge patch" in Kubernetes' API conventions.
 """
 
 from __future__ import annotations
@@ -92,10 +92,9 @@ def _merge_list(original: Sequence[Any], patch: Sequence[Any], key: str, path: s
         if not isinstance(item, Mapping) or (key not in item and item.get(_DIRECTIVE) != "replace"):
             where = f"{path}[{i - len(original)}]" if i >= len(original) else f"{path}[{i}] of the template"
             raise ConfigError(f"{where}: needs {key}, by which the items of {path.rsplit('.', 1)[-1]} are merged")
-    whole = any(item.get(_DIRECTIVE) == "replace" and key not in item for item in patch)
-    items = [item for item in patch if key in item]
-    if whole:
-        return [_without_nulls(item) for item in items]
+    if any(item.get(_DIRECTIVE) == "replace" for item in patch):
+        return [_without_nulls(item) for item in patch if _DIRECTIVE not in item]
+    items = list(patch)
     gone = {item[key] for item in items if item.get(_DIRECTIVE) == "delete"}
     kept = {item[key]: item for item in original if item[key] not in gone}
     patched: dict[Any, Any] = {}
@@ -108,13 +107,12 @@ def _merge_list(original: Sequence[Any], patch: Sequence[Any], key: str, path: s
 
 def _in_order(kept: Mapping[Any, Any], patched: Mapping[Any, Any], order: list[Any]) -> list[Any]:
     """Items of the patch in the patch's order, the others in their old order; between the two, the old order decides
-    where it knows both, and a new item comes after those that were there."""
+    where it knows both, and a new item comes before those that were there."""
     named, others = list(patched), [name for name in kept if name not in patched]
     merged = []
     while named and others:
-        first = named[0]
-        earlier = first in order and order.index(first) < order.index(others[0])
-        merged.append(named.pop(0) if earlier else others.pop(0))
+        later = named[0] in order and order.index(named[0]) > order.index(others[0])
+        merged.append(others.pop(0) if later else named.pop(0))
     return [patched[name] if name in patched else copy.deepcopy(kept[name]) for name in (*merged, *others, *named)]
 
 

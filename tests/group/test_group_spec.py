@@ -168,7 +168,7 @@ def test_role_templates_are_resolved() -> None:
     document = group(role("prefill", shell("true")), decode, roleTemplates=[{"name": "base", "template": shared}])
     container = spec.parse(text(document)).group.role("decode").template.spec.containers[0]
     assert container.command == ("sh", "-c", "true")
-    assert [each.name for each in container.env] == ["POD_IP", "MODE"]
+    assert [each.name for each in container.env] == ["MODE", "POD_IP"]
 
 
 def test_a_patch_that_spoils_a_template_names_the_role() -> None:

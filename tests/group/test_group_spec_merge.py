@@ -26,8 +26,8 @@ def container(**fields: Any) -> dict[str, Any]:
         pytest.param(
             pod(containers=[{"name": "demo", "image": "nginx"}]),
             pod(containers=[{"name": "redis", "image": "redis"}]),
-            pod(containers=[{"name": "demo", "image": "nginx"}, {"name": "redis", "image": "redis"}]),
-            id="a container is added after those that are there",
+            pod(containers=[{"name": "redis", "image": "redis"}, {"name": "demo", "image": "nginx"}]),
+            id="a container is added before those that are there",
         ),
         pytest.param(
             pod(containers=[{"name": "a", "image": "1"}, {"name": "b", "image": "1"}]),
@@ -91,9 +91,9 @@ def container(**fields: Any) -> dict[str, Any]:
         ),
         pytest.param(
             pod(containers=[{"name": "a", "image": "1", "tty": True}]),
-            pod(containers=[{"name": "a", "image": "2", "$patch": "replace"}]),
-            pod(containers=[{"name": "a", "image": "2"}]),
-            id="$patch replace in an item replaces the item",
+            pod(containers=[{"name": "a", "image": "2", "$patch": "replace"}, {"name": "b"}]),
+            pod(containers=[{"name": "b"}]),
+            id="$patch replace in an item replaces the list, and the item is none",
         ),
         pytest.param(
             pod(nodeSelector={"disk": "ssd", "zone": "a"}),
@@ -116,7 +116,7 @@ def container(**fields: Any) -> dict[str, Any]:
         pytest.param(
             pod(containers=[{"name": "a"}, {"name": "b"}, {"name": "c"}]),
             pod(containers=[{"name": "d"}, {"name": "c", "image": "2"}, {"name": "a", "image": "2"}]),
-            pod(containers=[{"name": "b"}, {"name": "d"}, {"name": "c", "image": "2"}, {"name": "a", "image": "2"}]),
+            pod(containers=[{"name": "d"}, {"name": "b"}, {"name": "c", "image": "2"}, {"name": "a", "image": "2"}]),
             id="items of the patch keep the patch's order",
         ),
         pytest.param(

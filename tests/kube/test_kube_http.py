@@ -51,7 +51,7 @@ def test_patches(clients: Clients) -> None:
     apps.create_namespaced_stateful_set("default", stateful_set())
     body = {"spec": {"template": {"spec": {"containers": [{"name": "side", "image": "side:1"}]}}}}
     strategic = apps.patch_namespaced_stateful_set("web", "default", body)  # the client's default for such a body
-    assert [one.name for one in strategic.spec.template.spec.containers] == ["main", "side"]
+    assert [one.name for one in strategic.spec.template.spec.containers] == ["side", "main"]
     stale = {"metadata": {"resourceVersion": merged.metadata.resource_version}, "data": {"z": "1"}}
     assert code(core.patch_namespaced_config_map, "settings", "default", stale) == 409
 

@@ -22,11 +22,14 @@ def merge_patch(target: Any, patch: Any) -> Any:
 
 
 def strategic_patch(target: Any, patch: Any, shape: Shape) -> Any:
-    """Merge patch in which keyed lists merge by item, with the directive `$patch` (delete, replace)."""
+    """Merge patch in which keyed lists merge by item, with the directives `$patch` (delete, replace) and
+    `$retainKeys`."""
     if isinstance(patch, dict):
         if patch.get("$patch") == "replace":
             return {name: value for name, value in patch.items() if name != "$patch"}
         result = dict(target) if isinstance(target, dict) else {}
+        if "$retainKeys" in patch:
+            result = {name: value for name, value in result.items() if name in patch["$retainKeys"]}
         for name, value in patch.items():
             if value is None:
                 result.pop(name, None)
@@ -44,13 +47,27 @@ def _strategic_items(target: list[Any], patch: list[Any], shape: Shape, keys: Ke
     if any(item.get("$patch") == "replace" for item in patch):
         return [item for item in patch if "$patch" not in item]
     items = {item_key(item, keys): item for item in target}
+    order = list(items)
+    named = []
     for item in patch:
         key = item_key(item, keys)
         if item.get("$patch") == "delete":
             items.pop(key, None)
         else:
             items[key] = strategic_patch(items.get(key), item, shape.item())
-    return list(items.values())
+            named.append(key)
+    return [items[key] for key in _sorted([key for key in items if key not in named], named, order)]
+
+
+def _sorted(others: list[Any], named: list[Any], order: list[Any]) -> list[Any]:
+    """What the patch names in its order, the others in theirs; of two heads the one that was first in `order` goes
+    first if both were in it, else the patch's."""
+    result = []
+    while others and named:
+        ours, theirs = others[0], named[0]
+        first = theirs in order and order.index(ours) < order.index(theirs)
+        result.append(others.pop(0) if first else named.pop(0))
+    return [*result, *others, *named]
 
 
 def json_patch(target: Obj, operations: list[Obj]) -> Any:
