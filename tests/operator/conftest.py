@@ -28,8 +28,14 @@ def driver() -> Iterator[Driver]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    """A namespace with an operator, on our API server or on a real cluster."""
+def idle(tmp_path: Path) -> Iterator[Place]:
+    """A namespace, on our API server or on a real cluster, whose operator does not run yet."""
     with real_place() if REAL else our_place(tmp_path) as made:
-        made.start()
         yield made
+
+
+@pytest.fixture
+def place(idle: Place) -> Place:
+    """A namespace with an operator."""
+    idle.start()
+    return idle

@@ -16,6 +16,13 @@ def _set(obj: Obj, **values: Any) -> None:
         obj.setdefault(name, value)
 
 
+def _omit_empty(obj: Obj, names: str) -> None:
+    """Drops fields that are not stored when they are empty."""
+    for name in names.split():
+        if name in obj and not obj[name]:
+            del obj[name]
+
+
 def _probe(probe: Obj) -> None:
     _set(probe, timeoutSeconds=1, periodSeconds=10, successThreshold=1, failureThreshold=3)
     if "httpGet" in probe:
@@ -23,6 +30,7 @@ def _probe(probe: Obj) -> None:
 
 
 def _container(container: Obj) -> None:
+    _omit_empty(container, "args command env envFrom ports stdin stdinOnce tty volumeMounts workingDir")
     image = container.get("image", "")
     latest = ":" not in image.rpartition("/")[2] or image.endswith(":latest")
     _set(
@@ -47,6 +55,7 @@ def _container(container: Obj) -> None:
 
 
 def pod_spec(spec: Obj) -> None:
+    _omit_empty(spec, "hostIPC hostNetwork hostPID imagePullSecrets initContainers nodeSelector tolerations volumes")
     _set(
         spec,
         restartPolicy="Always",
