@@ -71,17 +71,21 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Each program takes every num_programs-th of the (item, kv head) pairs, whose number is read on the device: one
-    captured launch serves any lengths. The program that is the last to arrive at a (sequence, kv head) combines its
+    """The programs take the (item, kv head) pairs in turns, to and fro, longest first: their sums of keys are nearly
+    alike. How many pairs there are is read on the device: one captured launch serves any lengths. The program that is the last to arrive at a (sequence, kv head) combines its
     items, in their order whoever that is: see store_part."""
     program = tl.program_id(0)
     works, table_stride = tl.load(sizes) * KV_HEADS, tl.load(sizes + 1)
     row, token, position, first, stop, split, count, page = _item(items, tl.minimum(program, works - 1), KV_HEADS)
     wait_for_previous(OVERLAP)  # what is above was copied to the device before the step's first kernel
-    for work in range(program, works, tl.num_programs(0)):
+    work, step = program, 2 * (tl.num_programs(0) - program) - 1
+    while work < works:
         item, head = work // KV_HEADS, work % KV_HEADS
-        after = tl.minimum(work + tl.num_programs(0), works - 1)
-        row1, token1, position1, first1, stop1, split1, count1, page1 = _item(items, after, KV_HEADS)
+        work += step
+        step = 2 * tl.num_programs(0) - step
+        row1, token1, position1, first1, stop1, split1, count1, page1 = _item(
+            items, tl.minimum(work, works - 1), KV_HEADS
+        )
         places, real, index = queries_of(q, token, 1, head, q_stride, GROUP, PAD, BLOCK_M, DIM)
         start = tl.maximum(first, first_key(position, window, WINDOW, BLOCK_N))
         m, l, acc = span(

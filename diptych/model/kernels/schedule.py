@@ -50,9 +50,10 @@ class Cuts:
 
 
 def make_items(plan: Plan, page_size: int, cuts: Cuts) -> I32:
-    """The splits of decode: `[items, 8]` of (row of the page table, token of the step, its position, first key, the key
+    """The splits of decode, the sequences with the most keys first: `[items, 8]` of (row of the page table, token of the step, its position, first key, the key
     after the last, which of the sequence's splits, how many they are, the first key's page)."""
     rows = decode_rows(plan)
+    rows = rows[np.argsort(-plan.kv_lens[rows], kind="stable")]
     lengths = plan.kv_lens[rows].astype(np.int64)
     sizes = cuts.sizes(lengths)
     counts = -(-lengths // sizes)
