@@ -16,7 +16,7 @@ OTHER = {"prefill": "decode", "decode": "prefill"}
 
 _TRANSFER_FAILED = re.compile(rb"kv_transfer|KVTransferError|transfer failed", re.IGNORECASE)
 _LATE = b"deadline_exceeded"
-# What a late hand-over waited for, as transfer/room.py, peer.py and send_hub.py write it.
+# What a late hand-over waited for, as transfer/room.py, peer.py and unmet.py write it.
 _FOR_PREFILL = (b"cannot reach the prefill server", b"the prefill server got no request")
 _FOR_OTHER = b"to meet in the room"
 _FOR_EITHER = (b"the KV transfer to go on", b"with its queues")

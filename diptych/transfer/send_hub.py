@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from diptych.errors import DeadlineExceeded, DiptychError, Overloaded, RoomInUse, TransferError
+from diptych.errors import DiptychError, RoomInUse, TransferError
 from diptych.kv.share import Grid
 from diptych.transfer import auth, wire
 from diptych.transfer.commands import AnyCommand, AnyEvent, Connect
@@ -17,30 +14,9 @@ from diptych.transfer.link import Link, Listener, Transport
 from diptych.transfer.room import HubOptions, failure, in_use
 from diptych.transfer.sender import NobodySender, Sender
 from diptych.transfer.tasks import Tasks
+from diptych.transfer.unmet import Early, Unmet, refuse
 
-MAX_EARLY = 8192  # rooms that decode knows and prefill does not (yet)
-MAX_REMEMBERED = 16384  # rooms that are over
 MAX_CONVERSATIONS = 256
-
-
-@dataclass
-class _Early:
-    """A room that decode opened first."""
-
-    conversation: Conversation
-    epoch: int
-    deadline: asyncio.TimerHandle
-    reserve: wire.Reserve | None = None
-
-
-@dataclass
-class _Ended:
-    """A room that is over, remembered for what may still be said about it."""
-
-    at: float
-    epoch: int | None  # None: decode had not been heard of
-    abort: wire.Abort | None  # None: it succeeded
-    opened: bool  # False: decode gave it up before its request reached us
 
 
 class SendHub:
@@ -70,8 +46,7 @@ class SendHub:
         self._on_change = on_change
         self._rng = rng or random.SystemRandom()
         self._rooms: dict[int, Sender] = {}
-        self._early: dict[int, _Early] = {}
-        self._ended: OrderedDict[int, _Ended] = OrderedDict()  # oldest first
+        self._unmet = Unmet(self.options.bootstrap_timeout_s)
         self._links: dict[Link, None] = {}
         self._conversations: dict[Conversation, None] = {}
         self._tasks = Tasks()
@@ -91,16 +66,14 @@ class SendHub:
             return NobodySender(self, room, num_pages, self._on_change)
         if room in self._rooms:
             raise in_use(room)
-        ended = self._ended.pop(room, None)
         sender = self._rooms[room] = Sender(self, room, num_pages, self._on_change)
-        early = self._early.pop(room, None)
-        if early is not None:
-            early.deadline.cancel()
-            sender.attach(early.conversation, early.epoch)
-            if early.reserve is not None:
-                sender.reserve(early.reserve)
-        elif ended is not None and not ended.opened and ended.abort is not None:
-            sender.fail(failure(ended.abort.message, ended.abort.code))
+        known = self._unmet.take(room)
+        if isinstance(known, Early):
+            sender.attach(known.conversation, known.epoch)
+            if known.reserve is not None:
+                sender.reserve(known.reserve)
+        elif known is not None:
+            sender.fail(failure(known.message, known.code))
         return sender
 
     def handle_event(self, rank: int, event: AnyEvent) -> None:
@@ -112,7 +85,7 @@ class SendHub:
     def snapshot(self) -> dict[str, int]:
         """What is held. `rooms` is zero after quiescence; `links` counts decode servers that are connected."""
         return {
-            "rooms": len(self._rooms) + len(self._early),
+            "rooms": len(self._rooms) + len(self._unmet),
             "links": len(self._links),
             "tasks": len(self._tasks),
         }
@@ -123,10 +96,7 @@ class SendHub:
             self._listener.close()
         for sender in list(self._rooms.values()):
             sender.fail(failure("the prefill server is stopping", TransferError.code))
-        for early in self._early.values():
-            early.deadline.cancel()
-        self._early.clear()
-        self._ended.clear()
+        self._unmet.close()
         await self._tasks.close()
         for link in list(self._links):  # of tasks that never began
             link.close()
@@ -136,21 +106,7 @@ class SendHub:
 
     def ended(self, sender: Sender, epoch: int | None, abort: wire.Abort | None) -> None:
         del self._rooms[sender.room]
-        self._remember(sender.room, _Ended(self._now(), epoch, abort, opened=True))
-
-    def _remember(self, room: int, ended: _Ended) -> None:
-        """Long enough for the other half of the request to arrive, if it ever does."""
-        self._ended[room] = ended
-        self._ended.move_to_end(room)
-        while self._ended:
-            oldest_room, oldest = next(iter(self._ended.items()))
-            if oldest.at + self.options.bootstrap_timeout_s > ended.at and len(self._ended) <= MAX_REMEMBERED:
-                break
-            del self._ended[oldest_room]
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
+        self._unmet.end(sender.room, epoch, abort)
 
     # ---- decode servers ----
 
@@ -202,10 +158,7 @@ class SendHub:
         error = failure(f"lost the decode server: {why}", TransferError.code)
         for sender in [s for s in self._rooms.values() if s.speaks_with(conversation)]:
             sender.fail(error)
-        for room, early in list(self._early.items()):
-            if early.conversation is conversation:
-                early.deadline.cancel()
-                del self._early[room]
+        self._unmet.lose(conversation)
 
     # ---- messages ----
 
@@ -227,56 +180,27 @@ class SendHub:
     def _on_open(self, conversation: Conversation, room: int, epoch: int) -> None:
         """Decode has the room's request, before us or after us, or after we have given it up."""
         sender = self._rooms.get(room)
-        if sender is not None:
-            if not sender.attached:
-                sender.attach(conversation, epoch)
-            elif not sender.speaks_with(conversation, epoch):
-                self._answer_abort(conversation, room, epoch, in_use(room).message, RoomInUse.code)
-            return
-        ended = self._ended.get(room)
-        if ended is not None and ended.epoch in (epoch, None):
-            if ended.abort is not None:
-                self._answer_abort(conversation, room, epoch, ended.abort.message, ended.abort.code)
-            return
-        if room not in self._early:
-            self._keep_early(conversation, room, epoch)
-
-    def _keep_early(self, conversation: Conversation, room: int, epoch: int) -> None:
-        if len(self._early) >= MAX_EARLY:
-            message = "too many rooms wait for requests that have not reached the prefill server"
-            self._answer_abort(conversation, room, epoch, message, Overloaded.code)
-            return
-        loop = asyncio.get_running_loop()
-        deadline = loop.call_later(self.options.bootstrap_timeout_s, self._too_early, room)
-        self._early[room] = _Early(conversation, epoch, deadline)
-
-    def _too_early(self, room: int) -> None:
-        early = self._early.pop(room)
-        message = f"the prefill server got no request for the room within {self.options.bootstrap_timeout_s:g} s"
-        self._answer_abort(early.conversation, room, early.epoch, message, DeadlineExceeded.code)
+        if sender is None:
+            self._unmet.open(conversation, room, epoch)
+        elif not sender.attached:
+            sender.attach(conversation, epoch)
+        elif not sender.speaks_with(conversation, epoch):
+            refuse(conversation, room, epoch, in_use(room).message, RoomInUse.code)
 
     def _on_reserve(self, conversation: Conversation, message: wire.Reserve) -> None:
         self._on_open(conversation, message.room, message.epoch)  # does nothing more if it was opened before
-        sender, early = self._rooms.get(message.room), self._early.get(message.room)
-        if sender is not None and sender.speaks_with(conversation, message.epoch):
+        sender = self._rooms.get(message.room)
+        if sender is None:
+            self._unmet.reserve(conversation, message)
+        elif sender.speaks_with(conversation, message.epoch):
             sender.reserve(message)
-        elif early is not None and early.conversation is conversation and early.epoch == message.epoch:
-            early.reserve = message
 
     def _on_abort(self, conversation: Conversation, message: wire.Abort) -> None:
-        sender, early = self._rooms.get(message.room), self._early.get(message.room)
-        if sender is not None:
-            if not sender.attached:
-                sender.attach(conversation, message.epoch)
-            if sender.speaks_with(conversation, message.epoch):
-                sender.fail(failure(message.message, message.code))
-        elif early is None or (early.conversation is conversation and early.epoch == message.epoch):
-            if early is not None:
-                early.deadline.cancel()
-                del self._early[message.room]
-            if message.room not in self._ended:
-                self._remember(message.room, _Ended(self._now(), message.epoch, message, opened=False))
-
-    @staticmethod
-    def _answer_abort(conversation: Conversation, room: int, epoch: int, message: str, code: str) -> None:
-        conversation.post(wire.Abort(room, epoch, message, code))
+        sender = self._rooms.get(message.room)
+        if sender is None:
+            self._unmet.give_up(conversation, message)
+            return
+        if not sender.attached:
+            sender.attach(conversation, message.epoch)
+        if sender.speaks_with(conversation, message.epoch):
+            sender.fail(failure(message.message, message.code))

@@ -375,7 +375,7 @@ def test_a_prefill_that_never_finishes():
 
 
 def test_rooms_that_wait_for_their_requests_are_bounded(monkeypatch):
-    monkeypatch.setattr("diptych.transfer.send_hub.MAX_EARLY", 3)
+    monkeypatch.setattr("diptych.transfer.unmet.MAX_EARLY", 3)
 
     async def main():
         pair = await start(MemoryNetwork(1))
