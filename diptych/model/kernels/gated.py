@@ -2,8 +2,8 @@
 
 A tile is 128 rows by 128 columns of gate and the same 128 of up, which are one instruction's 256. One warp only has the
 copy engine fill a ring of blocks, two warpgroups multiply, 64 rows each. Programs stay and take tiles in turns: the
-copies of a tile begin while the one before it ends. At a GPU's power limit it takes 3 % less than cuBLAS's product and a
-kernel for the rest.
+copies of a tile begin while the one before it ends. At a GPU's power limit it takes 3 % less than cuBLAS's product
+and a kernel for the rest.
 """
 
 from __future__ import annotations
