@@ -13,7 +13,8 @@ help:
 	@echo "                   PORT=N: on another port than 8000"
 	@echo "make test          the test suite (about 15 minutes on 2 cores)"
 	@echo "make check         formatting, types, import contracts"
-	@echo "make test-cluster  the operator's contract on the cluster that KUBECONFIG names (an operator runs there from here)"
+	@echo "make test-cluster  the operator's contract on the cluster that KUBECONFIG names (an operator runs there from here;"
+	@echo "                   first: diptych crds | kubectl apply --server-side -f -)"
 	@echo "make bench         benchmarks on this machine; results in benchmarks/results/"
 
 .venv/run.stamp: requirements.txt pyproject.toml
@@ -35,7 +36,7 @@ test: .venv/dev.stamp
 	@$(BIN)/python -m pytest
 
 test-cluster: .venv/dev.stamp
-	@DIPTYCH_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/operator/test_cluster_contract.py --timeout 1800
+	@DIPTYCH_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/operator/test_cluster_*.py --timeout 1800
 
 check: .venv/dev.stamp
 	@$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Strategic merge patch of a pod template, as Kubernetes applies it. Pure.
 
 A patch is a partial object. Objects merge field by field, null deletes a field, and a list replaces a list, except the
-lists of `_KEYS`: their items merge by a key. Directives: `$patch: replace` (an object; in an item, which is then no item
+lists of `_KEYS`: their items merge by a key. Directives: `$patch: replace` (an object; in an item, which is then none
 itself, the list) and `$patch: delete` (an object becomes empty, an item goes), `$retainKeys` (fields that stay; the
 others of the object go). See "Strategic merge patch" in Kubernetes' API conventions.
 """

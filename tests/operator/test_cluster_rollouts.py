@@ -79,9 +79,15 @@ def test_a_failed_update_is_undone(place: Place) -> None:
     place.open("g-a-0", "g-a-1")
     place.wait_ready("g")
     first = place.read(POD, "g-a-0")["metadata"]["uid"]
-    place.edit("g", set_image())
-    place.until(lambda: new_pods(place, ready=False) == {"g-a-1"}, "a new pod that is not ready")
-    place.until(lambda: place.images("g") == {"g-a-0": IMAGE, "g-a-1": IMAGE}, "the old image, again")
+
+    def new(pods: dict[str, Json]) -> list[str]:
+        return [name for name, pod in pods.items() if image_of(pod) == SECOND_IMAGE]
+
+    with place.watching("g", new) as seen:
+        place.edit("g", set_image())
+        place.until(lambda: ["g-a-1"] in seen, "a new pod, which is not ready")
+        place.until(lambda: place.images("g") == {"g-a-0": IMAGE, "g-a-1": IMAGE}, "the old image, again")
+    assert all(each in ([], ["g-a-1"]) for each in seen)
     place.open("g-a-1")
     place.wait_ready("g")
     template = place.read(GROUP, "g")["spec"]["roles"][0]["template"]

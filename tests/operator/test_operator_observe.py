@@ -82,8 +82,11 @@ def test_a_pod_of_a_node_that_is_not_heard_of_is_unready_and_cut_off() -> None:
     lost, starting = pod("g-a-0", ready=False), pod("g-a-1", ready=False)
     for each, status in ((lost, "True"), (starting, "False")):
         each["status"]["conditions"].append({"type": "ContainersReady", "status": status})
-    found = seen("StatefulSet", lost, starting).pods
-    assert [(each.ready, each.cut_off) for each in found] == [(False, True), (False, False)]
+    held = pod("g-a-2", ready=False)  # by a readiness gate: its kubelet says so itself
+    held["status"]["conditions"].append({"type": "ContainersReady", "status": "True"})
+    held["spec"] = {**held.get("spec", {}), "readinessGates": [{"conditionType": "example.com/open"}]}
+    found = seen("StatefulSet", lost, starting, held).pods
+    assert [(each.ready, each.cut_off) for each in found] == [(False, True), (False, False), (False, False)]
 
 
 def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> None:

@@ -132,8 +132,14 @@ def _pod(pod: Json) -> PodState:
         ready_since=unix_time(ready.get("lastTransitionTime")),
         restarts=_restarts(status),
         unproven=_is_unproven(conditions, metadata),
-        cut_off=ready.get("status") == "False" and conditions.get("ContainersReady", {}).get("status") == "True",
+        cut_off=ready.get("status") == "False" and _could_be_ready(pod, conditions),
     )
+
+
+def _could_be_ready(pod: Json, conditions: Mapping[str, Json]) -> bool:
+    """Whether its kubelet says all that makes a pod ready: its containers are, and its readiness gates are passed."""
+    gates = [each["conditionType"] for each in (pod.get("spec") or {}).get("readinessGates") or []]
+    return all(conditions.get(each, {}).get("status") == "True" for each in ("ContainersReady", *gates))
 
 
 def _is_unproven(conditions: Mapping[str, Json], metadata: Json) -> bool:
