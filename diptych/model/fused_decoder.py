@@ -14,6 +14,7 @@ from diptych.model.kernels.ends import embed_norm
 from diptych.model.kernels.fixed import fixed_product
 from diptych.model.kernels.fused import add_norm, silu_mul
 from diptych.model.kernels.matmul import Scaled, gated_product, product, product_add, product_parts
+from diptych.model.kernels.stream import stream_gated, stream_wins
 from diptych.model.kernels.tiles import ProductTiles, wins
 from diptych.model.layers import Linear, RMSNorm, known_tokens
 from diptych.model.triton_attention import TritonAttention
@@ -116,6 +117,8 @@ class FusedDecoder:
         """silu(gate) * up, of a product that gives both."""
         if self._gates and isinstance(x, Tensor) and x.shape[0] >= gated.LEAST_ROWS:
             return gated.silu_product(x, linear.weight)
+        if self._gates and isinstance(x, Tensor) and stream_wins(x.shape[0], *linear.weight.shape):
+            return stream_gated(x, linear.weight)
         tiles = self._tiles(linear, x)
         if tiles is not None and tiles.joins:
             return gated_product(x, linear.weight, self._arrivals, tiles)
