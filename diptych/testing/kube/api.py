@@ -29,11 +29,13 @@ from diptych.testing.kube.status import (
     method_not_allowed,
     not_found,
     success,
+    unsupported_media_type,
 )
 from diptych.testing.kube.store import Store, copy
 
 Objects = list[Obj]  # inside the class, `list` is the verb
 CONTROLLER = "kube-controller-manager"
+_CUSTOM_PATCHES = ("application/json-patch+json", "application/merge-patch+json", "application/apply-patch+yaml")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Api:
         """Sorted by namespace and name. `after` and `revision` continue an earlier page. Raises 410 if that is gone."""
         with self.lock:
             found = self.kinds.find(kind)
-            has_labels, has_fields = label_selector(labels), field_selector(fields)
+            has_labels, has_fields = label_selector(labels), field_selector(fields, found.fields)
             objects = self.store.at(found.key, revision if revision is not None else self.store.revision)
             keys = sorted(key for key in objects if namespace in (None, key[0]) and (after is None or key > after))
             chosen = []
@@ -116,9 +118,9 @@ class Api:
             obj = admission.check_type(found, copy(body))
             live = self._live(found, namespace, name)
             check_identity(found, live, obj)
-            if found.custom and not obj["metadata"].get("resourceVersion"):
+            if found.conditional and not obj["metadata"].get("resourceVersion"):
                 why = "Invalid value: 0: must be specified for an update"
-                raise invalid(found.name, found.group, name, [("metadata.resourceVersion", why)])
+                raise invalid(found.plural, found.group, name, [("metadata.resourceVersion", why)])
             return self._save(found, live, obj, Manager(manager, "Update", subresource), dry_run=dry_run)
 
     def patch(
@@ -138,6 +140,8 @@ class Api:
             found = self.kinds.find(kind)
             live = self._live(found, namespace, name)
             shown = self._shown(found, live)
+            if how == "strategic" and found.custom:
+                raise unsupported_media_type(*_CUSTOM_PATCHES)
             if how == "json":
                 result = json_patch(copy(shown), patch)
             elif how == "merge":
@@ -180,7 +184,7 @@ class Api:
             return self._save(found, live, obj, who, owners=owners, dry_run=dry_run)
 
     def delete(self, kind: str | Kind, namespace: str, name: str, options: Deleting | None = None) -> Obj:
-        """The object if it stays for a while (grace, finalizers), else a Status of success."""
+        """The object if it stays for a while (grace, finalizers), else a Status; of some kinds always the object."""
         with self.lock:
             found, options = self.kinds.find(kind), options or Deleting()
             live = self._live(found, namespace, name)
@@ -191,9 +195,13 @@ class Api:
             obj = deletion.mark(found, live, options, self.clock.stamp())
             if obj is None:
                 self._drop(found, live)
-                return done
+                return self._gone(live) if found.shown_deleted else done
             stored = self.store.put(found.key, obj) if obj != live else live
             return self._shown(found, copy(stored))
+
+    def _gone(self, live: Obj) -> Obj:
+        """As it was, at the version of its deletion."""
+        return copy({**live, "metadata": {**live["metadata"], "resourceVersion": str(self.store.revision)}})
 
     def delete_collection(
         self,

@@ -21,12 +21,14 @@ from diptych.testing.kube.status import (
     ApiError,
     Obj,
     bad_request,
+    invalid,
     unauthorized,
 )
 from diptych.testing.kube.store import Change
 from diptych.testing.kube.watch import Filter, Watcher
 
 _WATCH_S = 1800.0
+_NO_MANAGER = "Required value: is required for apply patch"
 
 
 class Cut(Exception):
@@ -168,6 +170,9 @@ class Handler:
 
     def _create(self, http: web.Request, target: Target, request: Request, body: Any) -> tuple[int, Obj]:
         self._strictly(http, target, body)
+        if target.kind.custom and not body.get("kind"):
+            wanted = f"the object provided is unrecognized (must be of type {target.kind.name})"
+            raise bad_request(f"{wanted}: Object 'Kind' is missing")
         namespace = target.namespace or ""
         created = self._cluster.api.create(
             target.kind, namespace, body, manager=request.manager, dry_run=request.dry_run
@@ -200,7 +205,7 @@ class Handler:
 
     def _apply(self, http: web.Request, target: Target, request: Request, body: Any) -> tuple[int, Obj]:
         if not http.query.get("fieldManager"):
-            raise bad_request("fieldManager is required for apply patch")
+            raise invalid("PatchOptions", "meta.k8s.io", "", [("fieldManager", _NO_MANAGER)])
         namespace = target.namespace or ""
         existed = self._cluster.store.get(target.kind.key, namespace, target.name) is not None
         answer = self._cluster.api.apply(
@@ -242,7 +247,7 @@ class Handler:
             target.kind,
             target.namespace,
             label_selector(query.get("labelSelector", "")),
-            field_selector(fields),
+            field_selector(fields, target.kind.fields),
         )
         watcher = Watcher(target.kind.key, self._loop)
         response = web.StreamResponse(headers={"Content-Type": "application/json"})

@@ -13,7 +13,7 @@ def declaration(kind: Kind, namespace: str, name: str, config: Obj) -> Obj:
     if not isinstance(config, dict) or not config.get("apiVersion") or not config.get("kind"):
         raise bad_request("apiVersion and kind must be set in a server-side apply request")
     config = admission.check_type(kind, apply.without_nulls(copy(config)))
-    if config["metadata"].get("managedFields"):
+    if "managedFields" in config["metadata"]:
         raise bad_request("metadata.managedFields must be nil")
     for field, value in (("name", name), ("namespace", namespace)):
         if config["metadata"].get(field, value) != value:

@@ -37,6 +37,21 @@ class Kind:
         return self.schema is not None
 
     @property
+    def conditional(self) -> bool:
+        """Whether an update must name the resource version it is based on."""
+        return self.custom or self.key in _CONDITIONAL
+
+    @property
+    def shown_deleted(self) -> bool:
+        """Whether the answer to a deletion is the object, even if it is gone."""
+        return self.key in _SHOWN_DELETED
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a field selector may name."""
+        return "metadata.name", "metadata.namespace", *_SELECTABLE.get(self.key, ())
+
+    @property
     def key(self) -> tuple[str, str]:
         """Where its objects are stored: all versions of a kind share them."""
         return self.group, self.plural
@@ -75,6 +90,15 @@ class Kind:
             }
 
 
+_CONDITIONAL = (("coordination.k8s.io", "leases"), ("policy", "poddisruptionbudgets"))
+_SHOWN_DELETED = (("", "pods"), ("", "services"), ("", "serviceaccounts"), ("", "persistentvolumeclaims"))
+_SELECTABLE = {
+    ("", "pods"): ("spec.nodeName", "spec.restartPolicy", "spec.schedulerName", "status.phase", "status.podIP"),
+    ("", "events"): ("involvedObject.kind", "involvedObject.name", "involvedObject.uid", "reason", "type"),
+    ("", "namespaces"): ("status.phase",),
+    ("", "services"): ("spec.clusterIP", "spec.type"),
+    ("apps", "replicasets"): ("status.replicas",),
+}
 _SCALE = {"specReplicasPath": ".spec.replicas", "statusReplicasPath": ".status.replicas"}
 _HPA_SCALE = {**_SCALE, "labelSelectorPath": ".status.hpaPodSelector"}
 

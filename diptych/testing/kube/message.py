@@ -10,7 +10,7 @@ from aiohttp import web
 
 from diptych.testing.kube.deletion import Deleting
 from diptych.testing.kube.routes import Target
-from diptych.testing.kube.status import ApiError, Obj, bad_request, method_not_allowed, unsupported_media_type
+from diptych.testing.kube.status import ApiError, Obj, bad_request, invalid, method_not_allowed, unsupported_media_type
 
 BODY_BYTES = 3 * 1024 * 1024  # kube-apiserver's limit
 _PATCHES = {
@@ -42,7 +42,7 @@ def patch_kind(http: web.Request) -> str:
         return ""
     kind = _PATCHES.get(http.content_type)
     if not kind:
-        raise unsupported_media_type(http.content_type)
+        raise unsupported_media_type(*_PATCHES)
     return kind
 
 
@@ -54,7 +54,8 @@ def delete_options(http: web.Request, body: Any) -> Deleting:
     if options.get("orphanDependents"):
         policy = "Orphan"
     if policy not in ("Background", "Foreground", "Orphan"):
-        raise bad_request(f"invalid propagationPolicy {policy!r}")
+        why = f'Unsupported value: "{policy}": supported values: "Foreground", "Background", "Orphan", "nil"'
+        raise invalid("DeleteOptions", "meta.k8s.io", "", [("propagationPolicy", why)])
     return Deleting(
         policy=policy,
         grace_s=None if grace is None else int(grace),

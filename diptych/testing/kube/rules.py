@@ -131,6 +131,14 @@ def _stateful_set_causes(obj: Obj) -> Iterator[Cause]:
         yield "spec.updateStrategy.rollingUpdate", text
 
 
+def _deployment_causes(obj: Obj) -> Iterator[Cause]:
+    yield from _workload_causes(obj)
+    rolling = obj["spec"]["strategy"].get("rollingUpdate") or {}
+    if rolling.get("maxUnavailable") in (0, "0%") and rolling.get("maxSurge") in (0, "0%"):
+        where = "spec.strategy.rollingUpdate.maxUnavailable"
+        yield where, f"Invalid value: {rolling['maxUnavailable']}: may not be 0 when `maxSurge` is 0"
+
+
 def _service_causes(obj: Obj) -> Iterator[Cause]:
     spec = obj["spec"]
     if not spec.get("ports") and spec.get("clusterIP") != "None" and spec["type"] != "ExternalName":
@@ -149,7 +157,7 @@ _CREATE: dict[tuple[str, str], Callable[[Obj], Iterator[Cause]]] = {
     ("", "Pod"): _pod_causes,
     ("", "Service"): _service_causes,
     ("apps", "StatefulSet"): _stateful_set_causes,
-    ("apps", "Deployment"): _workload_causes,
+    ("apps", "Deployment"): _deployment_causes,
     ("apps", "ReplicaSet"): _workload_causes,
     ("policy", "PodDisruptionBudget"): _pdb_causes,
 }

@@ -9,7 +9,7 @@ from diptych.testing.kube.patch import json_patch, merge_patch
 from diptych.testing.kube.record import Request
 from diptych.testing.kube.routes import Target
 from diptych.testing.kube.selectors import selector_text
-from diptych.testing.kube.status import Obj, bad_request, method_not_allowed
+from diptych.testing.kube.status import ApiError, Obj, bad_request, method_not_allowed
 from diptych.testing.kube.store import copy
 
 
@@ -42,6 +42,10 @@ def call(api: Api, target: Target, request: Request, body: Any, how: str) -> tup
     obj = api.get(target.kind, namespace, target.name)
     scale = scale_of(obj, paths)
     if request.verb == "get":
+        where = paths["specReplicasPath"]
+        if target.kind.custom and _at(obj, where) is None:
+            text = f'Internal error occurred: the spec replicas field "{where}" does not exist'
+            raise ApiError(500, "InternalError", text)
         return 200, scale
     if request.verb == "update":
         wanted = body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from diptych.testing.kube.status import Obj, bad_request
 
@@ -44,13 +44,16 @@ def label_selector(text: str) -> LabelTest:
     return lambda labels: all(term(labels) for term in terms)
 
 
-def field_selector(text: str) -> Callable[[Obj], bool]:
-    """`metadata.name=a,status.phase!=Running` as a predicate on objects. Raises 400."""
+def field_selector(text: str, known: Sequence[str]) -> Callable[[Obj], bool]:
+    """`metadata.name=a,status.phase!=Running` as a predicate on objects. Raises 400, also for fields not `known`."""
     terms = []
     for part in _split(text):
         match = re.match(r"^([A-Za-z.]+)(==|=|!=)(.*)$", part)
         if not match:
             raise bad_request(f"invalid field selector {part!r}")
+        if match[1] not in known:
+            only = ", ".join(f'"{each}"' for each in known)
+            raise bad_request(f'"{match[1]}" is not a known field selector: only {only}')
         terms.append((match[1].split("."), match[2] != "!=", match[3]))
     return lambda obj: all((_text_at(obj, path) == value) == wanted for path, wanted, value in terms)
 

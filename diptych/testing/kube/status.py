@@ -98,7 +98,7 @@ def invalid(kind: str, group: str, name: str, causes: list[tuple[str, str]]) -> 
 def _cause(why: str) -> str:
     starts = {"Required": "FieldValueRequired", "Forbidden": "FieldValueForbidden", "Duplicate": "FieldValueDuplicate"}
     starts["Unsupported"] = "FieldValueNotSupported"
-    return starts.get(why.split(" ", 1)[0], "FieldValueInvalid")
+    return starts.get(why.split(" ", 1)[0].rstrip(":"), "FieldValueInvalid")
 
 
 def bad_request(message: str) -> ApiError:
@@ -118,8 +118,9 @@ def method_not_allowed() -> ApiError:
     return ApiError(405, "MethodNotAllowed", message)
 
 
-def unsupported_media_type(got: str) -> ApiError:
-    return ApiError(415, "UnsupportedMediaType", f"the body of the request was in an unknown format - got {got!r}")
+def unsupported_media_type(*accepted: str) -> ApiError:
+    message = f"the body of the request was in an unknown format - accepted media types include: {', '.join(accepted)}"
+    return ApiError(415, "UnsupportedMediaType", message)
 
 
 def expired(message: str) -> ApiError:
