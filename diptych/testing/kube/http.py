@@ -170,7 +170,7 @@ class Handler:
 
     def _create(self, http: web.Request, target: Target, request: Request, body: Any) -> tuple[int, Obj]:
         self._strictly(http, target, body)
-        if target.kind.custom and not body.get("kind"):
+        if target.kind.custom and isinstance(body, dict) and not body.get("kind"):
             wanted = f"the object provided is unrecognized (must be of type {target.kind.name})"
             raise bad_request(f"{wanted}: Object 'Kind' is missing")
         namespace = target.namespace or ""
