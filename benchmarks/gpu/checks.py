@@ -11,10 +11,11 @@ from torch import Tensor
 from benchmarks.gpu.layers import WAYS, Layers, launched
 from benchmarks.gpu.shapes import QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
+from diptych.model.attention_tiles import PLAIN_TILES
 from diptych.model.kernels import fused
 from diptych.model.kernels.matmul import MAX_ROWS, product
 from diptych.model.pool import KVPool
-from diptych.model.triton_attention import PLAIN_TILES, TritonAttention
+from diptych.model.triton_attention import TritonAttention
 
 MOST = 0.03  # error of a number, over its own size plus the root mean square of its row; 16 bits round to 2^-9 or less
 

@@ -17,11 +17,12 @@ from benchmarks.gpu.draws import sampling as sampling
 from benchmarks.gpu.layers import WAYS, Layers, launched
 from benchmarks.gpu.shapes import HALVES, QWEN3_8B, QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
+from diptych.model.attention_tiles import FIXED_TILES, AttentionTiles
 from diptych.model.kernels import fused as kernels
 from diptych.model.kernels.matmul import product, product_parts
 from diptych.model.kernels.tiles import ProductTiles, tiles_for, wins
 from diptych.model.pool import KVPool
-from diptych.model.triton_attention import FIXED_TILES, AttentionTiles, TritonAttention
+from diptych.model.triton_attention import TritonAttention
 
 PAGE = 64
 EPS = 1e-6

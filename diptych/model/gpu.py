@@ -14,13 +14,14 @@ from torch import Tensor
 
 from diptych.config import ServerConfig
 from diptych.errors import ConfigError
+from diptych.model.attention_tiles import PLAIN_TILES
 from diptych.model.decoder import Decoder
 from diptych.model.fused_decoder import FusedDecoder
 from diptych.model.graphs import DecodeGraphs
 from diptych.model.kernels.fixed import fixed_product
 from diptych.model.pool import KVPool
 from diptych.model.selftest import attention_is_exact, products_are_exact
-from diptych.model.triton_attention import PLAIN_TILES, TritonAttention
+from diptych.model.triton_attention import TritonAttention
 
 
 def fuse(config: ServerConfig, model: Any, pool: KVPool) -> tuple[Any, TritonAttention]:

@@ -20,7 +20,7 @@ from diptych.model.kernels.ends import argmax
 from diptych.model.triton_attention import TritonAttention
 from diptych.types import Plan
 
-FEW_ROWS, SOME_ROWS, SMALL_LAYER = 4, 32, 64 << 20  # bytes
+FEW_ROWS, SOME_ROWS, SMALL_LAYER = 2, 32, 64 << 20  # bytes
 WARM_UPS = 2  # runs before a capture: compile the kernels, let libraries take their workspaces
 
 

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from diptych.errors import ConfigError
+from diptych.model.attention_tiles import FIXED_TILES, AttentionTiles
 from diptych.model.kernels import fused, launch
 from diptych.model.kernels.decode import decode_kernel
 from diptych.model.kernels.flash import ROWS, Flash
@@ -40,31 +41,6 @@ LOG2E = math.log2(math.e)
 MIN_ROWS = 16  # of a tile: what tensor cores take
 WANTED = 3  # pieces of a decode step's work, for each multiprocessor
 FIRST_PROGRAMS = 3  # for each multiprocessor, while it is not known how many are there at once
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionTiles:
-    """How attention is cut. Splits and blocks decide the bits of results, the rest only their speed."""
-
-    split: int = 0  # keys of a split, a multiple of the blocks, see Cuts; 0: by the batch
-    max_splits: int = 32
-    decode_m: int = 16  # least rows of a decode tile
-    decode_n: int = 64  # keys of a block
-    decode_warps: int = 4
-    decode_stages: int = 2
-    run_rows: int = 4  # a step of up to so many rows, all of decode, is cut in runs
-    run_programs: int = 2  # for each multiprocessor
-    run_stages: int = 4
-    flash: bool = True  # prefill by the kernel of Hopper GPUs where it can; what follows is of the other one
-    prefill_m: int = 64
-    prefill_n: int = 64
-    prefill_warps: int = 4
-    prefill_stages: int = 3
-
-
-# Decode and prefill alike, and splits of one size.
-FIXED_TILES = AttentionTiles(split=256, max_splits=1 << 30, decode_m=64, decode_stages=3, run_rows=0, flash=False)
-PLAIN_TILES = AttentionTiles(run_rows=0)  # for layers with windows or softcaps, which runs do not have
 
 
 @dataclass(slots=True)
@@ -179,7 +155,7 @@ class TritonAttention:
         """What a step's kernels read; slots are -1 from the plan's tokens to `num_rows`."""
         tiles, size = self.tiles, self.pool.page_size
         prefill = prefill_tiles(plan, tiles.prefill_m // self.padded_group)
-        if num_rows <= tiles.run_rows and not len(prefill):
+        if num_rows <= tiles.run_rows and len(plan.kv_lens) and not len(prefill):
             share = make_runs(plan, size, tiles.decode_n, self._runs)
             runs, items, pages = share.runs, share.items, share.pages
         else:
@@ -225,7 +201,7 @@ class TritonAttention:
         fused.norm_rotate_store."""
         step = self._begun()
         pages = self.pool.pages[:, :, layer]
-        if step.in_runs:
+        if step.in_runs and (launch.options()["OVERLAP"] if self.tiles.run_new is None else self.tiles.run_new):
             out = torch.empty(qkv.shape[-2], self.num_heads * self.pool.head_dim, dtype=cos.dtype, device=qkv.device)
             self._run(step, pages, qkv, out, (norm, eps, cos, sin))
             return out

@@ -14,17 +14,18 @@ from test_model_attention import make_plan, naive
 from torch import Tensor
 
 from diptych.errors import ConfigError
+from diptych.model.attention_tiles import AttentionTiles
 from diptych.model.kernels import fused
 from diptych.model.kernels.schedule import Cuts, blocks_of, decode_rows, make_items, make_runs, prefill_tiles
 from diptych.model.pool import KVPool
-from diptych.model.triton_attention import AttentionTiles, TritonAttention
+from diptych.model.triton_attention import TritonAttention
 from diptych.types import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SMALL = AttentionTiles(split=64, run_rows=0, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
-RUNS = AttentionTiles(run_rows=9, run_programs=9, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
+RUNS = AttentionTiles(run_programs=9, run_new=True, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
 ALIKE = AttentionTiles(split=64, run_rows=0, decode_m=32, decode_n=32, prefill_m=32, prefill_n=32, prefill_warps=4)
 
 

@@ -10,13 +10,14 @@ from model_checkpoints import llama, qwen3, write
 from model_driver import Driver, Sequence, prompt_of
 
 from diptych.config import ServerConfig
+from diptych.model.attention_tiles import AttentionTiles
 from diptych.model.decoder import Decoder
 from diptych.model.fused_decoder import FusedDecoder
 from diptych.model.runner import Runner
-from diptych.model.triton_attention import AttentionTiles, TritonAttention
+from diptych.model.triton_attention import TritonAttention
 from diptych.types import LogprobSpec
 
-TILES = AttentionTiles(decode_n=32, run_programs=6, prefill_m=64, prefill_n=64, prefill_warps=4)
+TILES = AttentionTiles(decode_n=32, run_programs=6, run_new=True, prefill_m=64, prefill_n=64, prefill_warps=4)
 
 
 GPU = torch.cuda.is_available()

@@ -12,8 +12,8 @@ import torch
 from test_kernels_attention import ERROR, Sequences
 from test_model_attention import naive
 
+from diptych.model.attention_tiles import AttentionTiles
 from diptych.model.kernels import gated
-from diptych.model.triton_attention import AttentionTiles
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 

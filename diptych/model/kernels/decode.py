@@ -72,8 +72,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
 ):
     """The programs take the (item, kv head) pairs in turns, to and fro, longest first: their sums of keys are nearly
-    alike. How many pairs there are is read on the device: one captured launch serves any lengths. The program that is the last to arrive at a (sequence, kv head) combines its
-    items, in their order whoever that is: see store_part."""
+    alike. How many pairs there are is read on the device: one captured launch serves any lengths. The program that is
+    the last to arrive at a (sequence, kv head) combines its items, in their order whoever that is: see store_part."""
     program = tl.program_id(0)
     works, table_stride = tl.load(sizes) * KV_HEADS, tl.load(sizes + 1)
     row, token, position, first, stop, split, count, page = _item(items, tl.minimum(program, works - 1), KV_HEADS)

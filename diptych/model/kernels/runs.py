@@ -2,8 +2,8 @@
 without a pause where a sequence ends and the next begins. See attention.py and schedule.make_runs.
 
 With NEW it begins at the product of q, k and v: norms, rotary and the write of the new token's keys and values are done
-by the programs themselves, while their first blocks are on the way. That is one launch less. With many rows it costs
-more than the launch: a program that begins a sequence keeps its blocks waiting.
+by the programs themselves. That costs more than the launch it saves, because a program that begins a sequence keeps its
+blocks waiting; but where launches overlap, blocks are asked for before the product has ended, which is worth more.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ class Cuts:
 
 
 def make_items(plan: Plan, page_size: int, cuts: Cuts) -> I32:
-    """The splits of decode, the sequences with the most keys first: `[items, 8]` of (row of the page table, token of the step, its position, first key, the key
-    after the last, which of the sequence's splits, how many they are, the first key's page)."""
+    """The splits of decode, the sequences with the most keys first: `[items, 8]` of (row of the page table, token of
+    the step, its position, first key, the key after the last, which of the sequence's splits, how many they are, the
+    first key's page)."""
     rows = decode_rows(plan)
     rows = rows[np.argsort(-plan.kv_lens[rows], kind="stable")]
     lengths = plan.kv_lens[rows].astype(np.int64)
@@ -84,7 +85,7 @@ class Runs:
 
 
 def make_runs(plan: Plan, page_size: int, block: int, count: int) -> Runs:
-    """Up to `count` runs, which differ by a block at most; the rest have none."""
+    """Up to `count` runs, which differ by a block at most; the rest have none. There is a row of decode."""
     rows = decode_rows(plan)
     lengths = plan.kv_lens[rows].astype(np.int64)
     blocks = blocks_of(lengths, page_size, block)
@@ -104,32 +105,29 @@ def make_runs(plan: Plan, page_size: int, block: int, count: int) -> Runs:
     items[:, 6] = plan.slots[items[:, 0]]
     counts = blocks * block // page_size
     table = plan.pages[rows]
-    table = np.pad(table, ((0, 0), (0, max(0, int(counts.max(initial=0)) - table.shape[1]))))
+    if (missing := int(counts.max(initial=0)) - table.shape[1]) > 0:
+        table = np.pad(table, ((0, 0), (0, missing)))
     pages = table[np.arange(table.shape[1]) < counts[:, None]]
     runs = np.zeros((count, RUN_FIELDS), np.int32)
-    if used:
-        of_run = np.searchsorted(starts, bounds)
-        runs[:used, 0], runs[:used, 1] = of_run[:-1], bounds[:-1] * block
-        runs[:used, 2], runs[:used, 3] = np.diff(bounds), np.diff(of_run)
-        ahead = (runs[:used, 1:2] + np.arange(3) * block) // page_size
-        runs[:used, 4:7] = pages[np.minimum(ahead, len(pages) - 1)]
-        runs[:used, 8:] = items[of_run[:-1]]
+    of_run = np.searchsorted(starts, bounds)
+    runs[:used, 0], runs[:used, 1] = of_run[:-1], bounds[:-1] * block
+    runs[:used, 2], runs[:used, 3] = np.diff(bounds), np.diff(of_run)
+    ahead = (runs[:used, 1:2] + np.arange(3) * block) // page_size
+    runs[:used, 4:7] = pages[np.minimum(ahead, len(pages) - 1)]
+    runs[:used, 8:] = items[of_run[:-1]]
     return Runs(runs, items, pages)
 
 
 def _cut(firsts: I64, total: int, count: int) -> tuple[I64, I64]:
     """Where items and runs begin; the runs' last number is the line's end. A few runs less than there could be are
     better where fewer items come of them: an item costs about as much as a block."""
-    most = min(count, -(-total // LEAST_BLOCKS))
-    best: tuple[float, I64, I64] | None = None
-    for used in range(most, most - most // 8 - 1, -1):
-        bounds = np.arange(used + 1) * total // max(used, 1)
-        starts = np.union1d(firsts, bounds[:-1])
-        cost = -(-total // max(used, 1)) + len(starts) / max(used, 1)
-        if best is None or cost < best[0]:
-            best = cost, starts, bounds
-    assert best is not None
-    return best[1:]
+    most = max(1, min(count, -(-total // LEAST_BLOCKS)))
+    used = np.arange(most, most - most // 8 - 1, -1)
+    nearest = -(-firsts * used[:, None] // total)  # the run that may begin with the sequence
+    met = (nearest * total // used[:, None] == firsts).sum(1)
+    best = used[np.argmin(-(-total // used) + (len(firsts) + used - met) / used)]
+    bounds = np.arange(best + 1) * total // best
+    return np.unique(np.concatenate((firsts, bounds[:-1]))), bounds
 
 
 def blocks_of(lengths: I64, page_size: int, block: int) -> I64:
