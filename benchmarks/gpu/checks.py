@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.layers import WAYS, Layers, launched
 from benchmarks.gpu.shapes import QWEN3_32B, QWEN3_600M, TINY, Shape, num_pages, plan_of
 from benchmarks.gpu.timing import Bench
-from diptych.model.attention_tiles import PLAIN_TILES
+from diptych.model.attention_tiles import PLAIN_TILES, AttentionTiles
 from diptych.model.kernels import fused
 from diptych.model.kernels.matmul import MAX_ROWS, product
 from diptych.model.pool import KVPool
@@ -185,7 +185,7 @@ def _combines(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
 def _overlap(bench: Bench, generator: torch.Generator, shape: Shape) -> bool:
     """Some layers, each kernel reading what the one before writes, with and without overlapping launches."""
     pool, plan = _decoding(bench, generator, shape, 4, 500), plan_of([(499, 1)] * 4, 64)
-    attention = TritonAttention(pool, shape.heads, shape.dim**-0.5)
+    attention = TritonAttention(pool, shape.heads, shape.dim**-0.5, tiles=AttentionTiles(run_new=True))
     attention.begin(plan)
     layers, results = Layers(bench, shape, 2), []
     for way in (*WAYS, "all overlap"):
