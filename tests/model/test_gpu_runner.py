@@ -57,12 +57,23 @@ def logprobs_of(seqs: list[Sequence]) -> torch.Tensor:
     return torch.tensor([item.logprob for seq in seqs for item in seq.output_logprobs])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_graphs_give_what_launches_one_by_one_give(folder: Path, dtype: str) -> None:
+def test_graphs_give_what_launches_one_by_one_give(folder: Path) -> None:
     with_graphs, without = sequences(), sequences()
-    tokens = generate(runner_of(folder, dtype=dtype), with_graphs)
-    assert tokens == generate(runner_of(folder, dtype=dtype, disable_cuda_graph=True, cuda_graph_max_bs=0), without)
+    tokens = generate(runner_of(folder, dtype="float32"), with_graphs)
+    assert tokens == generate(runner_of(folder, dtype="float32", disable_cuda_graph=True, cuda_graph_max_bs=0), without)
     torch.testing.assert_close(logprobs_of(with_graphs), logprobs_of(without), rtol=0, atol=1e-5)
+
+
+def test_in_bfloat16_graphs_part_from_launches_one_by_one_only_where_two_tokens_are_as_likely(folder: Path) -> None:
+    """Kernels that overlap in a graph are others, and round at other places."""
+    with_graphs, without = sequences(), sequences()
+    generate(runner_of(folder, dtype="bfloat16"), with_graphs)
+    generate(runner_of(folder, dtype="bfloat16", disable_cuda_graph=True, cuda_graph_max_bs=0), without)
+    for one, other in zip(with_graphs, without, strict=True):
+        pairs = list(zip(one.output_logprobs, other.output_logprobs, strict=True))
+        apart = next((i for i, (a, b) in enumerate(zip(one.outputs, other.outputs, strict=True)) if a != b), len(pairs))
+        for a, b in pairs[: apart + 1]:
+            assert abs(a.logprob - b.logprob) < 0.05
 
 
 def test_the_kernels_say_what_torch_says(folder: Path) -> None:

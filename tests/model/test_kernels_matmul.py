@@ -104,7 +104,8 @@ def test_add_and_the_halves_of_a_norm(hidden: int, k: int, splits: int, dtype: t
         alone = before[at].clone()
         part = product_add(alone, inputs[at], weight, norm, eps, arrivals, tiles)
         assert torch.equal(alone, x[at])
-        assert torch.equal(product(part, reader, tiles), found[at])
+        company = 0.0 if DEVICE == "cpu" else ERROR[dtype]  # a GPU adds a tile's squares in an order of its size
+        torch.testing.assert_close(product(part, reader, tiles), found[at], rtol=0, atol=company)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
