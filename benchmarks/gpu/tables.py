@@ -135,7 +135,13 @@ def serve_name(model: str, topology: str) -> str:
 
 
 def _served(results: Results) -> list[tuple[str, str, Result]]:
-    return [(model, topology, results.get(serve_name(model, topology), {})) for model, topology in SERVED]
+    """By topology, what runs with the labels `latency` and `goodput` and one without found."""
+    served = []
+    for model, topology in SERVED:
+        name = serve_name(model, topology)
+        parts = [results.get(each, {}) for each in (name, f"{name}-latency", f"{name}-goodput")]
+        served.append((model, topology, {key: value for part in parts for key, value in part.items()}))
+    return served
 
 
 def gpus(topology: str) -> int:
