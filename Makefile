@@ -11,7 +11,7 @@ help:
 	@echo "make demo          two prefill servers, one decode server and a router answer a request; serves until Ctrl-C"
 	@echo "make demo ONCE=1   the same, and ends after the reply; exit status 0 only if the reply is right"
 	@echo "                   PORT=N: on another port than 8000"
-	@echo "make test          the test suite (about 15 minutes on 2 cores)"
+	@echo "make test          the test suite (about 20 minutes on 2 cores)"
 	@echo "make check         formatting, types, import contracts"
 	@echo "make test-cluster  the operator's contract on the cluster that KUBECONFIG names (an operator runs there from here;"
 	@echo "                   first: diptych crds | kubectl apply --server-side -f -)"
