@@ -26,6 +26,14 @@ class AttentionTiles:
     prefill_stages: int = 3
 
 
+def takes_runs(tiles: AttentionTiles, page_size: int, head_dim: int, itemsize: int, shared_bytes: int) -> bool:
+    """Whether pages and blocks of keys are multiples of one another, and what the stages of a run hold, keys and
+    values of a block each but for one, fits into the `shared_bytes` that a program may have (compiled: Triton 3.7)."""
+    large, small = max(page_size, tiles.decode_n), min(page_size, tiles.decode_n)
+    stages = (tiles.run_stages - 1) * 2 * tiles.decode_n * head_dim * itemsize
+    return large % small == 0 and stages + 64 * head_dim <= shared_bytes
+
+
 # Decode and prefill alike, and splits of one size.
 FIXED_TILES = AttentionTiles(split=256, max_splits=1 << 30, decode_m=64, decode_stages=3, run_rows=0, flash=False)
 PLAIN_TILES = AttentionTiles(run_rows=0)  # for layers with windows or softcaps, which runs do not have

@@ -21,6 +21,7 @@ from diptych.model.triton_attention import TritonAttention
 from diptych.types import Plan
 
 FEW_ROWS, SOME_ROWS, SMALL_LAYER = 2, 32, 64 << 20  # bytes
+ALONE = (1, 16)  # rows of steps that also run without overlap: the last layer of a prompt does, and would compile then
 WARM_UPS = 2  # runs before a capture: compile the kernels, let libraries take their workspaces
 
 
@@ -49,20 +50,27 @@ class DecodeGraphs:
     def capture(self, progress: Callable[[str], None]) -> None:
         """Capture all sizes, the largest first: smaller ones then fit into its memory. The ranks do so together."""
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        for size in reversed(self.sizes):
-            launch.set_overlap(*self._overlap(size))
-            self._attention.begin_graph(_nobody(size), size)
-            torch.cuda.synchronize()
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    self._step(size)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                logits, greedy = self._step(size)
-            self._captured[size] = Captured(graph, logits, greedy)
-            progress(f"graphs: decode steps of {size} rows")
-        launch.set_overlap(False)
+        try:
+            for size in reversed(self.sizes):
+                launch.set_overlap(*self._overlap(size))
+                self._warm_up(size, stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    logits, greedy = self._step(size)
+                self._captured[size] = Captured(graph, logits, greedy)
+                progress(f"graphs: decode steps of {size} rows")
+        finally:
+            launch.set_overlap(False)
+        for size in {min(rows, self.sizes[-1]) for rows in ALONE}:
+            self._warm_up(size, stream)
+
+    def _warm_up(self, size: int, stream: torch.cuda.Stream) -> None:
+        self._attention.begin_graph(_nobody(size), size)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._step(size)
+        torch.cuda.synchronize()
 
     def _overlap(self, size: int) -> tuple[bool, bool]:
         """Whether kernels start while those before them end, and whether products do. Measured: it pays where kernels

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from diptych.errors import ConfigError
-from diptych.model.attention_tiles import FIXED_TILES, AttentionTiles
+from diptych.model.attention_tiles import FIXED_TILES, AttentionTiles, takes_runs
 from diptych.model.kernels import fused, launch
 from diptych.model.kernels.decode import decode_kernel
 from diptych.model.kernels.flash import ROWS, Flash
@@ -77,6 +77,9 @@ class TritonAttention:
         self.padded_group = triton.next_power_of_2(self.group)
         self._check()
         self._device = pool.pages.device
+        itemsize = pool.pages.element_size()
+        if not takes_runs(self.tiles, pool.page_size, pool.head_dim, itemsize, _shared_bytes(self._device)):
+            self.tiles = replace(self.tiles, run_rows=0)
         self._flash: Flash | None = None
         if self.tiles.flash and Flash.takes(pool):
             self._flash = Flash(pool, num_heads, self.padded_group, self.scale)
@@ -356,6 +359,13 @@ def _padded(values: np.ndarray, size: int, padding: int) -> I32:
     padded = np.full(size, padding, np.int32)
     padded[: len(values)] = values
     return padded
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Of shared memory, for one program."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
 def _processors(device: torch.device) -> int:

@@ -70,7 +70,7 @@ class Core:
                 self._metrics.fallbacks += attempt.alone and self._config.disaggregated
                 self._metrics.served(request.route, arrived_at, attempt.first_at, self._loop.time())
                 return
-            died = next((blame.leg.server for blame in failure.blames if blame.died), None)
+            died = next((b.leg.server for b in failure.blames if b.died and not b.leg.server.draining), None)
             if died is not None:  # of a pair that went at once, as with their machine, one counts
                 deaths.add((died, died.num_lives))
             self._note(attempt, failure, avoid)

@@ -280,7 +280,7 @@ class ClientConnection(asyncio.Protocol):
         self._since = self._loop.time()
         if self._transport is None or self._transport.is_closing():
             return
-        if not answer.keep_alive:
+        if not answer.keep_alive or (self._server.draining and not self._waiting):  # it may have begun before
             self._transport.close()
             return
         if len(self._waiting) >= MAX_PIPELINED:

@@ -3,14 +3,17 @@ from memory to memory, over whatever UCX finds between them (RDMA, NVLink, TCP).
 
 Only messages travel over the link, a TCP connection. Each rank has one agent, with which its whole pool is registered
 at the start. The agent has no progress thread, which would spin: who reads drives its own, and who is read from drives
-its own while pages are out, as UCX needs where the hardware cannot read by itself (over TCP, say).
+its own while pages are out and for a minute after, as UCX needs where the hardware cannot read by itself (over TCP,
+say): a read that was given up here may still go on there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from diptych.kv.extents import Extent
     from diptych.kv.store import Memory, PageStore
 
-_POLL_S = 0.0001
+_POLL_S, _LATE_POLL_S = 0.0001, 0.005
+_LATE_S = 60.0  # for which an agent is driven after the last frame
 
 
 class NixlTransport(TcpTransport):
@@ -68,7 +72,8 @@ class NixlLending:
     def __init__(self, agent: Any, memory: Memory) -> None:
         self.agent, self.memory = agent, memory
         self.turn = threading.Lock()
-        self._readers = 0
+        self._readers, self._driving, self._until_s = 0, False, 0.0
+        self._borrowed: Counter[Any] = Counter()  # pools that are known here, by agent
         with _nixl_errors("register this pool"):
             place = (memory.address, memory.num_bytes, memory.gpu or 0, "")
             self._registered = agent.register_memory([place], _kind(memory.gpu))  # held for the life of the process
@@ -85,27 +90,41 @@ class NixlLending:
         if num_bytes > lent.num_bytes:
             raise TransferError("the other side's memory is smaller than its pool")
         with self.turn, _nixl_errors("reach the other side's pool"):
-            return NixlPool(self, lent, self.agent.add_remote_agent(lent.metadata))
+            name = self.agent.add_remote_agent(lent.metadata)
+            self._borrowed[name] += 1
+            return NixlPool(self, lent, name)
+
+    def give_back(self, name: Any) -> None:
+        """One pool of that agent is not read any more; two links may have borrowed it. `turn` is held."""
+        self._borrowed[name] -= 1
+        if not self._borrowed[name]:
+            del self._borrowed[name]
+            self.agent.remove_remote_agent(name)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
         with self.turn:
             self._readers += 1
-            if self._readers == 1:
+            if not self._driving:
+                self._driving = True
                 threading.Thread(target=self._drive, name="nixl-progress", daemon=True).start()
         try:
             yield
         finally:
             with self.turn:
                 self._readers -= 1
+                self._until_s = time.monotonic() + _LATE_S
 
     def _drive(self) -> None:
         while True:
             with self.turn:
-                if not self._readers:
+                busy = self._readers > 0
+                if not busy and time.monotonic() > self._until_s:
+                    self._driving = False
                     return
-                self.agent.get_new_notifs()
-            time.sleep(_POLL_S)
+                with contextlib.suppress(Exception):  # of one peer that is gone; the others go on reading
+                    self.agent.get_new_notifs()
+            time.sleep(_POLL_S if busy else _LATE_POLL_S)
 
 
 class NixlPool:
@@ -153,7 +172,7 @@ class NixlPool:
                 return
             self._closed = True
             with self._ours.turn, _nixl_errors("forget the other side's pool"):
-                self._ours.agent.remove_remote_agent(self._name)
+                self._ours.give_back(self._name)
 
 
 def _kind(gpu: int | None) -> str:

@@ -14,9 +14,10 @@ from test_model_attention import make_plan, naive
 from torch import Tensor
 
 from diptych.errors import ConfigError
-from diptych.model.attention_tiles import AttentionTiles
+from diptych.model.attention_tiles import AttentionTiles, takes_runs
 from diptych.model.kernels import fused
 from diptych.model.kernels.schedule import Cuts, blocks_of, decode_rows, make_items, make_runs, prefill_tiles
+from diptych.model.paged_attention import PagedAttention
 from diptych.model.pool import KVPool
 from diptych.model.triton_attention import TritonAttention
 from diptych.types import Plan
@@ -226,6 +227,42 @@ def test_shapes_that_the_kernels_do_not_take() -> None:
     for heads, dim, message in ((2, 24, "head_dim"), (2, 8, "head_dim"), (128, 16, "query heads")):
         with pytest.raises(ConfigError, match=f"{message}.*choose --attention-backend torch"):
             TritonAttention(KVPool(1, 16, 1, 1, dim, torch.float32, DEVICE), heads, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "dim", "itemsize", "shared", "taken"),
+    [
+        (64, 128, 2, 232448, True),  # an H100
+        (16, 128, 2, 232448, True),
+        (24, 128, 2, 232448, False),  # blocks of 64 keys would begin within pages
+        (96, 128, 2, 232448, False),
+        (64, 128, 2, 101376, False),  # compiled for an L4: 106,496
+        (64, 128, 1, 101376, True),
+        (64, 256, 2, 166912, False),  # an A100; 212,992
+        (64, 256, 2, 232448, True),
+        (64, 128, 4, 232448, True),  # 204,800
+    ],
+)
+def test_runs_where_pages_and_memory_allow(page_size: int, dim: int, itemsize: int, shared: int, taken: bool) -> None:
+    assert takes_runs(AttentionTiles(), page_size, dim, itemsize, shared) == taken
+
+
+@pytest.mark.parametrize("page_size", [24, 48, 96])
+def test_pages_of_any_size(page_size: int) -> None:
+    """A decode step beside plain torch, of sequences that end within pages and blocks."""
+    rnd, lengths, draw = random.Random(page_size), [65, 1, 130, 97], torch.Generator().manual_seed(1)
+    rows = [(length - 1, 1, rnd.sample(range(40), -(-length // page_size))) for length in lengths]
+    plan, pages = make_plan(rows, page_size), None
+    q, k, v = (torch.randn(len(rows), heads, 16, generator=draw).to(DEVICE) for heads in (4, 1, 1))
+    found = []
+    for kind in (TritonAttention, PagedAttention):
+        pool = KVPool(40, page_size, 1, 2, 16, torch.float32, DEVICE)
+        pages = torch.randn(pool.pages.shape, generator=draw).to(DEVICE) if pages is None else pages
+        pool.pages.copy_(pages)
+        backend = kind(pool, 4, 0.25)
+        backend.begin(plan)
+        found.append(backend.attend(0, q, k, v).reshape(len(rows), -1))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
 
 def random_plan(seed: int) -> Plan:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -111,6 +112,41 @@ def test_a_lender_that_dies_fails_the_copy(lender):
     with pytest.raises(TransferError, match="could not read"):
         pool.copy(whole)
     pool.close()
+
+
+def test_a_pool_that_two_links_borrowed_stays_until_both_have_closed_it(lender):
+    theirs, store = other_pool(), ArrayStore(64, 2, 1 << 20, num_layers=4)
+    lending, handle = NixlTransport().lending(store), bytes.fromhex(lender.stdout.readline().decode())
+    first, second = (lending.borrow(handle, theirs.data.nbytes) for _ in range(2))
+    first.close()
+    second.copy([Extent(0, 0, 1 << 20)])
+    assert (store.data.reshape(-1)[: 1 << 20] == theirs.data.reshape(-1)[: 1 << 20]).all()
+    second.close()
+
+
+def drivers():
+    return {thread for thread in threading.enumerate() if thread.name == "nixl-progress"}
+
+
+def test_an_agent_is_driven_by_one_thread_also_after_a_frame_and_an_error():
+    lending = NixlTransport().lending(ArrayStore(4, 1, 64))
+    driven, calls = threading.Event(), []
+
+    class Failing:
+        def get_new_notifs(self):
+            calls.append(1)
+            if len(calls) > 3:
+                driven.set()
+            raise RuntimeError("a peer is gone")
+
+    lending.agent, before = Failing(), drivers()
+    for _ in range(20):
+        with lending.serving():
+            pass
+    assert driven.wait(30)  # though nothing is out
+    assert len(drivers() - before) == 1
+    with lending.turn:
+        lending._until_s = 0.0
 
 
 def test_what_cannot_be_reached_is_said():
