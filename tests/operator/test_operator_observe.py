@@ -146,3 +146,10 @@ def test_a_pod_is_unproven_until_it_was_ready(conditions: dict[str, tuple[str, i
         for name, (status, second) in conditions.items()
     ]
     assert [state.unproven for state in seen("StatefulSet", each).pods] == [unproven]
+
+
+@pytest.mark.parametrize(("containers", "unproven"), [([], True), ([{"name": "c", "restartCount": 0}], False)])
+def test_a_pod_that_its_kubelet_turned_away_was_never_ready(containers: list[Json], unproven: bool) -> None:
+    each = pod("g-a-0")
+    each["status"] = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "containerStatuses": containers}
+    assert [state.unproven for state in seen("StatefulSet", each).pods] == [unproven]

@@ -131,7 +131,7 @@ def _pod(pod: Json) -> PodState:
         ready=ready.get("status") == "True",
         ready_since=unix_time(ready.get("lastTransitionTime")),
         restarts=_restarts(status),
-        unproven=_is_unproven(conditions, metadata),
+        unproven=_is_unproven(status, conditions, metadata),
         cut_off=ready.get("status") == "False" and _could_be_ready(pod, conditions),
     )
 
@@ -142,10 +142,13 @@ def _could_be_ready(pod: Json, conditions: Mapping[str, Json]) -> bool:
     return all(conditions.get(each, {}).get("status") == "True" for each in ("ContainersReady", *gates))
 
 
-def _is_unproven(conditions: Mapping[str, Json], metadata: Json) -> bool:
-    """Whether the pod has not been ready yet: its kubelet first writes Ready, False, when the pod begins."""
+def _is_unproven(status: Json, conditions: Mapping[str, Json], metadata: Json) -> bool:
+    """Whether the pod has not been ready yet: its kubelet first writes Ready, False, when the pod begins; one that it
+    turns away (no room, no GPU yet) it writes Failed, without a container."""
     ready, began = conditions.get("Ready"), conditions.get("Initialized", {}).get("lastTransitionTime")
-    if ready is None or ready.get("status") == "True":
+    if ready is None:
+        return status.get("phase") == "Failed" and not status.get("containerStatuses")
+    if ready.get("status") == "True":
         return False
     return unix_time(ready.get("lastTransitionTime")) <= unix_time(began or metadata.get("creationTimestamp"))
 
