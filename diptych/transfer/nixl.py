@@ -107,7 +107,7 @@ class NixlLending:
             self._readers += 1
             if not self._driving:
                 self._driving = True
-                threading.Thread(target=self._drive, name="nixl-progress", daemon=True).start()
+                threading.Thread(target=self._drive, name="nixl-progress").start()
         try:
             yield
         finally:
@@ -116,7 +116,8 @@ class NixlLending:
                 self._until_s = time.monotonic() + _LATE_S
 
     def _drive(self) -> None:
-        while True:
+        """Until nobody can be reading any more, or the process ends: no thread may be within NIXL then."""
+        while threading.main_thread().is_alive():
             with self.turn:
                 busy = self._readers > 0
                 if not busy and time.monotonic() > self._until_s:
