@@ -9,7 +9,7 @@ say): a read that was given up here may still go on there.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import threading
 import time
@@ -27,6 +27,8 @@ from diptych.transfer.tcp import TcpTransport
 if TYPE_CHECKING:
     from diptych.kv.extents import Extent
     from diptych.kv.store import Memory, PageStore
+
+log = logging.getLogger(__name__)
 
 _POLL_S, _LATE_POLL_S = 0.0001, 0.005
 _LATE_S = 60.0  # for which an agent is driven after the last frame
@@ -123,8 +125,10 @@ class NixlLending:
                 if not busy and time.monotonic() > self._until_s:
                     self._driving = False
                     return
-                with contextlib.suppress(Exception):  # of one peer that is gone; the others go on reading
+                try:
                     self.agent.get_new_notifs()
+                except Exception as error:  # of one peer that is gone; the others go on reading
+                    log.debug("NIXL: %s", error)
             time.sleep(_POLL_S if busy else _LATE_POLL_S)
 
 
