@@ -20,6 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from diptych.errors import ConfigError, Unavailable
 
+BACKLOG = 1024  # connections that wait to be accepted; asyncio and aiohttp set 100 and 128 unless they are told
 _WILDCARDS = ("", "0.0.0.0", "::", "*")
 _cached: tuple[tuple[str, int, int], dict[str, str]] | None = None
 
@@ -65,10 +66,10 @@ def bind_socket(host: str, port: int) -> socket.socket:
     return sock
 
 
-def listen_socket(host: str, port: int, *, backlog: int = 1024) -> socket.socket:
+def listen_socket(host: str, port: int) -> socket.socket:
     """A listening TCP socket, non-blocking. Port 0 lets the kernel choose. Raises ConfigError with the address."""
     sock = bind_socket(host, port)
-    sock.listen(backlog)
+    sock.listen(BACKLOG)
     return sock
 
 

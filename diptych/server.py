@@ -68,7 +68,6 @@ async def _serve(config: ServerConfig) -> int:
             return 0
         config = engine.config
         app = build_app(config, start.result(), tokenizer)
-        sock.listen(1024)
         runner = await start_site(app, sock)
         stack.push_async_callback(runner.cleanup)
         died = asyncio.Event()
@@ -103,7 +102,7 @@ async def _start_bootstrap(config: ServerConfig, key: str, stack: AsyncExitStack
     runner = web.AppRunner(bootstrap_app(key), access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.SockSite(runner, sock).start()
+    await web.SockSite(runner, sock, backlog=net.BACKLOG).start()
     log.info("bootstrap service on %s:%d", host, port)
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -14,8 +15,8 @@ from diptych.engine.launch import EngineProcesses
 from diptych.errors import ConfigError
 from diptych.net import is_exposed
 from diptych.router.config import parse_router_args
-from diptych.server import exposure
-from diptych.testing.processes import ServerProcess
+from diptych.server import _start_bootstrap, exposure
+from diptych.testing.processes import ServerProcess, assert_backlog
 
 WORDS = "anybody who reaches this"
 ROUTE = ("route", "--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2", "--port", "0")
@@ -46,6 +47,14 @@ def test_a_server_that_anybody_can_use_says_so(mode: str, monkeypatch: pytest.Mo
     assert (told() == "") == (mode != "null")  # a server of both phases has no use for the secret
     monkeypatch.setenv("DIPTYCH_API_KEY", "k")
     assert told() == ""
+
+
+async def test_a_burst_of_decode_servers_finds_room_at_the_bootstrap_service() -> None:
+    config = ServerConfig(model_path="m", disaggregation_mode="prefill", disaggregation_bootstrap_port=0)
+    async with AsyncExitStack() as stack:
+        place = await _start_bootstrap(config, "k", stack)
+        assert place is not None
+        assert_backlog(place[1])
 
 
 def _wait_for(server: ServerProcess, word: str) -> None:

@@ -16,6 +16,7 @@ from aiohttp.http_exceptions import LineTooLong
 from diptych.api.limits import MAX_HEADER_BYTES, WRITE_TIMEOUT_S
 from diptych.api.wire import error_response
 from diptych.errors import BadRequest, DiptychError
+from diptych.net import BACKLOG
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ SERVER_NAME = "diptych"  # not which library, in which version
 
 
 async def start_site(app: web.Application, sock: socket.socket) -> web.AppRunner:
-    """Serve `app` on a listening socket. The caller ends it with `await runner.cleanup()`.
+    """Serve `app` on a bound socket, which listens from then on. The caller ends it with `await runner.cleanup()`.
 
     A client that goes away cancels its handler, which aborts its requests in the engine.
     """
@@ -49,7 +50,8 @@ class _Site(web.BaseSite):
 
     async def start(self) -> None:
         await super().start()
-        self._server = await asyncio.get_running_loop().create_server(self._connect, sock=self._sock)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._connect, sock=self._sock, backlog=BACKLOG)
 
     def _connect(self) -> Connection:
         assert self._manager is not None

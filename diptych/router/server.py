@@ -16,6 +16,7 @@ from typing import cast
 import httptools
 
 from diptych.errors import BadRequest, DiptychError, MethodNotAllowed, PayloadTooLarge
+from diptych.net import BACKLOG
 from diptych.router.answer import HttpAnswer
 from diptych.router.exchange import Client, ClientRequest, Headers
 from diptych.router.replies import send_error
@@ -60,7 +61,7 @@ class HttpServer:
 
     async def start(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: ClientConnection(self, loop), sock=sock)
+        self._server = await loop.create_server(lambda: ClientConnection(self, loop), sock=sock, backlog=BACKLOG)
         self._sweep(loop)
 
     async def close(self) -> None:

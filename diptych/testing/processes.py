@@ -6,13 +6,14 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -123,3 +124,11 @@ def metrics(text: str) -> dict[str, float]:
             name = name.split("{")[0]
             values[name] = values.get(name, 0.0) + float(value)
     return values
+
+
+def assert_backlog(port: int) -> None:
+    """300 connections find room at a server whose loop is the caller's, so that it accepts none meanwhile."""
+    count = min(300, int(Path("/proc/sys/net/core/somaxconn").read_text()))  # the kernel's own limit
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))

@@ -20,6 +20,7 @@ from diptych.api.site import ended_if_unread, start_site
 from diptych.api.wire import HUNG_UP
 from diptych.errors import BadRequest, Overloaded, Unavailable
 from diptych.net import listen_socket
+from diptych.testing.processes import assert_backlog
 from diptych.testing.virtual import run_virtual
 from diptych.text.tokenizer import Tokenizer
 from diptych.types import Finish, Output, Request
@@ -360,6 +361,11 @@ async def test_a_client_that_does_not_read(serve: Serve, monkeypatch: pytest.Mon
             while await reader.read(1 << 16):
                 pass
     writer.close()
+
+
+async def test_a_burst_of_clients_finds_room(serve: Serve) -> None:
+    server = await serve()
+    assert_backlog(int(server.url.rpartition(":")[2]))
 
 
 @pytest.mark.parametrize("reads", [True, False])

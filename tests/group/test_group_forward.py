@@ -10,6 +10,7 @@ import pytest
 
 from diptych.errors import ConfigError
 from diptych.group.local.forward import Forwarder
+from diptych.testing.processes import assert_backlog
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 LOCALHOST = "127.0.0.1"
@@ -59,6 +60,11 @@ def says(text: bytes) -> Serve:
         await writer.drain()
 
     return serve
+
+
+async def test_a_burst_of_clients_finds_room() -> None:
+    async with forwarder() as forward:
+        assert_backlog(forward.port)
 
 
 async def test_half_close_travels_both_ways() -> None:

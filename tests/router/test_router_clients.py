@@ -12,6 +12,8 @@ from aiohttp import web
 from mock_server import TOKENS, hang
 from router_cluster import until
 
+from diptych.testing.processes import assert_backlog
+
 BODY = {"text": "a"}
 PART = b"data: " + b"x" * 65_000 + b"\n\n"
 
@@ -44,6 +46,12 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
     return int(head.split()[1]), await reader.readexactly(length)
+
+
+async def test_a_burst_of_clients_finds_room(cluster):
+    c = await cluster(1, 1, prometheus_port=0)
+    for port in (c.router.port, c.router.metrics_port):
+        assert_backlog(port)
 
 
 @pytest.mark.parametrize("when", ["before the answer", "in the stream"])

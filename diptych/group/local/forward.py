@@ -10,6 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from diptych.errors import ConfigError
+from diptych.net import BACKLOG
 
 CONNECT_TIMEOUT_S = 5.0
 CHUNK_BYTES = 256 * 1024
@@ -35,14 +36,14 @@ class Forwarder:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((self.host, self.port))
-            sock.listen(1024)
+            sock.listen(BACKLOG)
         except OSError as error:
             sock.close()
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
             raise ConfigError(f"port {self.port} of {self.host} {reason}") from None
         sock.setblocking(False)
         self.port = sock.getsockname()[1]
-        self._server = await asyncio.start_server(self._accept, sock=sock, limit=CHUNK_BYTES)
+        self._server = await asyncio.start_server(self._accept, sock=sock, limit=CHUNK_BYTES, backlog=BACKLOG)
 
     def set_targets(self, targets: Sequence[Address]) -> None:
         """Where new connections go. Those that exist stay where they are."""
