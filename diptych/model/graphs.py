@@ -21,7 +21,6 @@ from diptych.model.triton_attention import TritonAttention
 from diptych.types import Plan
 
 FEW_ROWS, SOME_ROWS, SMALL_LAYER = 2, 32, 64 << 20  # bytes
-ALONE = (1, 16)  # rows of steps that also run without overlap: the last layer of a prompt does, and would compile then
 WARM_UPS = 2  # runs before a capture: compile the kernels, let libraries take their workspaces
 
 
@@ -61,8 +60,6 @@ class DecodeGraphs:
                 progress(f"graphs: decode steps of {size} rows")
         finally:
             launch.set_overlap(False)
-        for size in {min(rows, self.sizes[-1]) for rows in ALONE}:
-            self._warm_up(size, stream)
 
     def _warm_up(self, size: int, stream: torch.cuda.Stream) -> None:
         self._attention.begin_graph(_nobody(size), size)

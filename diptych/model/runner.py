@@ -31,6 +31,7 @@ from diptych.model.parallel import Parallel
 from diptych.model.pool import KVPool
 from diptych.model.sampling import sample
 from diptych.model.staging import to_device, to_host
+from diptych.model.warm_up import warm_up_plans
 from diptych.types import LogprobSpec, ModelInfo, Plan, Row, RowResult, StepResult, TokenLogprob
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ class Runner:
             self.model, self.attention = fuse(config, self.model, self.pool)
             self.exact = is_exact(self.model, self.attention, loaded.dtype)
             context = self.info.context_len
+            if self.overlaps:
+                for plan in warm_up_plans(config.page_size, config.chunked_prefill_size, config.max_running_requests):
+                    progress(f"first steps: {len(plan.token_ids)} tokens")
+                    self.run(plan)
             self._graphs = capture(config, self.model, self.attention, self._last, context, progress)
             if self.overlaps and self.parallel.leads:
                 from diptych.model.draws import compile_draws

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from model_checkpoints import qwen3, write
 from model_driver import Driver, Sequence, prompt_of
 
@@ -55,6 +56,23 @@ def generate(runner: Runner, seqs: list[Sequence]) -> list[list[int]]:
 
 def logprobs_of(seqs: list[Sequence]) -> torch.Tensor:
     return torch.tensor([item.logprob for seq in seqs for item in seq.output_logprobs])
+
+
+def test_no_request_waits_for_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, qwen3(**{**SHAPE, "hidden_size": 384, "intermediate_size": 640}))  # shapes that no other test has
+    runner = runner_of(tmp_path, cuda_graph_max_bs=64, max_total_tokens=1 << 14)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["fn"].name) or None
+    )
+    for count in (1, 3, len(LENGTHS)):
+        generate(runner, sequences(count))
+    generate(runner, [Sequence(prompt_of(n, n)) for n in range(2, 45)])
+    driver, seqs = Driver(runner, 16), sequences()
+    driver.run([(seqs[0], len(seqs[0].prompt))])
+    for seq in seqs[1:]:  # prompts beside rows that decode
+        driver.run([(seqs[0], 1), (seq, len(seq.prompt))])
+    assert compiled == []
 
 
 def test_graphs_give_what_launches_one_by_one_give(folder: Path) -> None:
