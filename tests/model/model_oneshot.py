@@ -28,13 +28,13 @@ CALLS = 16
 WIDTH, EPS = 96, 1e-6
 
 
-def run_ranks(folder: Path, world: int) -> list[str]:
-    """What each rank printed: the calls that went wrong."""
+def run_ranks(folder: Path, world: int, script: str = __file__, num_bytes: int = 0) -> list[str]:
+    """What each rank printed: the calls that went wrong. `num_bytes` a rank has; 0: what OneShot needs."""
     for rank in range(world):
-        (folder / str(rank)).write_bytes(bytes(OneShot.num_bytes(world, LIMIT)))
+        (folder / str(rank)).write_bytes(bytes(num_bytes or OneShot.num_bytes(world, LIMIT)))
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(folder)],
+            [sys.executable, script, str(rank), str(world), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -50,6 +50,12 @@ def run_ranks(folder: Path, world: int) -> list[str]:
     for rank, (_, err) in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, err[-2000:]
     return [out for out, _ in outputs]
+
+
+def shared_memories(folder: Path, world: int) -> list[np.ndarray]:
+    """Every rank's, as bytes."""
+    files = [(folder / str(peer)).open("r+b") for peer in range(world)]
+    return [np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8) for file in files]
 
 
 def parts_of(call: int, world: int) -> tuple[list[Tensor], int]:
@@ -84,8 +90,7 @@ def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     allreduce.PROGRAMS = 4  # so few that they take turns
-    files = [(folder / str(peer)).open("r+b") for peer in range(world)]
-    memories = [np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8) for file in files]
+    memories = shared_memories(folder, world)
     one_shot = OneShot(rank, [memory.ctypes.data for memory in memories], LIMIT, "cpu")
     pauses = random.Random(rank)
     found = []

@@ -1,0 +1,132 @@
+"""Products of many rows whose inputs are split over ranks, summed and normed by shares: each rank has one of the rows.
+
+A rank computes the rows of the others first. While it computes its own, the copy engine brings those to their owners;
+the owner adds the parts in rank order in float32, rounds once, adds that to its rows of the residual and norms them.
+While it computes the next product of these rows, the copy engine brings them to the others, which then do theirs of
+them. So the exchange is hidden behind products, and a norm is done once for each row. (Overlapping decomposition of
+tensor parallelism: Wang et al., ASPLOS 2023.)
+
+What a rank has for others to write: their parts of its rows (`inbox`), and all normed rows (`normed`), one of each for
+all calls; beside each a flag a sender, which says of which call it is. Nothing is overwritten too early, as what is
+enqueued on a stream runs in order:
+
+    inbox    a sender's next parts come from a product that follows (by the model) its reading of all rows normed here;
+             those were sent after what was in the inbox had been added.
+    normed   the next normed rows come after the parts of that call, hence after its receiver has begun that call's
+             product; its products that read `normed` precede that one.
+    sources  what a rank sends lies in its memory as long: it was received when the receiver's answer to it arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from diptych.model.kernels import launch
+from diptych.model.kernels.arrivals import LINE, wait_for
+from diptych.model.kernels.fused import add_norm_kernel
+
+TILE = 128  # rows of a share are a multiple of this, so that products of shares have no more tiles than those of all
+PARTS, NORMED = 0, 1  # kinds of flags
+
+Product = Callable[[int, int, Tensor], None]  # writes the product's rows [start, stop) to a tensor
+
+
+class Copies(Protocol):
+    def send(self, source: Tensor, to: int, flag: int, number: int) -> None:
+        """See PeerCopies."""
+
+
+class Arriving:
+    """Normed rows of all ranks, `rows` `[rows, width]`, of which those of other ranks are on their way."""
+
+    def __init__(self, rows: Tensor, own: tuple[int, int], wait: Callable[[], None]) -> None:
+        self.rows, self._own, self._wait = rows, own, wait
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop) to be read one after the other; what is enqueued in between does read them."""
+        start, stop = self._own
+        yield start, stop
+        self._wait()
+        for piece in ((0, start), (stop, len(self.rows))):
+            if piece[0] < piece[1]:
+                yield piece
+
+
+class RowShares:
+    """One rank's side, for up to `most` rows of `width` numbers of `dtype`. Every rank makes the same calls.
+
+    `addresses[r]`: where rank r's zeroed memory of `num_bytes(…)` is in this process; `memory`: our own, as bytes.
+    """
+
+    def __init__(
+        self, rank: int, addresses: Sequence[int], memory: Tensor, most: int, width: int, dtype: torch.dtype,
+        copies: Copies,
+    ) -> None:  # fmt: skip
+        self.rank, self.world, self.most, self.width, self.dtype = rank, len(addresses), most, width, dtype
+        self._addresses, self._copies, self._call = addresses, copies, 0
+        share = most_of_share(self.world, most)
+        self._row_bytes = width * dtype.itemsize
+        self._slot_bytes = share * self._row_bytes
+        sizes = [self.world * self._slot_bytes] * 2 + [2 * self.world * LINE * 4]
+        inbox, normed, flags = memory[: sum(sizes)].split(sizes)
+        self._inbox = inbox.view(dtype).view(self.world, share, width)
+        self._normed = normed.view(dtype).view(-1, width)
+        self._flags = flags.view(torch.int32).view(2, self.world, LINE)
+        self._outgoing = self._inbox.new_empty(self.world - 1, share, width)
+
+    @staticmethod
+    def num_bytes(world: int, most: int, width: int, itemsize: int) -> int:
+        return 2 * world * most_of_share(world, most) * width * itemsize + 2 * world * LINE * 4
+
+    def share(self, rank: int, rows: int) -> tuple[int, int]:
+        """Rows [start, stop) of `rows` that are `rank`'s."""
+        size = most_of_share(self.world, rows)
+        return min(rank * size, rows), min((rank + 1) * size, rows)
+
+    def product_add_norm(self, x: Tensor, product: Product, weight: Tensor, eps: float) -> Arriving:
+        """x += the sum of every rank's `product`, in this rank's rows; RMSNorm(x) * weight of all rows. `x`
+        `[rows, width]` contiguous; for each row the bits of add_norm (diptych/model/kernels/fused.py) of the sum in
+        rank order. What is given is overwritten by the next call, which the ranks make after they have read all of it.
+        """
+        rows, world = len(x), self.world
+        self._call = (self._call + 1 + (1 << 31)) % (1 << 32) - (1 << 31)  # as flags wrap around
+        for step in range(1, world):
+            peer = (self.rank + step) % world
+            start, stop = self.share(peer, rows)
+            part = self._outgoing[step - 1, : stop - start]
+            product(start, stop, part)
+            inbox = self._addresses[peer] + self.rank * self._slot_bytes
+            self._copies.send(part, inbox, self._flag(peer, PARTS), self._call)
+        start, stop = self.share(self.rank, rows)
+        product(start, stop, self._inbox[self.rank, : stop - start])
+        wait_for(self._flags[PARTS], self._call, self.rank)
+        normed = self._normed[:rows]
+        mine = normed[start:stop]
+        self._add_norm(x[start:stop], weight, mine, eps)
+        at = world * self._slot_bytes + start * self._row_bytes
+        for step in range(1, world):
+            peer = (self.rank + step) % world
+            self._copies.send(mine, self._addresses[peer] + at, self._flag(peer, NORMED), self._call)
+        call = self._call
+        return Arriving(normed, (start, stop), lambda: wait_for(self._flags[NORMED], call, self.rank))
+
+    def _flag(self, peer: int, kind: int) -> int:
+        """Where we say to `peer` that something of that kind has arrived."""
+        return self._addresses[peer] + 2 * self.world * self._slot_bytes + (kind * self.world + self.rank) * LINE * 4
+
+    def _add_norm(self, x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
+        block = triton.next_power_of_2(self.width)
+        add_norm_kernel[(len(x),)](
+            x, self._inbox, weight, out, self._inbox.stride(0), eps, SPLITS=self.world, WIDTH=self.width, BLOCK=block,
+            num_warps=min(16, max(1, block // 512)), **launch.options(),
+        )  # fmt: skip
+
+
+def most_of_share(world: int, rows: int) -> int:
+    """Rows of the largest share."""
+    return -(-rows // (world * TILE)) * TILE
