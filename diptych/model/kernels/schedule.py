@@ -7,6 +7,7 @@ splits) or `make_runs` (all of them together into equal shares). The others are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,7 +21,7 @@ LEAST_BLOCKS = 2  # of a run, where there are so many
 
 def decode_rows(plan: Plan) -> I64:
     """The rows of the plan with one new token."""
-    return np.flatnonzero(np.diff(plan.q_starts) == 1)
+    return np.flatnonzero(plan.q_starts[1:] - plan.q_starts[:-1] == 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,33 +90,55 @@ def make_runs(plan: Plan, page_size: int, block: int, count: int) -> Runs:
     rows = decode_rows(plan)
     lengths = plan.kv_lens[rows].astype(np.int64)
     blocks = blocks_of(lengths, page_size, block)
-    ends = np.cumsum(blocks)
-    firsts, total = ends - blocks, int(blocks.sum())
-    starts, bounds = _cut(firsts, total, count)
-    used = len(bounds) - 1
-    of = np.searchsorted(ends, starts, "right")
-    first_items = np.searchsorted(starts, firsts)
-    items = np.zeros((len(starts), SHARE_FIELDS), np.int32)
+    shares = _shares(tuple(blocks.tolist()), count)
+    of = shares.of
+    items = shares.items.copy()
     items[:, 0] = plan.q_starts[rows[of]]
     items[:, 1] = lengths[of] - 1
-    items[:, 2] = firsts[of] * block + lengths[of] - 1
-    items[:, 3] = np.diff(starts, append=total)
-    items[:, 4] = np.arange(len(starts)) - first_items[of]
-    items[:, 5] = np.diff(first_items, append=len(starts))[of]
+    items[:, 2] = shares.firsts * block + items[:, 1]
     items[:, 6] = plan.slots[items[:, 0]]
     counts = blocks * block // page_size
     table = plan.pages[rows]
     if (missing := int(counts.max(initial=0)) - table.shape[1]) > 0:
         table = np.pad(table, ((0, 0), (0, missing)))
     pages = table[np.arange(table.shape[1]) < counts[:, None]]
-    runs = np.zeros((count, RUN_FIELDS), np.int32)
-    of_run = np.searchsorted(starts, bounds)
-    runs[:used, 0], runs[:used, 1] = of_run[:-1], bounds[:-1] * block
-    runs[:used, 2], runs[:used, 3] = np.diff(bounds), np.diff(of_run)
+    runs = shares.runs.copy()
+    used = len(shares.first_items)
+    runs[:, 1] *= block
     ahead = (runs[:used, 1:2] + np.arange(3) * block) // page_size
     runs[:used, 4:7] = pages[np.minimum(ahead, len(pages) - 1)]
-    runs[:used, 8:] = items[of_run[:-1]]
+    runs[:used, 8:] = items[shares.first_items]
     return Runs(runs, items, pages)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """What of the Runs follows from the sequences' blocks alone. Of each item: its sequence (`of`), and where in the
+    line that begins (`firsts`, in blocks). `first_items` are those of the runs that there are."""
+
+    of: I64
+    firsts: I64
+    first_items: I64
+    items: I32
+    runs: I32  # places in blocks
+
+
+@lru_cache(maxsize=64)  # a sequence's blocks change but once in so many steps as a block has keys
+def _shares(blocks: tuple[int, ...], count: int) -> _Shares:
+    ends = np.cumsum(np.array(blocks, np.int64))
+    firsts, total = ends - blocks, int(ends[-1])
+    starts, bounds = _cut(firsts, total, count)
+    of = np.searchsorted(ends, starts, "right")
+    first_items = np.searchsorted(starts, firsts)
+    items = np.zeros((len(starts), SHARE_FIELDS), np.int32)
+    items[:, 3] = np.diff(starts, append=total)
+    items[:, 4] = np.arange(len(starts)) - first_items[of]
+    items[:, 5] = np.diff(first_items, append=len(starts))[of]
+    of_run = np.searchsorted(starts, bounds)
+    runs, used = np.zeros((count, RUN_FIELDS), np.int32), len(bounds) - 1
+    runs[:used, 0], runs[:used, 1] = of_run[:-1], bounds[:-1]
+    runs[:used, 2], runs[:used, 3] = np.diff(bounds), np.diff(of_run)
+    return _Shares(of, firsts[of], of_run[:-1], items, runs)
 
 
 def _cut(firsts: I64, total: int, count: int) -> tuple[I64, I64]:
@@ -140,7 +163,7 @@ def prefill_tiles(plan: Plan, tile_tokens: int) -> I32:
     """Sequences with several new tokens, cut into tiles of consecutive ones, those with the most keys first: `[tiles,
     4]` of (row of the page table, first token of the step, number of tokens, position of the first)."""
     parts = [np.zeros((0, TILE_FIELDS), np.int32)]
-    for row in np.flatnonzero(np.diff(plan.q_starts) > 1).tolist():
+    for row in np.flatnonzero(plan.q_starts[1:] - plan.q_starts[:-1] > 1).tolist():
         first, stop = int(plan.q_starts[row]), int(plan.q_starts[row + 1])
         start = np.arange(first, stop, tile_tokens, dtype=np.int32)
         part = np.empty((len(start), TILE_FIELDS), np.int32)
