@@ -7,6 +7,7 @@ be told with its own status, or tried again elsewhere.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
@@ -50,9 +51,9 @@ class Blame(msgspec.Struct):
 
     @property
     def died(self) -> bool:
-        """The server, or its engine, died while it had the request."""
+        """The server, or its engine, died while it had the request. One that leaves in order may cut connections."""
         if self.lost is not None:
-            return self.lost.sent and not self.lost.reused
+            return self.lost.sent and not self.lost.reused and not self.leg.server.draining
         return verdict.has_died(self.reply.status, self.reply.data)
 
     @property
@@ -82,10 +83,20 @@ class Failure(msgspec.Struct):
 
 
 class Attempt:
-    """`run` it once. The servers' loads and circuit breakers are told how their parts ended."""
+    """`run` it once. The servers' loads and circuit breakers are told how their parts ended, `begun` that the answer
+    begins.
+    """
 
     def __init__(
-        self, upstream: Upstream, ask: Ask, prefill: Leg | None, decode: Leg, *, max_bytes: int, headers: Headers
+        self,
+        upstream: Upstream,
+        ask: Ask,
+        prefill: Leg | None,
+        decode: Leg,
+        *,
+        max_bytes: int,
+        headers: Headers,
+        begun: Callable[[], None],
     ) -> None:
         self._upstream = upstream
         self._ask = ask
@@ -93,6 +104,7 @@ class Attempt:
         self._decode = decode
         self._max_bytes = max_bytes
         self._extra = headers  # for the client, besides the servers' own
+        self._begun = begun
         self._loop = asyncio.get_running_loop()
         self._complete = False
         self.first_at: float | None = None  # when decode's stream began
@@ -107,6 +119,7 @@ class Attempt:
         try:
             failure = await self._race(prefill, decode)
             if failure is None:
+                self._begun()
                 await self._answer(client, decode.result(), prefill)
                 self._complete = True
             return failure

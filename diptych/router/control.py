@@ -14,6 +14,7 @@ from diptych.router.exchange import Client, ClientRequest, Headers, ServerLost, 
 from diptych.router.fleet import Fleet, Leg, Server
 from diptych.router.headers import to_client, to_server
 from diptych.router.replies import send_json
+from diptych.router.retry import Suspect
 
 ASK_S = 60.0  # longest wait for one server's answer to a control request
 
@@ -43,7 +44,7 @@ class Control:
     async def any_post(self, request: ClientRequest, client: Client, extra: Headers) -> None:
         """One decode server (or worker) answers, streamed or not. Its answer is passed on as it comes."""
         role = "decode" if self._config.disaggregated else "worker"
-        leg = Leg(self._fleet.choose(role, b"", ()), len(request.body), asyncio.get_running_loop().time())
+        leg = Leg(self._fleet.choose(role, b"", ()), len(request.body), asyncio.get_running_loop().time(), Suspect())
         try:
             async with asyncio.timeout(self._config.request_timeout_secs):
                 await self._pass_on(leg, request, client, extra)

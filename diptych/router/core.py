@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import random
+from functools import partial
 
 from diptych.errors import DeadlineExceeded
 from diptych.router.attempt import Attempt, Failure
@@ -14,10 +15,10 @@ from diptych.router.config import RouterConfig
 from diptych.router.exchange import Body, Client, ClientRequest, Headers, Upstream
 from diptych.router.fleet import Fleet, Leg, NoServer, Server
 from diptych.router.headers import to_client, to_server
-from diptych.router.limits import Gate, Hold
+from diptych.router.limits import Gate, Hold, Turn
 from diptych.router.metrics import RouterMetrics
 from diptych.router.replies import error_event
-from diptych.router.retry import MAX_DEATHS, GivenUp, RetryBudget, backoff_s
+from diptych.router.retry import GivenUp, RetryBudget, Suspect, backoff_s
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Core:
         self._budget = RetryBudget(self._loop.time())
         self.gate = Gate(config)
         self.hold = Hold(config)
+        self._alone = asyncio.Lock()  # whoever of those that may be deadly is tried
 
     async def serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
         """Answer `client`. `extra`: headers for servers and client. Raises DiptychError, mostly before any answer."""
@@ -56,27 +58,26 @@ class Core:
             client.finish()
 
     async def _serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
-        ask = read_body(request.body, request.route)
+        job = _Job(request, read_body(request.body, request.route), extra, Turn(self._alone))
         self._budget.earn()
         arrived_at = self._loop.time()
         headers = to_server(request.headers, self._config.key, extra)
-        avoid: set[Server] = set()
-        deaths: set[tuple[Server, int]] = set()  # servers that died while they had it, each in one of its lives
         for retry in itertools.count():
-            attempt, body = await self._prepare(request, ask, avoid, extra)
-            failure = await attempt.run(request.method, request.path, headers, body, client)
+            try:
+                attempt, body = await self._prepare(job)
+                failure = await attempt.run(request.method, request.path, headers, body, client)
+            finally:
+                job.turn.leave()
             if failure is None:
                 self._metrics.broken_streams += attempt.broken is not None
                 self._metrics.fallbacks += attempt.alone and self._config.disaggregated
                 self._metrics.served(request.route, arrived_at, attempt.first_at, self._loop.time())
                 return
-            died = next((b.leg.server for b in failure.blames if b.died and not b.leg.server.draining), None)
-            if died is not None:  # of a pair that went at once, as with their machine, one counts
-                deaths.add((died, died.num_lives))
-            self._note(attempt, failure, avoid)
-            if len(deaths) == MAX_DEATHS:
+            self._note(job, attempt, failure)
+            if job.suspect.is_guilty:
                 self._metrics.given_up += 1
-                raise GivenUp(f"{MAX_DEATHS} servers died while they had this request; it is sent to no other")
+                count = job.suspect.num_deaths
+                raise GivenUp(f"{count} servers died while they had this request; it is sent to no other")
             if not self._may_retry(failure, retry):
                 client.send(failure.reply.status, to_client(failure.reply.headers, extra), failure.reply.data)
                 return
@@ -84,41 +85,50 @@ class Core:
             if retry > 0 or not failure.lost:  # the first time a lost server is left without delay
                 await asyncio.sleep(backoff_s(self._config, retry, self._rng))
 
-    async def _prepare(
-        self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers
-    ) -> tuple[Attempt, Body]:
-        """Choose who serves, and where they meet; hold the request while there is nobody."""
+    async def _prepare(self, job: _Job) -> tuple[Attempt, Body]:
+        """Choose who serves, and where they meet; hold the request while there is nobody. One that goes alone has its
+        turn then.
+        """
         deadline = self._loop.time() + self.hold.timeout_s
         while True:
+            if job.suspect.goes_alone:
+                came_at = self._loop.time()
+                await job.turn.take()
+                deadline += self._loop.time() - came_at  # there were servers meanwhile
             news = self._fleet.news
             try:
-                return self._choose(request, ask, avoid, extra)
+                return self._choose(job)
             except NoServer as error:
-                await self.hold.wait(news, deadline, error)
+                job.turn.leave()
+                await self.hold.wait(news, deadline, len(job.request.body) + len(job.ask.key), error)
 
-    def _choose(self, request: ClientRequest, ask: Ask, avoid: set[Server], extra: Headers) -> tuple[Attempt, Body]:
-        now, size = self._loop.time(), len(request.body)
+    def _choose(self, job: _Job) -> tuple[Attempt, Body]:
+        ask, avoid = job.ask, job.avoid
+        leg = partial(Leg, prompt_bytes=len(job.request.body), now=self._loop.time(), suspect=job.suspect)
         if not self._config.disaggregated:
-            prefill, decode = None, Leg(self._fleet.choose("worker", ask.key, avoid), size, now)
-            body: Body = (request.body,)
+            prefill, decode = None, leg(self._fleet.choose("worker", ask.key, avoid))
+            body: Body = (job.request.body,)
         elif self._fleet.falls_back and not self._config.disable_prefill_fallback:
-            prefill, decode = None, Leg(self._fleet.choose("decode", ask.key, avoid, alone=True), size, now)
+            prefill, decode = None, leg(self._fleet.choose("decode", ask.key, avoid, alone=True))
             body = without_rooms(ask)
         else:
             chosen = self._fleet.choose("prefill", ask.key, avoid)
-            decode = Leg(self._fleet.choose("decode", ask.key, avoid), size, now)
-            prefill, body = Leg(chosen, size, now), add_rooms(ask, chosen.address, self._rng)
-        limit = self._config.max_payload_size
-        return Attempt(self._upstream, ask, prefill, decode, max_bytes=limit, headers=extra), body
+            decode = leg(self._fleet.choose("decode", ask.key, avoid))
+            prefill, body = leg(chosen), add_rooms(ask, chosen.address, self._rng)
+        limit, begun = self._config.max_payload_size, job.turn.leave
+        return Attempt(self._upstream, ask, prefill, decode, max_bytes=limit, headers=job.extra, begun=begun), body
 
-    def _note(self, attempt: Attempt, failure: Failure, avoid: set[Server]) -> None:
+    def _note(self, job: _Job, attempt: Attempt, failure: Failure) -> None:
         """Remember who failed, for this request and for others."""
+        died = next((blame.leg.server for blame in failure.blames if blame.died), None)
+        if died is not None:  # of a pair that went at once, as with their machine, one counts
+            job.suspect.had((died, died.num_lives), [leg.suspect for leg in died.legs])
         if not failure.blames:
             log.info("the hand-over of a pair failed with status %d", failure.reply.status)
-            avoid.update(leg.server for leg in attempt.legs)
+            job.avoid.update(leg.server for leg in attempt.legs)
         for blame in failure.blames:
             server, lost = blame.leg.server, blame.lost
-            avoid.add(server)
+            job.avoid.add(server)
             if failure.retryable:
                 why = lost.message if lost is not None else f"it answered {blame.reply.status}"
                 log.info("%s server %s failed: %s", server.role, server.address.url, why)
@@ -140,3 +150,15 @@ class Core:
             return True
         self._metrics.retries_over_budget += 1
         return False
+
+
+class _Job:
+    """A request on its way to an answer."""
+
+    def __init__(self, request: ClientRequest, ask: Ask, extra: Headers, turn: Turn) -> None:
+        self.request = request
+        self.ask = ask
+        self.extra = extra
+        self.turn = turn  # to be tried alone
+        self.suspect = Suspect()
+        self.avoid: set[Server] = set()  # servers that have failed

@@ -13,6 +13,7 @@ from diptych.router.breaker import Breaker
 from diptych.router.config import RouterConfig, ServerAddress
 from diptych.router.exchange import Exchange
 from diptych.router.pick import PickState, pick
+from diptych.router.retry import Suspect
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,9 @@ class Server:
 class Leg:
     """One server's part in serving a request: counts as load until `end`."""
 
-    def __init__(self, server: Server, prompt_bytes: int, now: float) -> None:
+    def __init__(self, server: Server, prompt_bytes: int, now: float, suspect: Suspect) -> None:
         self.server = server
+        self.suspect = suspect  # the request, if the server dies
         self.task: asyncio.Task[Any] | None = None  # that waits for the answer to begin
         self.exchange: Exchange | None = None  # once it has begun
         self.given_up = False

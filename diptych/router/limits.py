@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from diptych.errors import DeadlineExceeded, Overloaded
+from diptych.errors import DeadlineExceeded, Overloaded, Unavailable
 from diptych.router.config import RouterConfig
 from diptych.router.fleet import NoServer
+
+HOLD_BYTES = 256 << 20  # of all held requests; a single one may be larger, up to --max-payload-size
 
 
 class QueueTimeout(DeadlineExceeded):
@@ -65,21 +67,26 @@ class Gate:
 class Hold:
     """Requests that no server can take, until one is back: an update of the only server of a role loses none of them.
 
-    At most `hold_size` at a time, each for `hold_timeout_secs` at a stretch.
+    At most `hold_size` at a time, of HOLD_BYTES, each for `hold_timeout_secs` at a stretch.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         self._size = config.hold_size
         self.timeout_s = config.hold_timeout_secs
         self.num_held = 0
+        self._num_bytes = 0
 
-    async def wait(self, news: asyncio.Event, deadline: float, error: NoServer) -> None:
-        """Return when there is news of the servers. Raises `error` when the loop's time is `deadline`, or at once if
-        too many are held.
+    async def wait(self, news: asyncio.Event, deadline: float, num_bytes: int, error: NoServer) -> None:
+        """Return when there is news of the servers; the request keeps `num_bytes` meanwhile. Raises `error` when the
+        loop's time is `deadline`, Unavailable at once if too many are held.
         """
-        if self.num_held >= self._size or asyncio.get_running_loop().time() >= deadline:
+        if not self._size or asyncio.get_running_loop().time() >= deadline:
             raise error
+        if self.num_held >= self._size or (self.num_held and self._num_bytes + num_bytes > HOLD_BYTES):
+            count = f"{self.num_held} requests of {self._num_bytes} bytes"
+            raise Unavailable(f"{count} wait for a server already; try again in a moment") from None
         self.num_held += 1
+        self._num_bytes += num_bytes
         try:
             async with asyncio.timeout_at(deadline):
                 await news.wait()
@@ -87,3 +94,23 @@ class Hold:
             raise error from None
         finally:
             self.num_held -= 1
+            self._num_bytes -= num_bytes
+
+
+class Turn:
+    """A request's turn to be tried while no other is that shares its `lock`."""
+
+    def __init__(self, lock: asyncio.Lock) -> None:
+        self._lock = lock
+        self._taken = False
+
+    async def take(self) -> None:
+        """Wait for it: first come, first served. Whoever has it `leave`s."""
+        await self._lock.acquire()
+        self._taken = True
+
+    def leave(self) -> None:
+        """Idempotent."""
+        if self._taken:
+            self._taken = False
+            self._lock.release()

@@ -115,7 +115,7 @@ class _RouterCollector(Collector):
             ("smg_worker_retries", "attempts after the first", metrics.retries),
             ("smg_worker_retries_exhausted", "requests that failed after their last retry", metrics.retries_exhausted),
             ("diptych_router_retries_over_budget", "retries that the budget forbade", metrics.retries_over_budget),
-            ("diptych_router_given_up", "requests under which two servers died", metrics.given_up),
+            ("diptych_router_given_up", "requests that servers died of, as far as is known", metrics.given_up),
             ("diptych_router_broken_streams", "streams whose server was lost", metrics.broken_streams),
             ("diptych_router_prefill_fallbacks", "requests that a decode server prefilled itself", metrics.fallbacks),
             ("diptych_router_client_disconnects", "clients that left before their answer ended", metrics.disconnects),

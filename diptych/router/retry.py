@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Hashable, Iterable
 
 from diptych.errors import DiptychError
 from diptych.router.config import RouterConfig
 
 STATUSES = frozenset((408, 429, 500, 502, 503, 504))
-MAX_DEATHS = 2  # of servers under one request: then it is not sent again, as it may be what kills them
+MAX_DEATHS = 3  # of servers under one request, whatever else they had
 BUDGET_SHARE = 0.1  # retries a request earns for all
 BUDGET_RESERVE = 10.0  # retries that are there without any request having earned them
 BUDGET_REFILL_PER_S = 1.0  # how fast the reserve comes back
 BUDGET_MAX = 100.0
 
 
+class Suspect:
+    """A request, as far as servers may die of it.
+
+    One death is held against nobody. The only suspect that a second server had is guilty. Where there were several,
+    each is tried once more while no other such is, so that the innocent are served; a third death decides.
+    """
+
+    def __init__(self) -> None:
+        self._deaths: set[Hashable] = set()
+        self._shared: set[Hashable] = set()  # deaths that may be another suspect's doing
+
+    def had(self, death: Hashable, others: Iterable[Suspect]) -> None:
+        """A server died while it had this request and still has `others`, which tell so later."""
+        for other in others:
+            if self._deaths and other._deaths:
+                self._shared.add(death)
+                other._shared.add(death)
+        self._deaths.add(death)
+
+    @property
+    def num_deaths(self) -> int:
+        return len(self._deaths)
+
+    @property
+    def is_guilty(self) -> bool:
+        return self.num_deaths >= MAX_DEATHS or (self.goes_alone and not self._deaths & self._shared)
+
+    @property
+    def goes_alone(self) -> bool:
+        return self.num_deaths >= 2
+
+
 class GivenUp(DiptychError):
-    """The request may be what servers die of. Its status is one that proxies do not repeat by themselves."""
+    """Servers die of the request, as far as is known. Its status is one that proxies do not repeat by themselves."""
 
     code = "servers_died"
 

@@ -171,6 +171,28 @@ def test_a_request_that_kills_engines_kills_two() -> None:
         settle(PDCluster([server for server in prefill if server.process.poll() is None], decode, router))
 
 
+def test_requests_beside_one_that_kills_engines_are_served(unified: ServerProcess) -> None:
+    """Some were on both of its first servers, and it was on their third one; no fourth one dies."""
+    with ExitStack() as stack:
+        prefill = [start_prefill(stack, env=faults(deadly_token=POISON)) for _ in range(4)]
+        decode = [start_decode(stack)]
+        for server in (*prefill, *decode):
+            server.wait_ready()
+        pd = PDCluster(prefill, decode, start_router(stack, prefill, decode))
+        bodies = [endless(index, 200, 4) for index in range(24)]
+        deadly = endless(90, 40, 4)
+        deadly["input_ids"][20] = POISON
+        with in_flight(pd.router, [*bodies[:12], deadly, *bodies[12:]]) as replies:
+            told = [reply.result() for reply in replies]
+        status, text = told.pop(12)
+        assert (status, json.loads(text)["error"]["code"]) == (500, "servers_died")
+        assert {status for status, _ in told} == {200}
+        assert_same(one_by_one(unified, bodies), [json.loads(text) for _, text in told], "beside a deadly one")
+        assert sum(server.process.poll() is not None for server in prefill) <= 3
+        assert metrics(pd.router.get("/metrics"))["diptych_router_given_up_total"] == 1
+        settle(PDCluster([server for server in prefill if server.process.poll() is None], decode, pd.router))
+
+
 def assert_poisoned(answer: tuple[int, str]) -> None:
     assert answer[0] == 500
     assert json.loads(answer[1])["error"]["message"] == "the model failed on this request"

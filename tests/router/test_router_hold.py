@@ -75,6 +75,25 @@ async def test_only_so_many_and_a_client_that_leaves_frees_its_place(cluster: An
     assert [(await task)[0] for task in (second, third)] == [200, 200]
 
 
+async def test_only_so_many_bytes_but_any_single_body(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diptych.router.limits.HOLD_BYTES", 100_000)
+    c = await cluster(1, 1, **CHECKS)
+    await c.decode[0].stop()
+    large, small = {"text": "a" * 200_000}, {"text": "a" * 20_000}  # a prompt is kept twice: as the router's key too
+    first = asyncio.create_task(c.post("/generate", large))
+    await until(lambda: held(c) == 1)
+    async with c.http.post("/generate", json=BODY) as response:
+        assert response.status == 503 and response.headers["retry-after"] == "1"
+        message = json.loads(await response.read())["error"]["message"]
+    assert message.startswith("1 requests of 400") and "wait for a server already" in message
+    first.cancel()
+    await until(lambda: held(c) == 0)
+    tasks = [asyncio.create_task(c.post("/generate", small)) for _ in range(3)]
+    await until(lambda: held(c) == 2)
+    await c.decode[0].start(c.decode[0].port)
+    assert sorted([(await task)[0] for task in tasks]) == [200, 200, 503]
+
+
 async def test_a_server_of_another_role_is_no_help(cluster: Any) -> None:
     c = await cluster(1, 1, **CHECKS)
     for server in c.servers:
