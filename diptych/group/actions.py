@@ -135,9 +135,9 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True):
 
     `index`: the ordinal, -1 for a Deployment's. `revision` equals the role's iff it was made from that template.
     `phase`: stopping, from the moment its end was asked for; exited, when it ended by itself for good (Failed).
-    `restarts`: containers restarted within this pod, sidecars left out. `ready` counts only while it runs.
-    `unproven`: it has not been ready yet. `unplaced`: the scheduler says that no node takes it. `cut_off`: unready only
-    because its node is not heard of; it may well serve.
+    `restarted`: a container was restarted in it once it had been ready, sidecars left out. `ready` counts only while it
+    runs. `unproven`: it has not been ready yet. `unplaced`: the scheduler says that no node takes it. `cut_off`:
+    unready only because its node is not heard of; it may well serve.
     """
 
     name: str
@@ -149,7 +149,7 @@ class PodState(msgspec.Struct, frozen=True, kw_only=True):
     unplaced: bool = False
     ready: bool = False
     ready_since: float = 0.0
-    restarts: int = 0
+    restarted: bool = False
     unproven: bool = False
     cut_off: bool = False
 
@@ -187,8 +187,6 @@ class ObservedRole(msgspec.Struct, frozen=True, kw_only=True):
 
 class Failures(msgspec.Struct, frozen=True):
     """Failures in a row of one restart unit and when the last one was; `uid`: the pod that it was counted for.
-
-    Or restarts of one pod before it was first ready (`restart.start_of`).
 
     `pending`: a restart of the whole group that this failure asked for has not emptied the group yet.
     """

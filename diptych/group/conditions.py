@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from diptych.group.actions import Condition, Desired, DesiredRole, GroupStatus, Observed, RoleStatus
+from diptych.group.actions import Condition, Desired, DesiredRole, Failures, GroupStatus, Observed, RoleStatus
 from diptych.group.plan import held_by, replicas_now, role_ready, view_of, waiting_for
 from diptych.group.restart import failed_pods
 from diptych.group.rollout import View
+
+GROUP_RESTART = "RBGRestart"  # reason of the condition, and of the event
 
 
 def group_status(desired: Desired, observed: Observed, generation: int, now: float) -> GroupStatus:
@@ -113,10 +115,7 @@ def _updating(desired: Desired, observed: Observed, now: float) -> Condition:
 def _restarting(desired: Desired, observed: Observed) -> Condition:
     record = observed.failures.get(desired.group)
     if record is not None and (record.pending or any(_emptied(role, observed) for role in desired.roles)):
-        pause_s = desired.backoff.delay_s(record.count)
-        pause = f" after a pause of {pause_s:g} s" if pause_s else ""
-        message = f"failure {record.count} in a row: the whole group is made anew{pause}; see the logs of its pods"
-        return Condition("RestartInProgress", True, "RBGRestart", message)
+        return Condition("RestartInProgress", True, GROUP_RESTART, group_restart(desired, record))
     failed = [
         pod.name
         for role in desired.roles
@@ -128,6 +127,13 @@ def _restarting(desired: Desired, observed: Observed) -> Condition:
         return Condition("RestartInProgress", True, "RoleInstanceRestart", message)
     reason = "RBGRestartCompleted" if record is not None else "NoRestart"
     return Condition("RestartInProgress", False, reason, "nothing is being made anew")
+
+
+def group_restart(desired: Desired, record: Failures) -> str:
+    """What is done about a failure that concerns the whole group."""
+    pause_s = desired.backoff.delay_s(record.count)
+    pause = f" after a pause of {pause_s:g} s" if pause_s else ""
+    return f"failure {record.count} in a row: the whole group is made anew{pause}; see the logs of its pods"
 
 
 def _emptied(role: DesiredRole, observed: Observed) -> bool:

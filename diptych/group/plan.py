@@ -47,7 +47,7 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     present = {role.name for role in observed.roles}
     if desired.deleted:
         return list(_delete(present, desired, observed))
-    actions: list[Action] = [*restart.forgotten(desired, observed), *restart.starts(desired, observed, now)]
+    actions: list[Action] = list(restart.forgotten(desired, observed))
     failures = restart.group_failures(desired, observed, now)
     if failures != observed.failures.get(desired.group):
         actions.append(RecordFailures(desired.group, failures))

@@ -4,8 +4,7 @@ A pod has failed when it ended for good, or when one of its containers was resta
 does it, is no failure: a scale-down, a rollout or a drained node restarts nothing but that pod.
 
 What fails before it was ever ready concerns only itself: nobody has worked with it yet, and an update to something that
-cannot start must not take along what runs. Its kubelet starts it again, ever more slowly. Those restarts are kept in
-mind, because once it is ready they look like any others.
+cannot start must not take along what runs. Its kubelet starts it again, ever more slowly.
 
 Each failure is recorded before anything is done about it, with the uid of the pod, so that it counts once. Until the
 back-off is over, nothing is touched: the failed pods stay, with their logs.
@@ -55,30 +54,14 @@ def restart_at(failures: Failures | None, backoff: Backoff) -> float:
 
 def failed_pods(role: DesiredRole, observed: Observed) -> list[PodState]:
     """Pods of the role that have failed since they were ready, those that are to end anyway left out."""
-    return [
-        pod
-        for pod in _wanted_pods(role, observed)
-        if not pod.unproven
-        and (pod.phase == "exited" or (pod.phase == "running" and pod.restarts > _at_start(pod, observed)))
-    ]
+    return [pod for pod in _wanted_pods(role, observed) if _has_failed(pod, observed.failures.get(pod.name))]
 
 
-def starts(desired: Desired, observed: Observed, now: float) -> Iterator[RecordFailures]:
-    """Records of restarts before pods were first ready."""
-    for role in desired.roles:
-        for pod in _wanted_pods(role, observed) if role.restart_policy != "None" else ():
-            if pod.unproven and pod.phase == "running" and pod.restarts > _at_start(pod, observed):
-                yield RecordFailures(start_of(pod), Failures(pod.restarts, now, pod.uid))
-
-
-def start_of(pod: PodState) -> str:
-    """Key of `Observed.failures`."""
-    return f"{pod.name}/start"
-
-
-def _at_start(pod: PodState, observed: Observed) -> int:
-    record = observed.failures.get(start_of(pod))
-    return record.count if record is not None and record.uid == pod.uid else 0
+def _has_failed(pod: PodState, record: Failures | None) -> bool:
+    """Once that is recorded, it stays so: ready again, the pod may look as if nothing had been."""
+    if pod.phase == "running" and record is not None and record.uid == pod.uid:
+        return True
+    return not pod.unproven and (pod.phase == "exited" or (pod.phase == "running" and pod.restarted))
 
 
 def _wanted_pods(role: DesiredRole, observed: Observed) -> list[PodState]:
@@ -103,17 +86,22 @@ def group_failures(desired: Desired, observed: Observed, now: float) -> Failures
 def pod_restarts(desired: Desired, observed: Observed, now: float) -> Iterator[Action]:
     """Records, waits and deletions for the pods of roles that are restarted by instance.
 
-    A LeaderWorkerSet's controller does that itself.
+    A LeaderWorkerSet's controller does that itself. Pods of a Deployment that failed together are one failure.
     """
+    records = dict(observed.failures)
     for role in desired.roles:
         if role.restart_policy != "RecreateRoleInstanceOnPodRestart" or role.kind == "LeaderWorkerSet":
             continue
-        for pod in failed_pods(role, observed):
+        failed = failed_pods(role, observed)
+        uids = {pod.uid for pod in failed}
+        for pod in failed:
             key = unit(desired, role, pod.index)
-            record = observed.failures.get(key)
-            if record is None or record.uid != pod.uid:
-                record = count_failure(record, now, desired.backoff, pod.uid)
+            record = records.get(key)
+            if record is None or record.uid not in uids:
+                record = records[key] = count_failure(record, now, desired.backoff, pod.uid)
                 yield RecordFailures(key, record)
+            if pod.name not in records:  # of a Deployment
+                yield RecordFailures(pod.name, msgspec.structs.replace(record, uid=pod.uid))
             due = restart_at(record, desired.backoff)
             if now < due:
                 yield Wait(due, f"{pod.name} failed {record.count} times in a row; it is made anew after a pause")
@@ -139,7 +127,7 @@ def forgotten(desired: Desired, observed: Observed) -> Iterator[Action]:
     known = {desired.group}
     for role in desired.roles:
         known |= {unit(desired, role, index) for index in range(max(role.replicas, 1))}
-        known |= {key for pod in _wanted_pods(role, observed) for key in (pod.name, start_of(pod))}
+        known |= {pod.name for pod in _wanted_pods(role, observed)}
     for key in observed.failures:
         if key not in known:
             yield RecordFailures(key, None)

@@ -32,6 +32,7 @@ class RoleStatus(Object, frozen=True, kw_only=True):
 
 class GroupStatus(Object, frozen=True, kw_only=True):
     observed_generation: Number | None = None
+    observed_template: str | None = None
     role_statuses: Annotated[tuple[RoleStatus, ...], keyed("name")] = ()
     conditions: Annotated[tuple[Condition, ...], keyed("type")] = ()
 

@@ -190,7 +190,7 @@ class World:
         elif what == "unready":
             pods[pod.index] = replace(pod, ready=False)
         elif what == "crash" and self.naive:
-            pods[pod.index] = replace(pod, ready=False, restarts=pod.restarts + 1)
+            pods[pod.index] = replace(pod, ready=False, restarted=pod.restarted or not pod.unproven)
         elif what == "crash":
             pods[pod.index] = replace(pod, ready=False, phase="exited")
             self.in_place[pod.name] = count_failure(self.in_place.get(pod.name), self.now, self.desired.backoff)

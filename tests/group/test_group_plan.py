@@ -49,7 +49,7 @@ SEED = group(role("scheduler", 1, "decode", "prefill"), role("prefill", 2), role
 
 def pods(name: str, text: str) -> tuple[PodState, ...]:
     """One letter an ordinal: `+` ready, `.` starting, `?` no node takes it, `x` exited, `~` stopping, `r` restarted,
-    `s` restarted and `X` exited before it was ready, `-` not there."""
+    `s` starting and `X` exited before it was ever ready, `-` not there."""
     return tuple(
         PodState(
             name=f"g-{name}-{index}",
@@ -60,7 +60,7 @@ def pods(name: str, text: str) -> tuple[PodState, ...]:
             scheduled=letter != "?",
             unplaced=letter == "?",
             ready=letter == "+",
-            restarts=int(letter in "rs"),
+            restarted=letter == "r",
             unproven=letter in "sX",
         )
         for index, letter in enumerate(text)
@@ -228,20 +228,21 @@ def test_the_whole_group_is_restarted_in_order() -> None:
 
 
 def test_what_fails_before_it_was_ever_ready_concerns_only_itself() -> None:
-    at_start = {"g-b-0/start": Failures(1, 100.0, "b0")}
-    assert at(WHOLE, seen(a="+", b="s+"), 100.0) == [RecordFailures("g-b-0/start", at_start["g-b-0/start"])]
-    assert at(WHOLE, seen(at_start, a="+", b="s+"), 101.0) == []
+    assert at(WHOLE, seen(a="+", b="s+"), 100.0) == []
     assert at(WHOLE, seen(a="+", b="X+"), 101.0) == []
-    # Once it is ready, that restart is known, and another one counts.
-    assert at(WHOLE, seen(at_start, a="+", b="r+"), 102.0) == []
-    (before,) = (role for role in seen(a="+", b="r+").roles if role.name == "b")
-    crashed = replace(before, pods=(replace(before.pods[0], restarts=2), before.pods[1]))
-    observed = replace(seen(at_start, a="+"), roles=(*seen(a="+").roles, crashed))
-    assert RecordFailures("g", Failures(1, 103.0, "b0", pending=True)) in at(WHOLE, observed, 103.0)
-    # The record is of that very pod, and goes with it.
-    other = {"g-b-0/start": Failures(1, 100.0, "another")}
-    assert RecordFailures("g", Failures(1, 104.0, "b0", pending=True)) in at(WHOLE, seen(other, a="+", b="r+"), 104.0)
-    assert RecordFailures("g-b-0/start", None) in at(WHOLE, seen(at_start, a="+", b="-+"), 104.0)
+    assert at(INSTANCE, seen(a="+sX"), 102.0) == []
+
+
+def test_a_failure_that_was_recorded_counts_whatever_the_pod_looks_like_later() -> None:
+    recorded = {"g-a-1": Failures(2, 100.0, "a1")}
+    for text in ("+r+", "+++", "+.+", "+s+", "+x+"):
+        (wait,) = at(INSTANCE, seen(recorded, a=text), 101.0)
+        assert isinstance(wait, Wait) and wait.until == 110.0
+        (deleted,) = at(INSTANCE, seen(recorded, a=text), 110.0)
+        assert isinstance(deleted, DeletePod) and deleted.pod == "g-a-1"
+    assert at(INSTANCE, seen(recorded, a="+~+"), 110.0) == []
+    of_another = {"g-a-1": Failures(2, 100.0, "before")}
+    assert at(INSTANCE, seen(of_another, a="+++"), 110.0) == []
 
 
 def test_a_restart_of_the_group_that_was_asked_for_waits_and_survives_that_the_pod_recovers() -> None:

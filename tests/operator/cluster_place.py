@@ -29,6 +29,8 @@ from diptych.errors import DiptychError, NotFound
 from diptych.group.operator.api import Api, Conflict
 from diptych.group.operator.main import Operator, connect
 from diptych.group.operator.metrics import Metrics
+from diptych.group.operator.observe import unix_time
+from diptych.group.operator.report import timestamp
 from diptych.group.operator.resources import GROUP, POD, Json, Kind
 from diptych.testing.kube import Behaviour
 
@@ -163,10 +165,13 @@ class Place:
             return False
 
     def crash(self, pod: str) -> None:
-        """The pod's first container ended, and runs again."""
+        """The pod's first container ended, and runs again, a second after the pod was ready: times here are seconds."""
 
         def change(status: Json) -> None:
-            status["containerStatuses"][0]["restartCount"] += 1
+            turned = next(each["lastTransitionTime"] for each in status["conditions"] if each["type"] == "Ready")
+            first = status["containerStatuses"][0]
+            first["restartCount"] += 1
+            first["state"] = {"running": {"startedAt": timestamp(unix_time(turned) + 1)}}
 
         self.change_status(pod, change)
 

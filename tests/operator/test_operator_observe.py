@@ -99,14 +99,14 @@ def test_a_replica_of_a_leader_worker_set_is_ready_when_all_its_pods_are() -> No
         pod("g-a-3"),  # its worker has not been made yet
     ]
     pods[1]["status"]["containerStatuses"] = [
-        {"name": "engine", "restartCount": 2},
+        {"name": "engine", "restartCount": 2, "state": {"running": {"startedAt": "2026-01-01T00:00:01Z"}}},
         {"name": "patio-runtime", "restartCount": 9},
     ]
     found = seen("LeaderWorkerSet", *pods)
-    assert [(each.name, each.index, each.ready, each.restarts) for each in found.pods] == [
-        ("g-a-0", 0, True, 2),
-        ("g-a-1", 1, False, 0),
-        ("g-a-3", 3, False, 0),
+    assert [(each.name, each.index, each.ready, each.restarted) for each in found.pods] == [
+        ("g-a-0", 0, True, True),
+        ("g-a-1", 1, False, False),
+        ("g-a-3", 3, False, False),
     ]
 
 
@@ -153,3 +153,48 @@ def test_a_pod_that_its_kubelet_turned_away_was_never_ready(containers: list[Jso
     each = pod("g-a-0")
     each["status"] = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "containerStatuses": containers}
     assert [state.unproven for state in seen("StatefulSet", each).pods] == [unproven]
+
+
+def at(second: int) -> str:
+    return f"2026-01-01T00:00:{second:02}Z"
+
+
+@pytest.mark.parametrize(
+    ("ready", "turned", "started", "restarted"),
+    [
+        ("False", 20, 20, True),  # it ended, which took Ready away, and runs again
+        ("False", 20, 25, True),
+        ("False", 20, 15, False),  # a bad start, then ready, and now a probe fails
+        ("True", 20, 25, True),  # the kubelet has told of neither end nor start
+        ("True", 20, 15, False),  # a bad start, or not: nobody knows
+        ("True", 20, 20, False),
+    ],
+)
+def test_a_restart_counts_once_the_pod_was_ready(ready: str, turned: int, started: int, restarted: bool) -> None:
+    each = pod("g-a-0", ready=ready == "True")
+    each["metadata"]["creationTimestamp"] = at(1)
+    each["status"]["conditions"][0]["lastTransitionTime"] = at(turned)
+    state = {"running": {"startedAt": at(started)}}
+    each["status"]["containerStatuses"] = [{"name": "engine", "restartCount": 1, "state": state}]
+    assert [found.restarted for found in seen("StatefulSet", each).pods] == [restarted]
+    waits = {"state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": state["running"]}}
+    each["status"]["containerStatuses"] = [{"name": "engine", "restartCount": 1, **waits}]
+    assert [found.restarted for found in seen("StatefulSet", each).pods] == [restarted]
+    each["status"]["containerStatuses"][0]["restartCount"] = 0
+    assert [found.restarted for found in seen("StatefulSet", each).pods] == [False]
+
+
+@pytest.mark.parametrize(
+    ("status", "since", "restarted"),
+    [("True", 10, True), ("True", 4, False), ("True", 15, False), ("False", 10, False)],
+)
+def test_what_nobody_saw_is_judged_by_what_the_group_last_said(status: str, since: int, restarted: bool) -> None:
+    """The pod, made at 5, was started again at 15 and is ready since 20."""
+    each = pod("g-a-0")
+    each["metadata"]["creationTimestamp"] = at(5)
+    each["status"]["conditions"][0]["lastTransitionTime"] = at(20)
+    state = {"running": {"startedAt": at(15)}}
+    each["status"]["containerStatuses"] = [{"name": "engine", "restartCount": 1, "state": state}]
+    said = {"conditions": [{"type": "Ready", "status": status, "lastTransitionTime": at(since)}]}
+    (found,) = observe({**GROUP, "status": said}, {"a": ("StatefulSet", workload("StatefulSet"))}, [each]).roles
+    assert [one.restarted for one in found.pods] == [restarted]

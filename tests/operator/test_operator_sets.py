@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
-from driver import Driver, image_of, set_image
+from driver import Driver, image_of, is_pod_ready, set_image
 from kube_world import NAMESPACE, role
 
+from diptych.group.operator.report import TEMPLATE
 from diptych.group.operator.resources import GROUP_SET, Json
-from diptych.group.operator.sets import TEMPLATE
+from diptych.group.operator.template import EXCLUSIVE_TOPOLOGY
 from diptych.testing.kube import Behaviour
 
 PREFIX = "rolebasedgroup.workloads.x-k8s.io"
@@ -27,6 +29,21 @@ def group_set(name: str, replicas: int, *roles: Json, **metadata: Any) -> Json:
 
 def edit_set(driver: Driver, image: str) -> None:
     driver.edit("s", lambda each: set_image(image)({"spec": each["spec"]["template"]}), "RoleBasedGroupSet")
+
+
+def add_metadata(obj: Json, new: Json) -> None:
+    obj["metadata"].update(new)
+
+
+def groups_with_unready_pods(driver: Driver) -> set[str]:
+    """Of the set's three groups, each of two pods."""
+    ready = [name[:3] for name, pod in driver.pods().items() if is_pod_ready(pod)]
+    return {name for name in ("s-0", "s-1", "s-2") if ready.count(name) < 2}
+
+
+def topology_of(pod: Json) -> str:
+    near = (pod["spec"].get("affinity") or {}).get("podAffinity")
+    return str(near["requiredDuringSchedulingIgnoredDuringExecution"][0]["topologyKey"]) if near else ""
 
 
 def test_a_set_makes_groups_scales_and_updates_them(driver: Driver) -> None:
@@ -74,6 +91,23 @@ def test_a_set_updates_as_many_groups_at_a_time_as_may_be_missing(driver: Driver
     assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"} and len(driver.pods()) == 12
     status = driver.read("RoleBasedGroupSet", "s")["status"]
     assert (status["readyReplicas"], status["updatedReplicas"]) == (4, 4)
+
+
+def test_a_set_whose_topology_alone_changes_updates_one_group_at_a_time(driver: Driver) -> None:
+    made = group_set("s", 3, role("a", 2))
+    made["spec"]["rolloutStrategy"] = {"rollingUpdate": {"maxUnavailable": 1}}
+    driver.create(made)
+    driver.run(5)
+    driver.cluster.pods.behaviour = Behaviour(ready_s=2.0)
+    missing: list[set[str]] = []
+    driver.checks.append(lambda: missing.append(groups_with_unready_pods(driver)))
+    for topology in ("zone", "rack", ""):
+        new = {"annotations": {EXCLUSIVE_TOPOLOGY: topology} if topology else {}}
+        driver.edit("s", partial(add_metadata, new=new), "RoleBasedGroupSet")
+        driver.run(30)
+        assert [topology_of(pod) for pod in driver.pods().values()] == [topology] * 6
+        assert driver.read("RoleBasedGroupSet", "s")["status"]["updatedReplicas"] == 3
+    assert max(map(len, missing)) == 1 and set.union(*missing) == {"s-0", "s-1", "s-2"}
 
 
 def test_a_bad_update_of_a_set_stops_at_its_first_group_and_the_next_begins_there(driver: Driver) -> None:

@@ -24,13 +24,13 @@ from diptych.group.actions import (
     Target,
     Wait,
 )
-from diptych.group.conditions import group_status
+from diptych.group.conditions import GROUP_RESTART, group_restart, group_status
 from diptych.group.operator import objects
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.discovery import config_yaml
 from diptych.group.operator.history import History
-from diptych.group.operator.observe import FAILURES, ROLLOUT
+from diptych.group.operator.observe import FAILURES, ROLLOUT, failures_text
 from diptych.group.operator.report import Reporter
 from diptych.group.operator.resources import (
     ADAPTER,
@@ -136,16 +136,25 @@ class _Pass:
     # ---- what is kept ----
 
     def _record_failures(self, actions: list[Action]) -> None:
-        before = dict(self._failures)
         for action in actions:
             if isinstance(action, RecordFailures):
                 if action.failures is None:
                     self._failures.pop(action.unit, None)
                 else:
+                    self._tell_of_restart(action)
                     self._failures[action.unit] = action.failures
-        if self._failures != before:
-            text = msgspec.json.encode(self._failures, order="sorted").decode() if self._failures else None
+        text = failures_text(self._failures)
+        if text != (self._group["metadata"].get("annotations") or {}).get(FAILURES):
             self._annotate_group({FAILURES: text})
+
+    def _tell_of_restart(self, action: RecordFailures) -> None:
+        """An event, if the whole group is to be made anew. Before that is recorded: afterwards it is no news."""
+        before, record = self._failures.get(action.unit), action.failures
+        if record is None or not record.pending or (before is not None and before.pending):
+            return
+        pods = [pod.name for role in self._view.observed.roles for pod in role.pods if pod.uid == record.uid]
+        message = f"pod {', '.join(pods)} failed; {group_restart(self._view.desired, record)}"
+        self._cluster.events.tell(self._group, "Warning", GROUP_RESTART, message)
 
     def _annotate_group(self, annotations: dict[str, str | None]) -> None:
         self._cluster.merge(GROUP, self._namespace, self._name, {"metadata": {"annotations": annotations}})

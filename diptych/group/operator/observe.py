@@ -22,6 +22,7 @@ REVISION = f"{names.PREFIX}/role-revision-hash"  # label of pods and annotation 
 ROLLOUT = f"{names.PREFIX}/rollout"  # annotation of workloads
 DEPENDENCIES = f"{names.PREFIX}/dependencies"  # annotation of workloads
 FAILURES = f"{names.PREFIX}/restarts"  # annotation of groups
+MAX_FAILURES = 1000  # in it: 110 bytes each and the name, and an object may have 256 KiB of annotations
 POD_INDEX = "apps.kubernetes.io/pod-index"
 CONTROLLER_REVISION = "controller-revision-hash"  # label of a StatefulSet's pods
 SIDECARS = frozenset({"patio-runtime"})  # whose restarts concern nobody else, as in v0.4
@@ -31,13 +32,14 @@ def observe(group: Json, workloads: Mapping[str, tuple[Kind, Json]], pods: Seque
     """`workloads`: those the group controls, by role. `pods`: all that carry its labels; those that none of its
     workloads made are somebody else's, whatever their labels say."""
     by_role: dict[str, list[Json]] = {}
+    ready_at = _reported_ready_at(group)
     for pod in pods:
         role = pod["metadata"]["labels"].get(ROLE_LABEL, "")
         if role and _is_made_for(pod, names.workload_name(group["metadata"]["name"], role)):
             by_role.setdefault(role, []).append(pod)
-    roles = [_role(name, kind, workload, by_role.get(name, [])) for name, (kind, workload) in workloads.items()]
+    roles = [_role(name, *found, by_role.get(name, []), ready_at) for name, found in workloads.items()]
     for name in by_role.keys() - workloads.keys():  # the workload is gone, its pods are ending
-        states = tuple(_pod(pod) for pod in by_role[name])
+        states = tuple(_pod(pod, ready_at) for pod in by_role[name])
         roles.append(ObservedRole(name=name, target=Target(0, 0, ""), pods=states, deleting=True))
     return Observed(roles=tuple(sorted(roles, key=lambda role: role.name)), failures=_failures(group))
 
@@ -53,16 +55,16 @@ def _is_made_for(pod: Json, workload: str) -> bool:
     return made == workload and (owner["kind"] == "ReplicaSet" or (owner["kind"] == "StatefulSet" and suffix.isdigit()))
 
 
-def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json]) -> ObservedRole:
+def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json], ready_at: float) -> ObservedRole:
     metadata, spec = workload["metadata"], workload["spec"]
     annotations = metadata.get("annotations") or {}
     if not is_marked(workload):
         pods = [_marked(pod, workload) for pod in pods]
     if kind == "LeaderWorkerSet":
         size = spec["leaderWorkerTemplate"].get("size") or 1
-        states = _replicas_of_leaders(metadata["name"], size, pods)
+        states = _replicas_of_leaders(metadata["name"], size, pods, ready_at)
     else:
-        states = [_pod(pod) for pod in pods]
+        states = [_pod(pod, ready_at) for pod in pods]
     if kind == "StatefulSet":  # pods of an earlier one of the same name end before there can be new ones
         old = {pod["metadata"]["uid"] for pod in pods if controller_of(pod)["uid"] != metadata["uid"]}
         states = [msgspec.structs.replace(each, phase="stopping") if each.uid in old else each for each in states]
@@ -115,7 +117,7 @@ def _target(kind: Kind, spec: Json, revision: str) -> Target:
     return Target(replicas, rolling.get("partition") or 0, revision)
 
 
-def _pod(pod: Json) -> PodState:
+def _pod(pod: Json, ready_at: float) -> PodState:
     metadata, status = pod["metadata"], pod.get("status") or {}
     conditions = {each["type"]: each for each in status.get("conditions") or []}
     ready: Json = conditions.get("Ready", {})
@@ -130,7 +132,7 @@ def _pod(pod: Json) -> PodState:
         unplaced=conditions.get("PodScheduled", {}).get("reason") == "Unschedulable",
         ready=ready.get("status") == "True",
         ready_since=unix_time(ready.get("lastTransitionTime")),
-        restarts=_restarts(status),
+        restarted=_is_restarted(pod, ready, ready_at),
         unproven=_is_unproven(status, conditions, metadata),
         cut_off=ready.get("status") == "False" and _could_be_ready(pod, conditions),
     )
@@ -167,12 +169,38 @@ def _phase(pod: Json) -> Phase:
     return "exited" if (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded") else "running"
 
 
-def _restarts(status: Json) -> int:
+def _is_restarted(pod: Json, ready: Json, ready_at: float) -> bool:
+    """Whether a container was restarted in the pod once it had been ready.
+
+    Ready's last turn tells, if it came before the container's last start. If it came after, which is all that there is
+    to see when nobody looked meanwhile, the pod may also have had a bad start. Then it is taken for restarted if it was
+    there when the group was last reported ready, as a whole, and the container was started since.
+    """
+    status, created_at = pod.get("status") or {}, unix_time(pod["metadata"].get("creationTimestamp"))
     all_statuses = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    return sum(each.get("restartCount", 0) for each in all_statuses if each["name"] not in SIDECARS)
+    again = [each for each in all_statuses if each.get("restartCount") and each["name"] not in SIDECARS]
+    if not again:
+        return False
+    started_at, turned_at = max(map(_started_at, again)), unix_time(ready.get("lastTransitionTime"))
+    if turned_at < started_at or (turned_at == started_at and ready.get("status") == "False"):
+        return True
+    return created_at <= ready_at < started_at
 
 
-def _replicas_of_leaders(workload: str, size: int, pods: Sequence[Json]) -> list[PodState]:
+def _started_at(container: Json) -> float:
+    """When it was last started; of one that waits, when it was before. 0 if nothing tells."""
+    states = [*(container.get("state") or {}).values(), *(container.get("lastState") or {}).values()]
+    return next((unix_time(each["startedAt"]) for each in states if each.get("startedAt")), 0.0)
+
+
+def _reported_ready_at(group: Json) -> float:
+    """Since when the group's status says that it is ready; minus infinity if it does not."""
+    conditions = {each["type"]: each for each in (group.get("status") or {}).get("conditions") or []}
+    ready: Json = conditions.get("Ready", {})
+    return unix_time(ready["lastTransitionTime"]) if ready.get("status") == "True" else float("-inf")
+
+
+def _replicas_of_leaders(workload: str, size: int, pods: Sequence[Json], ready_at: float) -> list[PodState]:
     """One state a replica: its leader's, ready when all its `size` pods are. Each leader has a StatefulSet of its name,
     which makes the workers."""
     members: dict[str, list[PodState]] = {}
@@ -180,8 +208,8 @@ def _replicas_of_leaders(workload: str, size: int, pods: Sequence[Json]) -> list
     for pod in pods:
         is_leader = controller_of(pod)["name"] == workload
         leader = pod["metadata"]["name"] if is_leader else controller_of(pod)["name"]
-        members.setdefault(leader, []).append(_pod(pod))
-        leaders += [_pod(pod)] if is_leader else []
+        members.setdefault(leader, []).append(_pod(pod, ready_at))
+        leaders += [_pod(pod, ready_at)] if is_leader else []
     return [_whole(leader, members[leader.name], size) for leader in leaders]
 
 
@@ -190,7 +218,7 @@ def _whole(leader: PodState, members: Sequence[PodState], size: int) -> PodState
         leader,
         ready=len(members) >= size and all(each.ready for each in members),
         ready_since=max(each.ready_since for each in members),
-        restarts=sum(each.restarts for each in members),
+        restarted=any(each.restarted for each in members),
         unplaced=any(each.unplaced for each in members),
         unproven=any(each.unproven for each in members),
     )
@@ -204,6 +232,13 @@ def _failures(group: Json) -> dict[str, Failures]:
         return msgspec.json.decode(text, type=dict[str, Failures])
     except msgspec.DecodeError:
         return {}  # somebody edited it: begin to count anew
+
+
+def failures_text(failures: Mapping[str, Failures]) -> str | None:
+    """What is kept of `failures`: the newest. What else failed so long ago, or with so many others, that the next time
+    is taken for its first, without a pause."""
+    newest = sorted(failures.items(), key=lambda each: (not each[1].pending, -each[1].last_at, each[0]))[:MAX_FAILURES]
+    return msgspec.json.encode(dict(newest), order="sorted").decode() if newest else None
 
 
 def _decode(text: str | None, kind: type[Rollout]) -> Rollout | None:

@@ -10,6 +10,7 @@ from diptych.group import actions
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.resources import GROUP, Json, key_of
 
+TEMPLATE = "rolebasedgroupset.workloads.x-k8s.io/template-hash"  # annotation of a set's groups
 DELAY_S = 2.0
 MAX_MESSAGE = 4096  # characters of a refusal; the API takes 32768
 
@@ -25,7 +26,7 @@ class Reporter:
     def write(self, group: Json, status: actions.GroupStatus, now: float) -> float | None:
         """Report `status`. Returns the seconds until a change that is held back should be written."""
         old = group.get("status") or {}
-        new = as_json(status, old, now)
+        new = as_json(status, old, now) | _of_template(group)
         key = key_of(group)
         if all(old.get(field) == value for field, value in new.items()):
             self.forget(*key)
@@ -51,7 +52,7 @@ class Reporter:
         )
         old = group.get("status") or {}
         status = actions.GroupStatus(group["metadata"]["generation"], conditions, ())
-        new = as_json(status, old, now) | {"roleStatuses": old.get("roleStatuses") or []}
+        new = as_json(status, old, now) | _of_template(group) | {"roleStatuses": old.get("roleStatuses") or []}
         self._cluster.apply_status(GROUP, group, new)
 
 
@@ -78,6 +79,13 @@ def as_json(status: actions.GroupStatus, old: Json, now: float) -> Json:
         for each in status.roles
     ]
     return {"observedGeneration": status.observed_generation, "conditions": conditions, "roleStatuses": roles}
+
+
+def _of_template(group: Json) -> Json:
+    """Which template of its set the status is about: what a set gives its groups is not all in their specs, and
+    annotations make no new generation."""
+    template = (group["metadata"].get("annotations") or {}).get(TEMPLATE)
+    return {"observedTemplate": template} if template else {}
 
 
 def _turns(old: Json, new: Json) -> bool:

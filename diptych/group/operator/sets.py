@@ -16,14 +16,13 @@ from diptych.group.coordinate import amount
 from diptych.group.names import child_name
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
-from diptych.group.operator.report import timestamp
+from diptych.group.operator.report import TEMPLATE, timestamp
 from diptych.group.operator.resources import GROUP, GROUP_SET, Json
 from diptych.group.operator.template import EXCLUSIVE_TOPOLOGY
 
 PREFIX = "rolebasedgroupset.workloads.x-k8s.io"
 MAX_GROUPS = 1000
 SET_LABEL, INDEX_LABEL = f"{PREFIX}/name", f"{PREFIX}/rbg-index"
-TEMPLATE = f"{PREFIX}/template-hash"  # annotation of groups
 
 
 class SetReconciler:
@@ -146,9 +145,12 @@ def is_ready(group: Json) -> bool:
 
 
 def is_settled(group: Json) -> bool:
-    """Whether it is ready and no update of it goes on."""
-    leaving = "deletionTimestamp" in group["metadata"]
-    return is_ready(group) and not leaving and _conditions(group).get("RollingUpdateInProgress") != "True"
+    """Whether it is ready with the template it has, and no update of it goes on."""
+    metadata, status = group["metadata"], group.get("status") or {}
+    told_of_now = status.get("observedTemplate") == (metadata.get("annotations") or {}).get(TEMPLATE)
+    leaving = "deletionTimestamp" in metadata
+    updating = _conditions(group).get("RollingUpdateInProgress") == "True"
+    return is_ready(group) and told_of_now and not leaving and not updating
 
 
 def _conditions(group: Json) -> dict[str, str]:
