@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from diptych.model.allreduce_memory import share_memory
+from diptych.model.allreduce_memory import bytes_at, share_memory
 from diptych.model.kernels.allreduce import OneShot, add_parts, whole
 from diptych.model.kernels.fused import add_norm
+from diptych.model.peer_copies import PeerCopies
+from diptych.model.row_shares import RowShares
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,22 @@ class DeviceGroup:
         self._group, self._rank, self._world = group, group.rank(), group.size()
         limit = ONE_SHOT_BYTES.get(self._world, ONE_SHOT_BYTES_OF_MANY) if limit is None else limit
         self._one_shot: OneShot | None = None
+        self.row_shares: RowShares | None = None
         if limit and (addresses := share_memory(group, OneShot.num_bytes(self._world, limit))):
             self._one_shot = OneShot(self._rank, addresses, limit, "cuda")
         elif limit:
             log.warning("the GPUs cannot reach one another's memory: small sums take NCCL, which is slower")
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+
+    def share_rows(self, most: int, width: int, dtype: torch.dtype) -> None:
+        """Let products of up to `most` rows of `width` numbers be summed by shares. A collective, which takes memory
+        of the device until the process ends."""
+        num_bytes = RowShares.num_bytes(self._world, most, width, dtype.itemsize)
+        if addresses := share_memory(self._group, num_bytes):
+            memory = bytes_at(addresses[self._rank], num_bytes)
+            self.row_shares = RowShares(self._rank, addresses, memory, most, width, dtype, PeerCopies())
+        else:
+            log.warning("the GPUs cannot reach one another's memory: large sums take NCCL, which is slower")
 
     @property
     def has_one_shot(self) -> bool:

@@ -25,6 +25,20 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_ubyte * 64),)
 
 
+class _Bytes:
+    """Memory as torch takes it from others (Numba's "CUDA Array Interface", version 3)."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3,
+        }  # fmt: skip
+
+
+def bytes_at(address: int, num_bytes: int) -> torch.Tensor:
+    """Memory of the current device as a tensor, which does not keep it."""
+    return torch.as_tensor(_Bytes(address, num_bytes), device="cuda")
+
+
 def share_memory(group: ProcessGroup, num_bytes: int) -> list[int] | None:
     """`num_bytes` of zeroed memory on each rank's device: where each rank's is in this process, by rank.
 

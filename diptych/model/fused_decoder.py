@@ -4,6 +4,8 @@ are faster than cuBLAS. The reference is Decoder.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from diptych.model.kernels.matmul import Scaled, gated_product, product, product
 from diptych.model.kernels.stream import stream_gated, stream_wins
 from diptych.model.kernels.tiles import ProductTiles, wins
 from diptych.model.layers import Linear, RMSNorm, known_tokens
+from diptych.model.row_shares import Arriving
 from diptych.model.triton_attention import TritonAttention
 
 ADD_ROWS = 1024  # from so many rows on cuBLAS adds its product to `x`: the norm then has half as much to read and write
@@ -35,6 +38,8 @@ class FusedDecoder:
         self._gates = not fixed and gate_up.bias is None and gated.takes(gate_up.weight)
         if self._gates:
             gated.prepare(gate_up.weight)
+        o_bias, down_bias = decoder.layers[0].o_bias, decoder.layers[0].down_bias
+        self._shares = decoder.parallel.row_shares if o_bias is None and down_bias is None else None
         self._cos, self._sin = decoder.cos.squeeze(1), decoder.sin.squeeze(1)
         self._arrivals = torch.zeros(decoder.config.hidden_size, dtype=torch.int32, device=self._cos.device)
         # After its last layer a stage but the first has nothing to norm; add_norm is then done for its sum alone.
@@ -61,17 +66,19 @@ class FusedDecoder:
         decoder = self.decoder
         place = decoder.parallel
         final = self.num_layers - 1 if place.stage == place.stages - 1 else None
-        normed: Tensor | Scaled
+        normed: Tensor | Scaled | Arriving
         x, normed = self._begin(tokens, last)
         for index, layer in enumerate(decoder.layers):
             mixed = self._attend(index, layer, self._product(layer.qkv, normed), attention)
             if index == final and wanted is not None:  # what follows concerns each row by itself
-                x, mixed = x.index_select(0, wanted), mixed.index_select(0, wanted)
+                x, mixed = self._rows(x, wanted), mixed.index_select(0, wanted)
                 if not len(wanted):
                     return x
             normed = self._after_attention(index, x, mixed)
+        if isinstance(normed, Arriving):
+            normed = normed.whole()
         if place.stages > 1:
-            return decoder.hand_on(x, len(tokens) if wanted is None else len(wanted))
+            return decoder.hand_on(self._rows(x), len(tokens) if wanted is None else len(wanted))
         assert isinstance(normed, Tensor)  # what follows the last layer is no product's input
         return normed
 
@@ -95,15 +102,26 @@ class FusedDecoder:
     def _attend(self, index: int, layer: Layer, qkv: Tensor, attention: TritonAttention) -> Tensor:
         return attention.attend_qkv(index, qkv, layer.qk_norm, self._eps, self._cos, self._sin)
 
-    def _after_attention(self, index: int, x: Tensor, mixed: Tensor) -> Tensor | Scaled:
+    def _rows(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """The rows `wanted` of `x`, or all, on every rank, also where each rank has only its share of them."""
+        if self._shares is not None and self._shares.takes(x):
+            return self.decoder.parallel.sum(self._shares.own_rows(x, wanted))
+        return x if wanted is None else x.index_select(0, wanted)
+
+    def _after_attention(self, index: int, x: Tensor, mixed: Tensor) -> Tensor | Scaled | Arriving:
         """The rest of a layer, in place in `x`: what the norm after it makes of that."""
         layer = self.decoder.layers[index]
         normed = self._add(x, layer.o, mixed, layer.o_bias, layer.mlp_norm, layer.gate_up)
         inner = self._gated(layer.gate_up, normed)
         return self._add(x, layer.down, inner, layer.down_bias, *self._following[index])
 
-    def _product(self, linear: Linear, x: Tensor | Scaled, *, whole: bool = False) -> Tensor:
+    def _product(self, linear: Linear, x: Tensor | Scaled | Arriving, *, whole: bool = False) -> Tensor:
         """A product, or, unless it must be `whole`, its unreduced parts for the kernel that follows."""
+        if isinstance(x, Arriving):
+            out = x.rows.new_empty(len(x.rows), linear.weight.shape[0])
+            for start, stop in x.pieces():
+                self._write(linear, x.rows, start, stop, out[start:stop])
+            return out
         tiles = self._tiles(linear, x)
         if tiles is not None:
             return (product if whole else product_parts)(x, linear.weight, tiles)
@@ -113,8 +131,26 @@ class FusedDecoder:
             return out if linear.bias is None else out + linear.bias
         return blas_product(linear, x)
 
-    def _gated(self, linear: Linear, x: Tensor | Scaled) -> Tensor:
+    def _write(self, linear: Linear, x: Tensor, start: int, stop: int, out: Tensor) -> None:
+        """The product of many rows [start, stop) of `x` to `out`."""
+        if self._fixed:
+            fixed_product(x[start:stop], linear.weight, out)
+            if linear.bias is not None:
+                out += linear.bias
+        elif linear.bias is not None:
+            torch.addmm(linear.bias, x[start:stop], linear.weight.t(), out=out)
+        else:
+            torch.mm(x[start:stop], linear.weight.t(), out=out)
+
+    def _gated(self, linear: Linear, x: Tensor | Scaled | Arriving) -> Tensor:
         """silu(gate) * up, of a product that gives both."""
+        if isinstance(x, Arriving):
+            if not self._gates:
+                return silu_mul(self._product(linear, x), self._cos.dtype)
+            out = x.rows.new_empty(len(x.rows), linear.weight.shape[0] // 2)
+            for start, stop in x.pieces():
+                gated.silu_product(x.rows[start:stop], linear.weight, out[start:stop])
+            return out
         if self._gates and isinstance(x, Tensor) and x.shape[0] >= gated.LEAST_ROWS:
             return gated.silu_product(x, linear.weight)
         if self._gates and isinstance(x, Tensor) and stream_wins(x.shape[0], *linear.weight.shape):
@@ -126,10 +162,12 @@ class FusedDecoder:
 
     def _add(
         self, x: Tensor, linear: Linear, inputs: Tensor, bias: Tensor | None, norm: RMSNorm, reader: Linear | None
-    ) -> Tensor | Scaled:
+    ) -> Tensor | Scaled | Arriving:
         """Add to `x`, in place, a product whose inputs are split over the ranks; what `norm` makes of the sum, for the
-        product `reader` if that is what reads it."""
+        product `reader` if that is what reads it. Of many rows each rank adds to its own only (see RowShares)."""
         place = self.decoder.parallel
+        if self._shares is not None and self._shares.takes(x):
+            return self._shares.product_add_norm(x, partial(self._write, linear, inputs), norm.weight, self._eps)
         if bias is None and place.world > 1:
             return place.sum_add_norm(x, self._product(linear, inputs), norm.weight, self._eps)
         if bias is None and not self._fixed and x.shape[0] >= ADD_ROWS:

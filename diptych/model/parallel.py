@@ -21,6 +21,7 @@ from diptych.model.fit import kv_part, part
 
 if TYPE_CHECKING:
     from diptych.model.allreduce import DeviceGroup
+    from diptych.model.row_shares import RowShares
 
 EXCHANGE_TIMEOUT_S = 300.0  # a rank that is later than this is lost; a dead one is noticed at once
 
@@ -100,6 +101,11 @@ class Parallel:
     def leads(self) -> bool:
         """Whether this is the rank that samples."""
         return self.rank == self.stage == 0
+
+    @property
+    def row_shares(self) -> RowShares | None:
+        """What sums products of many rows, if the ranks have memory for it."""
+        return None if self.group is None or isinstance(self.group, HostGroup) else self.group.row_shares
 
     def send(self, x: Tensor, stage: int) -> None:
         """Hand `x` to the same rank of another stage. On a CPU, blocks until it takes it."""

@@ -30,6 +30,7 @@ from diptych.model.kernels import launch
 from diptych.model.kernels.arrivals import LINE, wait_for
 from diptych.model.kernels.fused import add_norm_kernel
 
+LEAST_ROWS = 1024  # with fewer, other ways to sum are as fast
 TILE = 128  # rows of a share are a multiple of this, so that products of shares have no more tiles than those of all
 PARTS, NORMED = 0, 1  # kinds of flags
 
@@ -55,6 +56,12 @@ class Arriving:
         for piece in ((0, start), (stop, len(self.rows))):
             if piece[0] < piece[1]:
                 yield piece
+
+    def whole(self) -> Tensor:
+        """All rows, for what is enqueued next."""
+        for _ in self.pieces():
+            pass
+        return self.rows
 
 
 class RowShares:
@@ -82,6 +89,20 @@ class RowShares:
     @staticmethod
     def num_bytes(world: int, most: int, width: int, itemsize: int) -> int:
         return 2 * world * most_of_share(world, most) * width * itemsize + 2 * world * LINE * 4
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether products of the shape of `x` are summed this way. Not in a graph: calls are counted by the host."""
+        rows, width = x.shape
+        fits = LEAST_ROWS <= rows <= self.most and width == self.width and x.dtype == self.dtype
+        return fits and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def own_rows(self, x: Tensor, wanted: Tensor | None) -> Tensor:
+        """The rows `wanted` of `x`, or all, with zeros for those of other ranks."""
+        start, stop = self.share(self.rank, len(x))
+        if wanted is None:
+            wanted = torch.arange(len(x), device=x.device)
+        mine = (wanted >= start) & (wanted < stop)
+        return torch.where(mine[:, None], x.index_select(0, wanted), 0)
 
     def share(self, rank: int, rows: int) -> tuple[int, int]:
         """Rows [start, stop) of `rows` that are `rank`'s."""

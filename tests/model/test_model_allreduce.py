@@ -6,7 +6,9 @@ from pathlib import Path
 
 import model_oneshot
 import model_row_shares
+import model_split_ranks
 import pytest
+from model_checkpoints import qwen3, write
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -17,3 +19,9 @@ def test_ranks_that_drift_apart_sum_in_rank_order(world: int, tmp_path: Path) ->
 @pytest.mark.parametrize("world", [2, 3])
 def test_shares_of_rows_have_the_bits_of_a_sum_and_a_norm_of_all(world: int, tmp_path: Path) -> None:
     assert model_row_shares.run(tmp_path, world) == ["[]\n"] * world
+
+
+def test_steps_of_two_ranks_have_the_same_bits_by_shares_of_rows(tmp_path: Path) -> None:
+    write(tmp_path / "model", qwen3())
+    first, second = model_split_ranks.run(tmp_path)
+    assert first == second == "True 45 10\n"

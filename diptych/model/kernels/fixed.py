@@ -57,14 +57,14 @@ def fixed_kernel(  # type: ignore[no-untyped-def]
     tl.store(places, acc.to(out.dtype.element_ty), mask=(n < N)[:, None] & (m < rows)[None, :])
 
 
-def fixed_product(x: Tensor, weight: Tensor) -> Tensor:
+def fixed_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """`x @ weight.T` `[rows, N]`: a row has the same bits among any others. `x` `[rows, K]`, each row contiguous;
-    `weight` `[N, K]` contiguous.
+    `weight` `[N, K]` contiguous; `out`: where to, contiguous.
 
     Tiles have at least 64 columns, so that all use the same instruction (wgmma). That its sums do not depend on the
     width of a tile is not documented: the self-test tries it at each start."""
     (rows, k), n = x.shape, weight.shape[0]
-    out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, n, dtype=x.dtype, device=x.device) if out is None else out
     if rows <= 64:  # bound by reading the weights: narrow tiles, so that all processors read
         block_m, block_n, warps, stages = max(16, triton.next_power_of_2(rows)), 64, 4, 6
     else:

@@ -140,9 +140,11 @@ def prepare(weight: Tensor) -> None:
     _launch(weight[:1], weight, weight.new_empty(1, weight.shape[0] // 2), 0)
 
 
-def silu_product(x: Tensor, weight: Tensor) -> Tensor:
-    """See gated_kernel: `[rows, width]` from contiguous `x` `[rows, K]`, of the weight's type, if `takes(weight)`."""
-    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
+def silu_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """See gated_kernel: `[rows, width]` from contiguous `x` `[rows, K]`, of the weight's type, if `takes(weight)`.
+    `out`: where to, contiguous."""
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
     _launch(x, weight, out, x.shape[0])
     return out
 
