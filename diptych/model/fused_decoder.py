@@ -71,9 +71,9 @@ class FusedDecoder:
         for index, layer in enumerate(decoder.layers):
             mixed = self._attend(index, layer, self._product(layer.qkv, normed), attention)
             if index == final and wanted is not None:  # what follows concerns each row by itself
-                x, mixed = self._rows(x, wanted), mixed.index_select(0, wanted)
                 if not len(wanted):
-                    return x
+                    return x[:0]
+                x, mixed = self._rows(x, wanted), mixed.index_select(0, wanted)
             normed = self._after_attention(index, x, mixed)
         if isinstance(normed, Arriving):
             normed = normed.whole()

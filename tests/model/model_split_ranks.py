@@ -79,11 +79,12 @@ def logprobs(place: Parallel, folder: Path) -> Tensor:
     runner.pad = int
     driver = Driver(SharedRunner(runner), 16)  # type: ignore[arg-type]
     a, b = (Sequence(prompt_of(n, n), logprobs=LogprobSpec(prompt_start=0)) for n in (23, 19))
-    c = Sequence(prompt_of(17), logprobs=LogprobSpec())
+    c = Sequence(prompt_of(34), logprobs=LogprobSpec())
     driver.run([(a, 23)])  # all rows are wanted: also the last layer has many
     driver.run([(a, 1), (b, 18)])
     driver.run([(a, 1), (b, 1)])
-    driver.run([(c, 17)])  # one row is wanted: the last layer has few
+    driver.run([(c, 17)])  # nothing is wanted of the last layer
+    driver.run([(c, 17)])  # one row is
     return torch.tensor([p.logprob for s in (a, b, c) for p in s.output_logprobs + s.prompt_logprobs])
 
 
