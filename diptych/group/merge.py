@@ -4,11 +4,18 @@ A patch is a partial object. Objects merge field by field, null deletes a field,
 lists of `_KEYS`: their items merge by a key. Directives: `$patch: replace` (an object; in an item, which is then none
 itself, the list) and `$patch: delete` (an object becomes empty, an item goes), `$retainKeys` (fields that stay; the
 others of the object go). See "Strategic merge patch" in Kubernetes' API conventions.
+
+In one thing more stays than Kubernetes (1.36) leaves. Its key of ports is their number, that of topology spread
+constraints their topologyKey: of a patch's 53/UDP and 53/TCP it keeps one if the template has ports, and of a
+template's it changes the first, whichever was meant. Here, where a key occurs twice in the template or in the patch,
+`_FURTHER` tells the items apart, as server-side apply does. Where it occurs once, all is as in Kubernetes: a patch that
+says 53/UDP makes that of a template's 53/TCP.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +41,7 @@ _KEYS = {
     for containers in ("containers", "initContainers", "ephemeralContainers")
     for field, key in _CONTAINER.items()
 }
+_FURTHER = {"containerPort": ("protocol", "TCP"), "topologyKey": ("whenUnsatisfiable", None)}  # field, default
 _DIRECTIVE = "$patch"
 _RETAIN = "$retainKeys"
 
@@ -89,20 +97,52 @@ def _merge_value(original: Any, value: Any, path: str) -> Any:
 
 def _merge_list(original: Sequence[Any], patch: Sequence[Any], key: str, path: str) -> list[Any]:
     for i, item in enumerate((*original, *patch)):
-        if not isinstance(item, Mapping) or (key not in item and item.get(_DIRECTIVE) != "replace"):
+        if not isinstance(item, Mapping) or not (
+            isinstance(item.get(key), (str, int)) or item.get(_DIRECTIVE) == "replace"
+        ):
             where = f"{path}[{i - len(original)}]" if i >= len(original) else f"{path}[{i}] of the template"
             raise ConfigError(f"{where}: needs {key}, by which the items of {path.rsplit('.', 1)[-1]} are merged")
     if any(item.get(_DIRECTIVE) == "replace" for item in patch):
         return [_without_nulls(item) for item in patch if _DIRECTIVE not in item]
-    items = list(patch)
-    gone = {item[key] for item in items if item.get(_DIRECTIVE) == "delete"}
-    kept = {item[key]: item for item in original if item[key] not in gone}
+    names = _Names(original, patch, key)
+    there: dict[Any, Any] = {}
+    for item in original:
+        name = names.of(item)
+        while name in there:  # a second one of the same name: no patch can mean it
+            name = (name, "again")
+        there[name] = item
+    deletions = [item for item in patch if item.get(_DIRECTIVE) == "delete"]
+    kept = {name: item for name, item in there.items() if not any(names.meant(by, item) for by in deletions)}
     patched: dict[Any, Any] = {}
-    for i, item in enumerate(items):
-        if item[key] not in gone:
-            before = patched.get(item[key], kept.get(item[key], {}))
-            patched[item[key]] = _merge_object(before, item, f"{path}[{i}]")
-    return _in_order(kept, patched, [item[key] for item in original])
+    for i, item in enumerate(patch):
+        if item.get(_DIRECTIVE) != "delete":
+            name = names.of(item)
+            patched[name] = _merge_object(patched.get(name, kept.get(name, {})), item, f"{path}[{i}]")
+    return _in_order(kept, patched, list(there))
+
+
+class _Names:
+    """What tells the items of a list apart: their key or, where that occurs twice, the key and a further field."""
+
+    def __init__(self, original: Sequence[Any], patch: Sequence[Any], key: str) -> None:
+        self._key = key
+        self._field, self._default = _FURTHER.get(key, ("", None))
+        self._first = {item[key]: item.get(self._field) for item in reversed(original)}
+        counts = (Counter(item[key] for item in items) for items in (original, patch))
+        self._twice = {value for each in counts for value, count in each.items() if count > 1}
+
+    def of(self, item: Mapping[str, Any]) -> Any:
+        """An item that does not say the further field has its default, or means the template's first."""
+        value = item[self._key]
+        if not self._field or value not in self._twice:
+            return value
+        return value, item.get(self._field) or self._default or self._first.get(value)
+
+    def meant(self, deletion: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
+        """Whether the item goes: one that does not say the further field takes all of its key."""
+        if self._field in deletion:
+            return bool(self.of(deletion) == self.of(item))
+        return bool(deletion[self._key] == item[self._key])
 
 
 def _in_order(kept: Mapping[Any, Any], patched: Mapping[Any, Any], order: list[Any]) -> list[Any]:

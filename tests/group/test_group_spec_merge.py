@@ -20,6 +20,10 @@ def container(**fields: Any) -> dict[str, Any]:
     return pod(containers=[{"name": "c", **fields}])
 
 
+HARD = {"topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule", "maxSkew": 1}
+SOFT = {**HARD, "whenUnsatisfiable": "ScheduleAnyway"}
+
+
 @pytest.mark.parametrize(
     ("original", "patch", "expected"),
     [
@@ -64,6 +68,95 @@ def container(**fields: Any) -> dict[str, Any]:
             container(ports=[{"containerPort": 80, "name": "http"}, {"containerPort": 81}]),
             container(ports=[{"containerPort": 80, "name": "http"}, {"containerPort": 81}]),
             id="ports merge by containerPort",
+        ),
+        pytest.param(
+            container(ports=[{"containerPort": 53}, {"containerPort": 80}]),
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}]),
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 80}]),
+            id="a port's protocol is changed",
+        ),
+        pytest.param(
+            container(image="a"),
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "name": "t"}]),
+            container(
+                image="a",
+                ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "name": "t"}],
+            ),
+            id="two ports of one number are added",
+        ),
+        pytest.param(
+            container(ports=[{"containerPort": 53}]),
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "protocol": "TCP"}]),
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "protocol": "TCP"}]),
+            id="one is added beside the one that is there",
+        ),
+        pytest.param(
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "protocol": "TCP"}]),
+            container(ports=[{"containerPort": 80}]),
+            container(
+                ports=[
+                    {"containerPort": 80},
+                    {"containerPort": 53, "protocol": "UDP"},
+                    {"containerPort": 53, "protocol": "TCP"},
+                ]
+            ),
+            id="two ports of one number stay",
+        ),
+        pytest.param(
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "protocol": "TCP"}]),
+            container(ports=[{"containerPort": 53, "name": "t"}]),
+            container(
+                ports=[
+                    {"containerPort": 53, "protocol": "UDP"},
+                    {"containerPort": 53, "protocol": "TCP", "name": "t"},
+                ]
+            ),
+            id="without a protocol TCP is meant",
+        ),
+        pytest.param(
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53}, {"containerPort": 80}]),
+            container(ports=[{"containerPort": 53, "protocol": "UDP", "$patch": "delete"}]),
+            container(ports=[{"containerPort": 53}, {"containerPort": 80}]),
+            id="one of two ports of one number goes",
+        ),
+        pytest.param(
+            container(ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53}, {"containerPort": 80}]),
+            container(ports=[{"containerPort": 53, "$patch": "delete"}]),
+            container(ports=[{"containerPort": 80}]),
+            id="both ports of one number go",
+        ),
+        pytest.param(
+            pod(topologySpreadConstraints=[SOFT, HARD]),
+            pod(topologySpreadConstraints=[{**HARD, "maxSkew": 3}]),
+            pod(topologySpreadConstraints=[SOFT, {**HARD, "maxSkew": 3}]),
+            id="one of two spread constraints of one topology is changed",
+        ),
+        pytest.param(
+            pod(topologySpreadConstraints=[HARD]),
+            pod(topologySpreadConstraints=[{"topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}]),
+            pod(topologySpreadConstraints=[SOFT]),
+            id="a spread constraint is made softer",
+        ),
+        pytest.param(
+            pod(topologySpreadConstraints=[SOFT, HARD]),
+            pod(topologySpreadConstraints=[{"topologyKey": "zone", "maxSkew": 3}]),
+            pod(topologySpreadConstraints=[{**SOFT, "maxSkew": 3}, HARD]),
+            id="without more than the topology the first is meant",
+        ),
+        pytest.param(
+            pod(imagePullSecrets=[{"name": "a"}, {"name": "a"}], hostAliases=[{"ip": "1", "hostnames": ["a"]}] * 2),
+            pod(imagePullSecrets=[{"name": "b"}], hostAliases=[{"ip": "1", "hostnames": ["b"]}]),
+            pod(
+                imagePullSecrets=[{"name": "b"}, {"name": "a"}, {"name": "a"}],
+                hostAliases=[{"ip": "1", "hostnames": ["b"]}, {"ip": "1", "hostnames": ["a"]}],
+            ),
+            id="what is there twice stays twice, and the first is changed",
+        ),
+        pytest.param(
+            container(env=[{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]),
+            container(env=[{"name": "A", "$patch": "delete"}, {"name": "A", "valueFrom": {}}]),
+            container(env=[{"name": "A", "valueFrom": {}}, {"name": "B", "value": "2"}]),
+            id="one goes and comes again",
         ),
         pytest.param(
             container(volumeMounts=[{"name": "a", "mountPath": "/m"}]),
@@ -160,6 +253,7 @@ def test_the_result_shares_nothing_with_its_parts() -> None:
     [
         (pod(containers=[{"image": "x"}]), r"^spec.containers\[0\]: needs name, by which the items of containers"),
         (pod(containers=["c"]), r"^spec.containers\[0\]: needs name"),
+        (pod(containers=[{"name": {}}]), r"^spec.containers\[0\]: needs name"),
         (container(env=[{"value": "x"}]), r"^spec.containers\[0\].env\[0\]: needs name"),
         (pod(nodeSelector={"$patch": "drop"}), r"^spec.nodeSelector.\$patch: must be merge, replace or delete"),
         ({"$setElementOrder/x": []}, r"^\$setElementOrder/x: this directive is not supported"),

@@ -49,6 +49,30 @@ CASES: dict[str, tuple[Json, Json]] = {
         pod(container("a"), nodeSelector={"disk": "ssd", "zone": "a"}),
         {"spec": {"nodeSelector": {"$patch": "replace", "gpu": "h100"}}},
     ),
+    "one goes and comes again": (
+        pod(container("a", env=env("A", "B"))),
+        pod({"name": "a", "env": [{"name": "A", "$patch": "delete"}, {"name": "A", "value": "new"}]}),
+    ),
+    "a port gets another protocol": (
+        pod(container("a", ports=[{"containerPort": 53, "protocol": "TCP"}, {"containerPort": 80}])),
+        pod({"name": "a", "ports": [{"containerPort": 53, "protocol": "UDP"}]}),
+    ),
+    "ports of one number stay": (
+        pod(container("a", ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53}])),
+        pod({"name": "a", "ports": [{"containerPort": 80}]}),
+    ),
+    "the first of them is changed": (
+        pod(container("a", ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53}])),
+        pod({"name": "a", "ports": [{"containerPort": 53, "protocol": "UDP", "name": "dns"}]}),
+    ),
+    "both of them go": (
+        pod(container("a", ports=[{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53}])),
+        pod({"name": "a", "ports": [{"containerPort": 53, "$patch": "delete"}, {"containerPort": 80}]}),
+    ),
+    "ports of one number where there were none": (
+        pod(container("a")),
+        pod({"name": "a", "ports": [{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "name": "t"}]}),
+    ),
     "volumes": (
         pod(container("a"), volumes=[{"name": "v", "hostPath": {"path": "/x"}}, {"name": "w", "emptyDir": {}}]),
         {
@@ -85,6 +109,20 @@ def deployment(name: str, namespace: str, template: Json) -> Json:
         "metadata": {"name": name, "namespace": namespace},
         "spec": spec,
     }
+
+
+def test_ports_of_one_number_that_the_api_server_would_lose_stay(place: Place) -> None:
+    """The only case in which `merge` differs: if a server no longer does so, it need not either."""
+    where = place.namespace
+    both = [{"containerPort": 53, "protocol": "UDP"}, {"containerPort": 53, "protocol": "TCP"}]
+    template, patch = pod(container("a", ports=[{"containerPort": 80}])), pod({"name": "a", "ports": both})
+    place.api.create(DEPLOYMENT, deployment("by-server", where, template))
+    with place.core() as core:
+        AppsV1Api(core.api_client).patch_namespaced_deployment("by-server", where, {"spec": {"template": patch}})
+    (server,) = place.read(DEPLOYMENT, "by-server")["spec"]["template"]["spec"]["containers"]
+    assert server["ports"] == [both[1], {"containerPort": 80, "protocol": "TCP"}]
+    (merged,) = merge_pod_template(template, patch)["spec"]["containers"]
+    assert merged["ports"] == [*both, {"containerPort": 80}]
 
 
 @pytest.mark.parametrize(("template", "patch"), CASES.values(), ids=CASES)

@@ -44,27 +44,32 @@ def strategic_patch(target: Any, patch: Any, shape: Shape) -> Any:
 
 
 def _strategic_items(target: list[Any], patch: list[Any], shape: Shape, keys: Keys) -> list[Any]:
+    """By the first key field alone, unlike server-side apply: of several items with one value the first is changed,
+    also by a second one of the patch. Where there is no list, the patch's is taken. (As Kubernetes 1.36 answers.)"""
+    changes = [item for item in patch if "$patch" not in item]
     if any(item.get("$patch") == "replace" for item in patch):
-        return [item for item in patch if "$patch" not in item]
-    items = {item_key(item, keys): item for item in target}
-    order = list(items)
-    named = []
-    for item in patch:
-        key = item_key(item, keys)
-        if item.get("$patch") == "delete":
-            items.pop(key, None)
-        else:
-            items[key] = strategic_patch(items.get(key), item, shape.item())
-            named.append(key)
-    return [items[key] for key in _sorted([key for key in items if key not in named], named, order)]
+        return changes
+    if not target:
+        return [strategic_patch(None, change, shape.item()) for change in changes]
+    gone = {item_key(item, keys[:1]) for item in patch if item.get("$patch") == "delete"}
+    items = [item for item in target if item_key(item, keys[:1]) not in gone]
+    for change in changes:
+        names = [item_key(item, keys[:1]) for item in items]
+        name = item_key(change, keys[:1])
+        at = names.index(name) if name in names else len(names)
+        items[at : at + 1] = [strategic_patch(items[at] if at < len(items) else None, change, shape.item())]
+    wanted = [item_key(change, keys[:1]) for change in changes]
+    named = [item for name in dict.fromkeys(wanted) for item in items if item_key(item, keys[:1]) == name]
+    others = [item for item in items if item_key(item, keys[:1]) not in wanted]
+    return _sorted(others, named, [item_key(item, keys[:1]) for item in target], keys[:1])
 
 
-def _sorted(others: list[Any], named: list[Any], order: list[Any]) -> list[Any]:
+def _sorted(others: list[Any], named: list[Any], order: list[str], keys: Keys) -> list[Any]:
     """What the patch names in its order, the others in theirs; of two heads the one that was first in `order` goes
     first if both were in it, else the patch's."""
     result = []
     while others and named:
-        ours, theirs = others[0], named[0]
+        ours, theirs = item_key(others[0], keys), item_key(named[0], keys)
         first = theirs in order and order.index(ours) < order.index(theirs)
         result.append(others.pop(0) if first else named.pop(0))
     return [*result, *others, *named]
