@@ -1,7 +1,8 @@
 """Sums over the GPUs of this host: right first, then how fast. `python -m benchmarks.gpu.allreduce [--world 2]`.
 
-One process a GPU. Every call is made in a CUDA graph of many, back to back, on numbers that are new at each replay, and
-every result is compared, so that a race would show. What takes longer than --deadline is ended.
+One process a GPU. Every call is made in a CUDA graph of many (sums by shares of rows: without), one behind the other, on
+numbers that are new at each replay, and every result is compared, so that a race would show. What takes longer than
+--deadline is ended.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import _symmetric_memory as symmetric_memory
 
+from benchmarks.gpu import row_shares
 from benchmarks.results import write
 from diptych.model import parallel
 from diptych.model.allreduce import DeviceGroup
@@ -93,6 +95,7 @@ def measure(args: argparse.Namespace) -> int:
     group = dist.group.WORLD
     assert group is not None and isinstance(place.group, DeviceGroup)
     ours, nccl = DeviceGroup(group, LIMIT), DeviceGroup(group, 0)
+    ours.share_rows(max(row_shares.ROWS), WIDTH, torch.bfloat16)
     if not ours.has_one_shot:
         print("no access from GPU to GPU: nothing to compare NCCL with")
         return 1
@@ -168,6 +171,9 @@ def checks(table: Table, place: Parallel, ours: DeviceGroup, nccl: DeviceGroup) 
     check("overlapping launches: graph of sum_add_norm", right_norms(ours, nccl, 30, 2))
     launch.set_overlap(False)
     check("graph of tokens and logits", right_exchanges(place))
+    if ours.row_shares is not None:
+        for rows in (*row_shares.ROWS, 1030):
+            check(f"{rows} rows by shares, with pauses", row_shares.right_shares(ours.row_shares, nccl, rows))
     return wrong
 
 
@@ -281,6 +287,9 @@ def timings(table: Table, ours: DeviceGroup, nccl: DeviceGroup) -> None:
     for rows in (4096, 8192):
         delta = torch.zeros(rows, WIDTH, dtype=torch.bfloat16, device="cuda")
         table.add(what=f"NCCL, {rows} rows", us=microseconds(partial(nccl.sum, delta), 20))
+    if ours.row_shares is not None:
+        for rows in row_shares.ROWS:
+            table.add(what=f"layer of {rows} rows, us", **row_shares.layer_times(ours.row_shares, nccl, rows))
 
 
 def sum_then_norm(group: DeviceGroup, x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
