@@ -1,7 +1,7 @@
 """Sums over the GPUs of this host: right first, then how fast. `python -m benchmarks.gpu.allreduce [--world 2]`.
 
-One process a GPU. Every call is made in a CUDA graph of many (sums by shares of rows: without), one behind the other, on
-numbers that are new at each replay, and every result is compared, so that a race would show. What takes longer than
+One process a GPU. Every call is made in a CUDA graph of many (sums by shares of rows: without), one behind the other,
+on numbers that are new at each replay, and every result is compared, so that a race would show. What takes longer than
 --deadline is ended.
 """
 
