@@ -48,7 +48,7 @@ class Gate:
         except (TimeoutError, asyncio.CancelledError) as error:
             if place.done() and not place.cancelled():  # it came at the same moment: hand it on
                 self.leave()
-            else:
+            elif place in self._line:  # unless `leave` has passed it over meanwhile
                 self._line.remove(place)
             if isinstance(error, TimeoutError):
                 raise QueueTimeout(f"the request waited {self._timeout_s:g} s for its turn; try again later") from None

@@ -105,6 +105,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing = False  # nothing more is read; what waits is still served
         self._refusal: DiptychError | None = None  # the last answer of a connection that broke the rules
         self._since = loop.time()  # of the state that check_deadline looks at
+        self._unsent_bytes = 0  # of an answer, when it looked last
         self._body_since = 0.0  # when the last head was complete
         self._receiving = False
         self._reset()
@@ -115,8 +116,12 @@ class ClientConnection(asyncio.Protocol):
 
     def check_deadline(self, now: float) -> None:
         """End a connection that has made no progress for too long; requests being served have the router's deadline."""
-        if not self.writable.is_set():
+        if not self.writable.is_set() and self._transport is not None:
             limit = STALL_S
+            unsent = self._transport.get_write_buffer_size()
+            if unsent < self._unsent_bytes:
+                self._since = now
+            self._unsent_bytes = unsent
         elif self._task is not None:
             return
         else:
@@ -156,9 +161,9 @@ class ClientConnection(asyncio.Protocol):
             self._since = self._loop.time()
         self._receiving = True
         try:
+            self._unparsed_bytes += len(data)
             self._parser.feed_data(data)
-            if self._receiving and not self._head_done:
-                self._check_unfinished_head(len(data))
+            self._check_unparsed()
         except httptools.HttpParserUpgrade as upgrade:
             self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
@@ -185,6 +190,7 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._head_done = True
+        self._unparsed_bytes = 0
         self._body_since = self._loop.time()
         self._version = self._parser.get_http_version()
         self._upgrading = self._parser.should_upgrade()
@@ -196,6 +202,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, data: bytes) -> None:
+        self._unparsed_bytes = 0
         self._body_bytes += len(data)
         self._check_body(self._body_bytes)
         self._parts.append(data)
@@ -220,7 +227,7 @@ class ClientConnection(asyncio.Protocol):
         self._version = "1.1"
         self._headers: Headers = []
         self._head_bytes = 0  # of what has been parsed
-        self._unparsed_bytes = 0  # of a head that is not complete, at least
+        self._unparsed_bytes = 0  # received since the last part of a body, or the end of a head or request
         self._head_done = False
         self._upgrading = False
         self._parts: list[bytes] = []
@@ -231,9 +238,8 @@ class ClientConnection(asyncio.Protocol):
         if self._head_bytes > MAX_HEAD_BYTES:
             raise HeadTooLarge(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
 
-    def _check_unfinished_head(self, size: int) -> None:
-        """The parser holds back a header that has no end yet."""
-        self._unparsed_bytes += size
+    def _check_unparsed(self) -> None:
+        """The parser holds back a header, or a trailer, that has no end yet."""
         if self._unparsed_bytes > 2 * MAX_HEAD_BYTES:
             raise HeadTooLarge(f"the request's head is longer than {MAX_HEAD_BYTES} bytes")
 
@@ -284,7 +290,7 @@ class ClientConnection(asyncio.Protocol):
         if not answer.keep_alive or (self._server.draining and not self._waiting):  # it may have begun before
             self._transport.close()
             return
-        if len(self._waiting) >= MAX_PIPELINED:
+        if len(self._waiting) <= MAX_PIPELINED:  # one of them is served now
             self._transport.resume_reading()
         self._serve_next()
 

@@ -1,0 +1,119 @@
+"""Clients that mean harm, or are only slow: what they can make the router keep, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from router_cluster import until
+
+from diptych.net import listen_socket
+from diptych.router.config import RouterConfig
+from diptych.router.exchange import Client, ClientRequest
+from diptych.router.limits import Gate
+from diptych.router.server import MAX_HEAD_BYTES, MAX_PIPELINED, STALL_S, HttpServer
+
+Serve = Callable[..., Awaitable[tuple[HttpServer, asyncio.StreamReader, asyncio.StreamWriter]]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """`await serve(handler)`: a server that answers by it, and a connection to it."""
+    made: list[tuple[HttpServer, asyncio.StreamWriter]] = []
+
+    async def start(handler: Any) -> Any:
+        server = HttpServer(handler, max_body_bytes=1 << 20, body_timeout_s=60.0)
+        sock = listen_socket("127.0.0.1", 0)
+        await server.start(sock)
+        reader, writer = await asyncio.open_connection(*sock.getsockname(), limit=1 << 16)
+        made.append((server, writer))
+        return server, reader, writer
+
+    yield start
+    for server, writer in made:
+        writer.close()
+        await server.close()
+
+
+async def test_requests_that_are_sent_ahead_stay_few(serve: Serve) -> None:
+    most = 0
+
+    async def answer(request: ClientRequest, client: Client) -> None:
+        nonlocal most
+        most = max(most, server.num_active)
+        client.send(200, [], b"")
+
+    server, reader, writer = await serve(answer)
+    one = b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 10_000 + b"\r\n\r\n"
+    count = 1000
+    writer.write(one * count)
+    for _ in range(count):
+        await reader.readuntil(b"\r\n\r\n")
+    assert most <= MAX_PIPELINED + (256 << 10) // len(one) + 1  # uvloop reads 256 KiB at a time
+
+
+@pytest.mark.parametrize("start", [b"0\r\nx: ", b"5;", b"5\r\nhello\r\n0\r\nx: "])
+async def test_a_trailer_or_chunk_without_end_is_refused(serve: Serve, start: bytes) -> None:
+    async def answer(request: ClientRequest, client: Client) -> None:
+        raise AssertionError
+
+    server, reader, writer = await serve(answer)
+    writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + start)
+    await until(lambda: [one for one in server.connections if one._head_done])
+    writer.write(b"a" * (2 * MAX_HEAD_BYTES + 1))
+    assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_small_chunks_are_a_body_like_any_other(serve: Serve) -> None:
+    bodies = []
+
+    async def answer(request: ClientRequest, client: Client) -> None:
+        bodies.append(request.body)
+        client.send(200, [], b"")
+
+    _, reader, writer = await serve(answer)
+    writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+    writer.write(b"1\r\na\r\n" * 50_000 + b"0\r\nx: y\r\n\r\n")
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    assert bodies == [b"a" * 50_000]
+
+
+async def test_a_client_is_cut_off_for_reading_nothing_not_for_reading_slowly(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diptych.router.server.SWEEP_S", 1e6)  # the test looks instead
+
+    async def answer(request: ClientRequest, client: Client) -> None:
+        client.send(200, [], bytes(32 << 20))
+
+    server, reader, writer = await serve(answer)
+    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    await until(lambda: [one for one in server.connections if not one.writable.is_set()])
+    [connection] = server.connections
+    transport: Any = connection._transport
+    now = asyncio.get_running_loop().time()
+    connection.check_deadline(now)
+    for _ in range(3):
+        left, now = transport.get_write_buffer_size(), now + STALL_S
+        while transport.get_write_buffer_size() == left:  # until what the sockets hold has been read
+            await reader.read(1 << 20)
+        connection.check_deadline(now)
+        assert not transport.is_closing()
+    connection.check_deadline(now + STALL_S / 2)
+    assert not transport.is_closing()
+    connection.check_deadline(now + 2 * STALL_S)
+    assert transport.is_closing()
+
+
+async def test_whoever_leaves_the_line_as_a_place_comes_free() -> None:
+    gate = Gate(RouterConfig(max_concurrent_requests=1))
+    await gate.enter()
+    waiting = asyncio.create_task(gate.enter())
+    await until(lambda: gate.num_waiting)
+    waiting.cancel()
+    gate.leave()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert gate.num_inside == gate.num_waiting == 0
