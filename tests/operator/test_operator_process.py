@@ -9,11 +9,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kube_world import NAMESPACE, World, group, role, until
 
 from diptych.cli import main
+from diptych.group.operator import rollout
 from diptych.group.operator.resources import Json
 from diptych.net import listen_socket
 
@@ -130,6 +132,34 @@ def test_a_failed_update_is_an_exit_status_of_1(world: World, run: Command) -> N
     until(lambda: world.conditions("g").get("Ready", {}).get("reason") == "InvalidSpec", "it is refused")
     code, text, _ = run("rollout", "status", "g", "--timeout", "60")
     assert code == 1 and "there is no ClusterEngineRuntimeProfile none" in text
+
+
+def test_rollout_status_waits_for_an_api_server_that_is_away(world: World, run: Command, monkeypatch: Any) -> None:
+    world.start()
+    world.create(group("g", role("a")))
+    world.wait_ready("g")
+    monkeypatch.setattr(rollout, "POLL_S", 0.01)
+    faults = world.server.faults
+    faults.answer(503, times=3, verb="get", kind="RoleBasedGroup")
+    faults.answer(429, verb="get", kind="RoleBasedGroup")
+    code, text, told = run("rollout", "status", "g", "--timeout", "60")
+    assert code == 0 and "every replica of every role is ready" in text and faults.left() == 0
+    assert told.count("trying until --timeout is over") == 1
+    with faults.unreachable():
+        code, _, told = run("rollout", "status", "g", "--timeout", "0.2")
+    assert code != 0 and told.count("trying until --timeout is over") == 1
+    assert told.count("the API server does not answer") == 2  # said at first, and at last
+    code, _, told = run("rollout", "status", "g", "--timeout", "60")
+    assert code == 0 and told == ""
+
+
+def test_rollout_changes_what_somebody_else_writes_meanwhile(world: World, run: Command) -> None:
+    world.create(group("g", role("a")))
+    world.server.faults.answer(409, times=3, verb="update", kind="RoleBasedGroup")
+    assert run("rollout", "pause", "g")[0] == 0
+    assert world.read("RoleBasedGroup", "g")["spec"]["paused"] is True and world.server.faults.left() == 0
+    code, _, error = run("rollout", "undo", "none")
+    assert code != 0 and "no RoleBasedGroup none" in error
 
 
 @pytest.mark.parametrize(

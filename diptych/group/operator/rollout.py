@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from diptych.errors import ConfigError, DeadlineExceeded, NotFound
+from diptych.errors import ConfigError, DeadlineExceeded, NotFound, Overloaded, Unavailable
 from diptych.group import names
-from diptych.group.operator.api import Api
+from diptych.group.operator.api import REQUEST_TIMEOUT_S, Api, Conflict
 from diptych.group.operator.cache import controller_of
 from diptych.group.operator.main import connect
 from diptych.group.operator.metrics import Metrics
@@ -22,25 +24,31 @@ from diptych.group.operator.resources import GROUP, REVISION, Json
 from diptych.group.revision import restore, revision_data, spec_revision
 
 POLL_S = 1.0
+MAX_TRIES = 10  # of a change
 
 
 class Target:
-    """One group of a cluster. Raises ConfigError if it is not there."""
+    """One group of a cluster."""
 
     def __init__(self, api: Api, namespace: str, name: str) -> None:
         self.api, self.namespace, self.name = api, namespace, name
-        self.group = self.read()
 
-    def read(self) -> Json:
+    @cached_property
+    def group(self) -> Json:
+        """As it was when first asked for. Raises ConfigError if it is not there."""
+        return self.read()
+
+    def read(self, timeout_s: float = REQUEST_TIMEOUT_S) -> Json:
         try:
-            return self.api.get(GROUP, self.namespace, self.name)
+            return self.api.within(timeout_s).get(GROUP, self.namespace, self.name)
         except NotFound:
             raise ConfigError(f"there is no RoleBasedGroup {self.name} in namespace {self.namespace}") from None
 
     def revisions(self) -> dict[int, Json]:
         """By number, oldest first."""
+        uid = self.group["metadata"]["uid"]
         found, _ = self.api.list(REVISION, self.namespace, f"{names.PREFIX}/name={self.name}")
-        own = [each for each in found if controller_of(each).get("uid") == self.group["metadata"]["uid"]]
+        own = [each for each in found if controller_of(each).get("uid") == uid]
         return {int(each["revision"]): each for each in sorted(own, key=lambda each: int(each["revision"]))}
 
     def choose(self, number: int | None) -> Json:
@@ -53,8 +61,16 @@ class Target:
             raise ConfigError(f"group {self.name} has no revision {number}; it has {', '.join(map(str, known))}")
         return known[number]
 
-    def replace_spec(self, spec: Mapping[str, Any]) -> None:
-        self.api.replace(GROUP, {"metadata": self.group["metadata"], "spec": spec})
+    def change_spec(self, change: Callable[[Json], Mapping[str, Any]]) -> None:
+        """Raises Conflict if somebody else wrote the group meanwhile each time; the operator may do so at any moment."""
+        for left in reversed(range(MAX_TRIES)):
+            try:
+                self.api.replace(GROUP, {"metadata": self.group["metadata"], "spec": change(self.group["spec"])})
+                return
+            except Conflict:
+                if not left:
+                    raise
+            self.group = self.read()
 
 
 def run_rollout(args: argparse.Namespace) -> int:
@@ -88,7 +104,7 @@ def diff(target: Target, args: argparse.Namespace) -> int:
 
 def undo(target: Target, args: argparse.Namespace) -> int:
     revision = target.choose(args.revision)
-    target.replace_spec(restore(target.group["spec"], revision_data(revision["data"])))
+    target.change_spec(lambda spec: restore(spec, revision_data(revision["data"])))
     print(
         f"{target.name}: back to revision {revision['revision']}; watch it with: diptych rollout status {target.name}"
     )
@@ -99,8 +115,9 @@ def status(target: Target, args: argparse.Namespace) -> int:
     """Waits for Ready of the spec as it is; the conditions' messages are shown as they change."""
     deadline, shown = time.monotonic() + args.timeout, ""
     while True:
-        conditions = {each["type"]: each for each in (target.group.get("status") or {}).get("conditions") or []}
-        generation = target.group["metadata"]["generation"]
+        group = _read_by(deadline, target)
+        conditions = {each["type"]: each for each in (group.get("status") or {}).get("conditions") or []}
+        generation = group["metadata"]["generation"]
         current = {name: each for name, each in conditions.items() if each.get("observedGeneration") == generation}
         text = "; ".join(each["message"] for each in current.values() if each["message"])
         if text != shown:
@@ -116,16 +133,30 @@ def status(target: Target, args: argparse.Namespace) -> int:
                 f"group {target.name} was not ready within {args.timeout:g} s: {text or 'no status'}"
             )
         time.sleep(POLL_S)
-        target.group = target.read()
+
+
+def _read_by(deadline: float, target: Target) -> Json:
+    """The group, as soon as the API server answers. That it is away is told once. Raises Unavailable."""
+    told = False
+    while True:
+        try:
+            return target.read(min(REQUEST_TIMEOUT_S, max(POLL_S, deadline - time.monotonic())))
+        except (Unavailable, Overloaded) as error:
+            if time.monotonic() > deadline:
+                raise
+            if not told:
+                print(f"{error.message}; trying until --timeout is over", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(POLL_S)
 
 
 def pause(target: Target, args: argparse.Namespace) -> int:
-    target.replace_spec({**target.group["spec"], "paused": True})
+    target.change_spec(lambda spec: {**spec, "paused": True})
     return 0
 
 
 def resume(target: Target, args: argparse.Namespace) -> int:
-    target.replace_spec({**target.group["spec"], "paused": False})
+    target.change_spec(lambda spec: {**spec, "paused": False})
     return 0
 
 
