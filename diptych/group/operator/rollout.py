@@ -62,7 +62,7 @@ class Target:
         return known[number]
 
     def change_spec(self, change: Callable[[Json], Mapping[str, Any]]) -> None:
-        """Raises Conflict if somebody else wrote the group meanwhile each time; the operator may do so at any moment."""
+        """Raises Conflict if each time somebody else wrote the group meanwhile, as the operator may at any moment."""
         for left in reversed(range(MAX_TRIES)):
             try:
                 self.api.replace(GROUP, {"metadata": self.group["metadata"], "spec": change(self.group["spec"])})
