@@ -33,32 +33,35 @@ class DeviceArrays:
         return all(len(array) <= self.capacities[name] for name, array in arrays.items())
 
 
+class _Host:
+    """Memory that arrays are gathered in. `copied`: when the latest copy of it is done."""
+
+    def __init__(self, size: int, pinned: bool) -> None:
+        self.whole = torch.empty(size, dtype=torch.int32, pin_memory=pinned)
+        self.numbers: np.ndarray = self.whole.numpy()
+        self.copied = torch.cuda.Event() if pinned else None
+
+
 class Uploader:
     """Copies arrays to the device without waiting for it. Two host buffers take turns; one is written again only when
     its copy is done, which a loop one step ahead of the device never has to wait for."""
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
-        self._buffers = [torch.empty(0, dtype=torch.int32)] * 2
-        self._copied: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
+        self._hosts = [_Host(0, self._pinned) for _ in range(2)]
 
     def upload(self, arrays: Mapping[str, I32], target: DeviceArrays) -> None:
         """In one copy on the current stream. `arrays` fit and come in the target's order, the largest last."""
-        self._turn ^= 1
-        copied = self._copied[self._turn]
-        if copied is not None:
-            copied.synchronize()
+        self._hosts.reverse()
+        host = self._hosts[0]
+        if host.copied is not None:
+            host.copied.synchronize()
         used = max(target.offsets[name] + len(array) for name, array in arrays.items())
-        if self._buffers[self._turn].numel() < used:
-            self._buffers[self._turn] = torch.empty(2 * used, dtype=torch.int32, pin_memory=self._pinned)
-        host = self._buffers[self._turn][:used]
-        numbers: np.ndarray = host.numpy()
+        if len(host.numbers) < used:
+            host = self._hosts[0] = _Host(2 * used, self._pinned)
         for name, array in arrays.items():
             start = target.offsets[name]
-            numbers[start : start + len(array)] = array
-        target.whole[:used].copy_(host, non_blocking=True)
-        if self._pinned:
-            event = torch.cuda.Event()
-            event.record()
-            self._copied[self._turn] = event
+            host.numbers[start : start + len(array)] = array
+        target.whole[:used].copy_(host.whole[:used], non_blocking=True)
+        if host.copied is not None:
+            host.copied.record()
