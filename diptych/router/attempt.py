@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from diptych.errors import DiptychError, UpstreamError
+from diptych.errors import UpstreamError
 from diptych.router import logprobs, verdict
 from diptych.router.body import Ask
 from diptych.router.exchange import Body, Client, Exchange, Headers, ServerLost, Upstream, read_all
@@ -282,8 +282,11 @@ def _when_done(leg: Leg, task: asyncio.Task[Reply]) -> None:
 
     def close(task: asyncio.Task[Reply]) -> None:
         now = asyncio.get_running_loop().time()
-        failed = None if task.cancelled() else task.exception() is not None or _is_fault(task.result().status)
-        _close(leg, now, failed)
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or (error is not None and not isinstance(error, UpstreamError)):
+            _close(leg, now)
+        else:
+            _close(leg, now, error is not None or _is_fault(task.result().status))
 
     if task.done():
         close(task)
@@ -298,21 +301,21 @@ def _close(leg: Leg, now: float, failed: bool | None = None) -> None:
 
 
 def _blame(leg: Leg, task: asyncio.Task[Reply]) -> Blame | None:
-    """What went wrong on one side, as far as is known."""
+    """What went wrong on one side, as far as is known. Raises what is not the server's doing."""
     if not task.done():
         return None
     error = task.exception()
     if error is None:
         reply = task.result()
         return Blame(leg, reply) if reply.status >= 400 else None
-    if not isinstance(error, DiptychError):
+    if not isinstance(error, UpstreamError):
         raise error
     told = _told(leg, error)
     reply = Reply(told.status, [JSON], error_body(told))
     return Blame(leg, reply, error if isinstance(error, ServerLost) else None)
 
 
-def _told(leg: Leg, error: DiptychError) -> UpstreamError:
+def _told(leg: Leg, error: UpstreamError) -> UpstreamError:
     return UpstreamError(f"{leg.server.role} failed: {error.message}")
 
 

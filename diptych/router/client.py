@@ -38,7 +38,9 @@ class HttpUpstream:
         self._names: dict[str, tuple[float, str]] = {}
 
     async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
-        """Send a request and wait for the head of its answer. Raises ServerLost. Cancelling closes the connection."""
+        """Send a request and wait for the head of its answer. Raises ServerLost, and Unavailable when the router is out
+        of sockets. Cancelling closes the connection.
+        """
         connection = self._take(server) or await self._connect(server)
         size = sum(map(len, body))
         exchange = connection.send((_head(server, method, path, headers, size), *body), size)

@@ -112,7 +112,9 @@ class Upstream(Protocol):
     """The way to the servers."""
 
     async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
-        """Send a request and wait for the head of its answer. Raises ServerLost. Cancelling closes the connection."""
+        """Send a request and wait for the head of its answer. Raises ServerLost, and Unavailable when the router is out
+        of sockets. Cancelling closes the connection.
+        """
 
 
 async def read_all(exchange: Exchange, limit: int) -> bytes:

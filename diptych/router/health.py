@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from diptych.errors import DiptychError
+from diptych.errors import Unavailable, UpstreamError
 from diptych.router.config import RouterConfig
 from diptych.router.exchange import Headers, Upstream, read_all
 from diptych.router.fleet import Fleet, Server
@@ -76,7 +76,7 @@ class HealthChecker:
             return
 
     async def check(self, server: Server) -> bool:
-        """One check: whether the server answers 2xx in time."""
+        """One check: whether the server answers 2xx in time; if the router is out of sockets, what was known before."""
         try:
             async with asyncio.timeout(self._config.health_check_timeout_secs):
                 exchange = await self._upstream.open(
@@ -90,7 +90,9 @@ class HealthChecker:
             server.draining = is_leaving(exchange.status, answer)
             if ok:
                 server.local_prefill = does_prefill(answer)
-        except (DiptychError, TimeoutError):
+        except Unavailable:
+            return server.healthy
+        except (UpstreamError, TimeoutError):
             ok = server.draining = False
         server.checks[ok] += 1
         return ok

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import resource
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -117,3 +119,41 @@ async def test_whoever_leaves_the_line_as_a_place_comes_free() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert gate.num_inside == gate.num_waiting == 0
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process can open none meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_router_without_sockets_blames_no_server(cluster: Any) -> None:
+    """Clients can use them up. It says so, and takes nobody for dead: what runs goes on."""
+    c = await cluster(1, 1, health_check_interval_secs=0.01)
+    reader, writer = await asyncio.open_connection("127.0.0.1", c.router.port)
+    upstream = c.router._upstream
+    tries = []
+
+    async def connect(server: Any) -> Any:
+        tries.append(server)
+        return await type(upstream)._connect(upstream, server)
+
+    upstream._connect = connect
+    with no_more_files():
+        upstream.close()
+        writer.write(b'POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 12\r\n\r\n{"text":"a"}')
+        head = await reader.readuntil(b"\r\n\r\n")
+        count = len(tries)
+        await until(lambda: len(tries) > count + 20)  # checks of its servers
+    assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head
+    assert b"out of sockets" in await reader.readuntil(b"}}")
+    for server in c.router.fleet.servers:
+        assert server.healthy and server.num_lives == 1 and server.num_failed == server.num_requests == 0
+    assert c.router.metrics.retries == 0
+    assert (await c.post("/generate", {"text": "a"}))[0] == 200
+    writer.close()
