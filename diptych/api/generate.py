@@ -128,6 +128,7 @@ async def _jobs(body: GenerateBody, prompts: list[list[int]], batch: bool, ctx: 
                     keep_stop=fields.no_stop_trim,
                 )
             )
+    ctx.check_serving()  # again: who drains has not waited for a request that was still read
     return reply_id, jobs, batch or n > 1
 
 

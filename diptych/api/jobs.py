@@ -144,7 +144,9 @@ async def openai_jobs(
     grammar_after: int | None = None,
     logprobs: LogprobSpec | None = None,
 ) -> tuple[str, list[Job]]:
-    """(id of the reply, jobs): for each prompt its n choices. Raises BadRequest that names the field."""
+    """(id of the reply, jobs): for each prompt its n choices. Raises BadRequest that names the field, and Unavailable if
+    the server drains by now.
+    """
     refuse_unsupported(body)
     n = num_choices(body.n)
     count = n * len(prompts)
@@ -180,6 +182,7 @@ async def openai_jobs(
                 keep_stop=body.no_stop_trim,
             )
         )
+    ctx.check_serving()  # again: who drains has not waited for a request that was still read
     return reply_id, jobs
 
 

@@ -657,6 +657,24 @@ async def test_draining(serve: Serve) -> None:
     await idle
 
 
+@pytest.mark.parametrize("path", INFERENCE)
+async def test_draining_begins_while_a_request_is_read(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Draining has waited for nobody, and the engine ends: the request is refused, not lost."""
+    server = await serve()
+    encode = Tokenizer.encode
+
+    def late(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
+        server.ctx.begin_drain()
+        return encode(tokenizer, text, special=special)
+
+    monkeypatch.setattr(Tokenizer, "encode", late)
+    status, reply = await server.post(path, INFERENCE[path])
+    check_envelope(status, reply)
+    assert status == 503 and "draining" in reply["error"]["message"] and server.engine.requests == []
+
+
 async def test_drain_answers_when_the_running_requests_have_ended(serve: Serve) -> None:
     server = await serve()
     server.engine.gate.clear()
