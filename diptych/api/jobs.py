@@ -144,8 +144,8 @@ async def openai_jobs(
     grammar_after: int | None = None,
     logprobs: LogprobSpec | None = None,
 ) -> tuple[str, list[Job]]:
-    """(id of the reply, jobs): for each prompt its n choices. Raises BadRequest that names the field, and Unavailable if
-    the server drains by now.
+    """(id of the reply, jobs): for each prompt its n choices. Raises BadRequest that names the field, Unavailable
+    if the server drains by now.
     """
     refuse_unsupported(body)
     n = num_choices(body.n)
