@@ -73,12 +73,11 @@ class ReasoningParser:
     def _inside(self) -> Parts:
         if not self._thought:
             body = self._held.lstrip()
-            if body.startswith(OPEN):  # models whose prompt opens the thought may open it again
+            while body.startswith(OPEN):  # models whose prompt opens the thought may open it again
                 body = body[len(OPEN) :].lstrip()
-            elif OPEN.startswith(body):
-                self._held = body
-                return Parts("", "")
             self._held = body
+            if OPEN.startswith(body):
+                return Parts("", "")
         before, closed, after = self._held.partition(CLOSE)
         if closed:
             self._state, self._held = "gap", after

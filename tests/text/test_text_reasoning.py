@@ -47,6 +47,7 @@ def split(text: str, seed: int, *, inside: bool) -> tuple[str, str]:
         ("  indented", False, ("", "  indented")),
         ("<think>a </ b <</think>c<think>d</think>", False, ("a </ b <", "c<think>d</think>")),
         ("<think>only</think>\n", False, ("only", "")),
+        ("<think> <think>\n<think>a<think>", False, ("a<think>", "")),
         ("", False, ("", "")),
     ],
 )
