@@ -21,6 +21,7 @@ KEY_BYTES = 1 << 20
 NUM_ROOMS_BITS = 63  # rooms are drawn from [0, 2**63)
 
 _BLANK = re.compile(rb"[ \t\r\n]*")
+_FIRST_ITEM = re.compile(rb"\[[ \t\r\n]*(.)")  # of a list: how it begins
 _BOOTSTRAP = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 
 
@@ -131,12 +132,13 @@ def _num_rooms(batch: int | None, copies: int | None) -> int | None:
 
 
 def _batch_size(prompt: msgspec.Raw, *, ids: bool) -> int | None:
-    """How many prompts a list of texts or of token lists holds; None for one text or one list of tokens."""
-    if bytes(memoryview(prompt)[:1]) != b"[":
+    """How many prompts a list of texts or of token lists holds; None for one text or one list of tokens, which may be
+    millions, so that it is not taken apart.
+    """
+    first = _FIRST_ITEM.match(memoryview(prompt))
+    if first is None or first[1] not in ((b"[",) if ids else (b"[", b'"')):
         return None
-    items = _items.decode(prompt)
-    first = bytes(memoryview(items[0])[:1]) if items else b""
-    return len(items) if first in ((b"[",) if ids else (b"[", b'"')) else None
+    return len(_items.decode(prompt))
 
 
 def _copies(n: msgspec.Raw) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 import time
 
 import pytest
@@ -98,6 +99,22 @@ def test_an_absent_port_is_null_and_ipv6_has_brackets():
     assert rooms_of({"text": "a"}, ServerAddress("fe80::1", 1))["bootstrap_port"] is None
     assert rooms_of({"text": ["a"]}, ServerAddress("fe80::1", 1))["bootstrap_port"] == [None]
     assert rooms_of({"text": "a"}, ServerAddress("fe80::1", 1))["bootstrap_host"] == "[fe80::1]"
+
+
+@pytest.mark.parametrize(("prompt", "num"), [(b"[ \n1, 2]", None), (b"[\r\n\t[1], [2]]", 2), (b"[ ]", None)])
+def test_white_space_in_front_of_the_first_item(prompt, num):
+    assert read_body(b'{"input_ids":' + prompt + b"}", NATIVE).num_rooms == num
+
+
+def test_token_ids_are_not_taken_apart():
+    """They are the longest lists, and the router's one thread reads them."""
+    body = b'{"input_ids":[' + b"1," * 500_000 + b"1]}"
+    tracemalloc.start()
+    try:
+        assert read_body(body, NATIVE).num_rooms is None
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 def test_every_attempt_has_its_own_rooms():
