@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import tracemalloc
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
