@@ -132,6 +132,31 @@ def test_a_bad_update_of_a_set_stops_at_its_first_group_and_the_next_begins_ther
     assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
 
 
+def test_a_set_leaves_a_group_that_went_back_as_it_is_until_it_has_another_template(driver: Driver) -> None:
+    strategy = {"progressDeadlineSeconds": 20, "rollbackOnFailure": True}
+    made = group_set("s", 3, role("a", 2, rolloutStrategy=strategy))
+    made["spec"]["rolloutStrategy"] = {"rollingUpdate": {"maxUnavailable": 1}}
+    driver.create(made)
+    driver.run(5)
+    fixed = driver.cluster.pods.rule(name="s-2-a-1", ready_s=None)
+    edit_set(driver, "broken:1")
+    driver.run(25)
+    fixed()  # only once it has gone back
+    driver.run(60)
+    assert len(driver.events("RolledBack")) == 1
+    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:1"} and driver.ready("s-2")
+    assert driver.conditions("s", "RoleBasedGroupSet")["Ready"]["message"] == (
+        "3 of 3 groups are ready, 0 have the template of now, 1 went back to the one before: correct the template"
+    )
+    driver.edit("s", lambda each: each["spec"].update(replicas=2), "RoleBasedGroupSet")
+    driver.run(30)  # without that group the next one is tried
+    assert {image_of(pod) for pod in driver.pods().values()} == {"broken:1"}
+    edit_set(driver, "engine:2")
+    driver.run(60)
+    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
+    assert driver.read("RoleBasedGroupSet", "s")["status"]["updatedReplicas"] == 2
+
+
 def test_an_operator_that_finds_groups_without_the_mark_of_their_template_changes_nothing_else(driver: Driver) -> None:
     driver.create(group_set("s", 3, role("a")))
     driver.run(5)

@@ -11,10 +11,12 @@ import msgspec
 
 from diptych.group.operator import objects
 from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.report import TEMPLATE
 from diptych.group.operator.resources import GROUP, REVISION, Json
 from diptych.group.revision import restore, revision_data, spec_revision
 
 KEEP = 5
+ROLLED_BACK = "rolebasedgroupset.workloads.x-k8s.io/rolled-back"  # annotation of a set's groups: from which template
 ROLE_REVISIONS = f"{objects.names.PREFIX}/role-revisions"  # annotation: role → revision of its pod template
 
 
@@ -54,6 +56,13 @@ class History:
         return False
 
     def restore(self, revision: Json) -> None:
-        """Make the group's spec that of `revision`, with today's replicas. Raises Conflict if the group has changed."""
+        """Make the group's spec that of `revision`, with today's replicas. Raises Conflict if the group has changed.
+
+        A set learns from a mark which of its templates the group could not have, and does not give it again.
+        """
+        metadata = self._group["metadata"]
+        annotations = metadata.get("annotations") or {}
+        if TEMPLATE in annotations:
+            metadata = {**metadata, "annotations": {**annotations, ROLLED_BACK: annotations[TEMPLATE]}}
         spec = restore(self._group["spec"], revision_data(revision["data"]))
-        self._cluster.replace(GROUP, {"metadata": self._group["metadata"], "spec": spec})
+        self._cluster.replace(GROUP, {"metadata": metadata, "spec": spec})

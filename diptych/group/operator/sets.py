@@ -2,6 +2,9 @@
 
 A new template reaches all groups at once, or with `rolloutStrategy` as many at a time as may be missing: from the
 highest index down, those that are not ready anyway first. An annotation tells which template a group has.
+
+A group that went back from a template (`rollbackOnFailure`) is left with the one before, and holds its place among the
+missing, until the set has another.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from diptych.group.coordinate import amount
 from diptych.group.names import child_name
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
+from diptych.group.operator.history import ROLLED_BACK
 from diptych.group.operator.report import TEMPLATE, timestamp
 from diptych.group.operator.resources import GROUP, GROUP_SET, Json
 from diptych.group.operator.template import EXCLUSIVE_TOPOLOGY
@@ -67,10 +71,11 @@ def groups_due(owner: Json, groups: Mapping[str, Json], names: Sequence[str]) ->
     most = max(1, amount(strategy.get("maxUnavailable", "100%"), len(names), round_up=False))
     template = template_hash(owner)
     outdated = [name for name in reversed(names) if name in groups and not _has_template(groups[name], template)]
-    missing = {name for name in names if name not in groups or not is_settled(groups[name])}
+    went_back = {name for name in names if name in groups and _went_back(groups[name], template)}
+    missing = {name for name in names if name not in groups or not is_settled(groups[name])} | went_back
     chosen = [*(name for name in outdated if name in missing), *(name for name in outdated if name not in missing)]
     room = len(missing & {*outdated}) + max(0, most - len(missing))
-    return {*names} - {*chosen[room:]}
+    return {*names} - {*chosen[room:]} - went_back
 
 
 def template_hash(owner: Json) -> str:
@@ -81,6 +86,10 @@ def template_hash(owner: Json) -> str:
 
 def _has_template(group: Json, template: str) -> bool:
     return bool((group["metadata"].get("annotations") or {}).get(TEMPLATE) == template)
+
+
+def _went_back(group: Json, template: str) -> bool:
+    return bool((group["metadata"].get("annotations") or {}).get(ROLLED_BACK) == template)
 
 
 def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
@@ -118,7 +127,8 @@ def set_status(owner: Json, groups: list[Json], now: float) -> Json:
     wanted = owner["spec"].get("replicas", 1)
     ready = sum(is_ready(group) for group in groups)
     template = template_hash(owner)
-    updated = sum(_has_template(group, template) for group in groups)
+    went_back = sum(_went_back(group, template) for group in groups)
+    updated = sum(_has_template(group, template) for group in groups) - went_back
     good = ready >= wanted and len(groups) == wanted
     old = {each["type"]: each for each in (owner.get("status") or {}).get("conditions") or []}.get("Ready", {})
     state = "True" if good else "False"
@@ -126,7 +136,8 @@ def set_status(owner: Json, groups: list[Json], now: float) -> Json:
         "type": "Ready",
         "status": state,
         "reason": "AllReplicasReady" if good else "ReplicasNotReady",
-        "message": f"{ready} of {wanted} groups are ready, {updated} have the template of now",
+        "message": f"{ready} of {wanted} groups are ready, {updated} have the template of now"
+        + (f", {went_back} went back to the one before: correct the template" if went_back else ""),
         "lastTransitionTime": old["lastTransitionTime"] if old.get("status") == state else timestamp(now),
     }
     return {
