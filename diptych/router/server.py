@@ -153,6 +153,8 @@ class ClientConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._since = self._loop.time()
         self.writable.set()
+        if self._task is None:
+            self._serve_next()
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
@@ -219,7 +221,7 @@ class ClientConnection(asyncio.Protocol):
         self._receiving = False
         if self._task is None:
             self._serve_next()
-        elif len(self._waiting) >= MAX_PIPELINED and self._transport is not None:
+        if len(self._waiting) >= MAX_PIPELINED and self._transport is not None:
             self._transport.pause_reading()
 
     def _reset(self) -> None:
@@ -259,8 +261,8 @@ class ClientConnection(asyncio.Protocol):
     # serving
 
     def _serve_next(self) -> None:
-        """Start on the request that has waited longest, or end the connection if it was the last."""
-        if self._transport is None:
+        """Start on the request that has waited longest, if the client reads; end the connection after the last."""
+        if self._transport is None or not self.writable.is_set():
             return
         if not self._waiting:
             if self._closing:

@@ -56,6 +56,29 @@ async def test_requests_that_are_sent_ahead_stay_few(serve: Serve) -> None:
     assert most <= MAX_PIPELINED + (256 << 10) // len(one) + 1  # uvloop reads 256 KiB at a time
 
 
+async def test_a_client_that_reads_no_answers_gets_no_more(serve: Serve) -> None:
+    kept = []
+
+    async def answer(request: ClientRequest, client: Client) -> None:
+        client.send(200, [], bytes(size))
+        kept.append(sum(one._transport.get_write_buffer_size() for one in server.connections if one._transport))
+
+    server, reader, writer = await serve(answer)
+    size, count = 100_000, 500
+    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * count)
+    await until(lambda: [one for one in server.connections if not one.writable.is_set()])
+    other, ask = await asyncio.open_connection(*writer.get_extra_info("peername"), limit=1 << 20)
+    for _ in range(20):  # time goes by
+        ask.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await other.readuntil(b"\r\n\r\n")
+        await other.readexactly(size)
+    ask.close()
+    for _ in range(count):  # all come once they are read
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(size)
+    assert max(kept) < 4 * size
+
+
 @pytest.mark.parametrize("start", [b"0\r\nx: ", b"5;", b"5\r\nhello\r\n0\r\nx: "])
 async def test_a_trailer_or_chunk_without_end_is_refused(serve: Serve, start: bytes) -> None:
     async def answer(request: ClientRequest, client: Client) -> None:
