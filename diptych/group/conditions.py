@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from diptych.group.actions import Condition, Desired, DesiredRole, Failures, GroupStatus, Observed, RoleStatus
 from diptych.group.plan import held_by, replicas_now, role_ready, view_of, waiting_for
 from diptych.group.restart import failed_pods
@@ -19,6 +21,13 @@ def group_status(desired: Desired, observed: Observed, generation: int, now: flo
         _restarting(desired, observed),
     )
     return GroupStatus(generation, conditions, tuple(_role_status(role, observed) for role in desired.roles))
+
+
+def not_carried_out(status: GroupStatus, why: str) -> GroupStatus:
+    """The status while something refuses what the plan wants."""
+    conditions = [each for each in status.conditions if each.type != "Progressing"]
+    conditions.insert(1, Condition("Progressing", False, "FailedReconcile", why))
+    return msgspec.structs.replace(status, conditions=tuple(conditions))
 
 
 def _role_status(role: DesiredRole, observed: Observed) -> RoleStatus:

@@ -84,7 +84,7 @@ def _said(value: Any, path: str) -> Any:
         return value
     defaults = _DEFAULTS.get(path, {})
     if path in ("spec.containers", "spec.initContainers"):
-        defaults = {**defaults, "imagePullPolicy": _pull_policy(value.get("image") or "")}
+        defaults = {**defaults, "imagePullPolicy": _pull_policy(str(value.get("image") or ""))}
     said = {name: _said(each, f"{path}.{name}" if path else name) for name, each in value.items()}
     return {
         name: each

@@ -217,6 +217,10 @@ def _port_problems(container: Container, path: str) -> list[tuple[str, str]]:
             problems.append((where, f"{name!r} must be up to 15 lower-case letters, digits and single dashes"))
         if name and name in names[:i]:
             problems.append((where, f"{name} is already used"))
+    numbers = [(port.container_port, port.protocol) for port in container.ports]
+    for i, (number, protocol) in enumerate(numbers):
+        if (number, protocol) in numbers[:i]:  # server-side apply refuses it
+            problems.append((f"{path}.ports[{i}].containerPort", f"{number}/{protocol} is already listed"))
     return problems
 
 

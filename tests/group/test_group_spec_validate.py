@@ -129,6 +129,10 @@ TEMPLATES = [{"name": "base", "template": role("a", TRUE)["template"]}]
             a(container={"ports": [{"containerPort": 1, "name": "http"}, {"containerPort": 2, "name": "http"}]}),
             "containers[0].ports[1].name: http is already used",
         ),
+        (
+            a(container={"ports": [{"containerPort": 1}, {"containerPort": 1, "hostIP": "10.0.0.1"}]}),
+            "containers[0].ports[1].containerPort: 1/TCP is already listed",
+        ),
         (a(servicePorts=[{"port": 1}, {"port": 1}]), "spec.roles[0].servicePorts[1].port: 1/TCP is already used"),
         (
             group(role("a", TRUE), podGroupPolicy={"kubeScheduling": {}, "volcanoScheduling": {}}),

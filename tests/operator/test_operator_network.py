@@ -16,7 +16,7 @@ from diptych.group.operator.api import Api, ApiError, Conflict, Forbidden, Gone
 from diptych.group.operator.cache import MAX_DELETED, Cache
 from diptych.group.operator.informer import Informer
 from diptych.group.operator.metrics import Metrics
-from diptych.group.operator.resources import CONFIG_MAP, GROUP, LEADER_WORKER_SET, PROFILE, Json, Kind
+from diptych.group.operator.resources import CONFIG_MAP, GROUP, LEADER_WORKER_SET, PROFILE, SERVICE, Json, Kind
 
 
 def config_map(name: str, **data: str) -> Json:
@@ -38,6 +38,9 @@ def test_the_servers_refusals_are_errors_that_say_what_to_do(world: World) -> No
         api.replace(CONFIG_MAP, made)
     with pytest.raises(ApiError, match="spec"):
         api.apply(GROUP, {"metadata": {"namespace": NAMESPACE, "name": "g"}, "spec": {"roles": []}})
+    twice = {"clusterIP": "None", "ports": [{"port": 1}, {"port": 1}]}
+    with pytest.raises(ApiError, match=r"500 failed to create typed patch object.*duplicate entries"):
+        api.apply(SERVICE, {"metadata": {"namespace": NAMESPACE, "name": "s"}, "spec": twice})
     assert api.delete(CONFIG_MAP, NAMESPACE, "c", "another-uid") is None
     assert api.delete(CONFIG_MAP, NAMESPACE, "c", made["metadata"]["uid"]) is not None
     world.server.faults.answer(429, retry_after_s=7)

@@ -77,6 +77,31 @@ def test_the_groups_variables_come_first_so_that_others_can_refer_to_them() -> N
     ]
 
 
+def test_a_variable_that_is_given_twice_is_applied_once() -> None:
+    twice = copy.deepcopy(TEMPLATE)
+    engine = twice["spec"]["containers"][0]
+    engine["env"] = [{"name": "A", "value": "1"}, {"name": "B", "value": "$(A)"}, {"name": "A", "value": "2"}]
+    sidecar = {"name": "patio-runtime", "image": "s:1", "env": [{"name": "ONE", "value": "1"}]}
+    runtime = {
+        "profileName": "p",
+        "containers": [{"name": "patio-runtime", "env": [{"name": "ONE", "value": "mine"}]}],
+    }
+    of = {**role(engineRuntimes=[runtime]), "template": twice}
+    first, second = made(of, {"p": {"containers": [sidecar]}})["spec"]["containers"]
+    assert first["env"][3:] == [{"name": "A", "value": "2"}, {"name": "B", "value": "$(A)"}]
+    assert second["env"][3:] == [{"name": "ONE", "value": "mine"}]
+
+
+def test_what_a_manifest_mounts_at_our_place_stays() -> None:
+    own = copy.deepcopy(TEMPLATE)
+    volume = {"name": "rbg-cluster-config", "configMap": {"name": "mine"}}
+    mount = {"name": "rbg-cluster-config", "mountPath": "/etc/rbg"}
+    own["spec"]["containers"][0]["volumeMounts"] = [mount]
+    own["spec"]["volumes"] = [volume]
+    spec = made({**role(), "template": own})["spec"]
+    assert spec["containers"][0]["volumeMounts"] == [mount] and spec["volumes"] == [volume]
+
+
 def test_labels_select_and_the_users_own_stay() -> None:
     labels = made(role())["metadata"]["labels"]
     assert labels["app"] == "engine"

@@ -145,6 +145,9 @@ def test_two_groups_whose_names_meet(driver: Driver) -> None:
     driver.run(5)
     assert any("a-b-c exists and does not belong" in each for each in driver.events("FailedReconcile"))
     assert uids(driver) == before and driver.ready("a-b") and not driver.ready("a")
+    told = driver.conditions("a")
+    assert told["Progressing"]["reason"] == "FailedReconcile" and "does not belong" in told["Progressing"]["message"]
+    assert told["Ready"]["status"] == "False"
     assert driver.read("StatefulSet", "a-b-c")["spec"]["replicas"] == 2
     driver.delete("RoleBasedGroup", "a")
     driver.run(5)
@@ -206,6 +209,20 @@ def test_other_ways_of_deleting_a_group_end_too(driver: Driver, policy: str) -> 
     driver.delete("RoleBasedGroup", "g", policy=policy)
     driver.run(30)
     assert driver.names("RoleBasedGroup") == []
+
+
+@pytest.mark.parametrize("image", [{"a": 1}, ["x"], 1.5])
+def test_an_image_that_is_no_name_is_told_and_put_right_later(driver: Driver, image: Any) -> None:
+    driver.create(group("g", role("a")))
+    driver.run(5)
+    before = uids(driver)
+    driver.edit("g", set_image(image))
+    driver.run(5)
+    assert driver.conditions("g")["Progressing"]["status"] == "False" and uids(driver) == before
+    driver.edit("g", set_image("engine:2"))
+    driver.run(10)
+    assert driver.ready("g") and uids(driver) != before
+    assert driver.conditions("g")["Progressing"]["reason"] == "Complete"
 
 
 def test_an_absurd_number_of_pods_is_refused(driver: Driver) -> None:

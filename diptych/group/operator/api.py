@@ -23,6 +23,7 @@ from diptych.group.operator.resources import Json, Kind
 
 FIELD_MANAGER = "diptych"
 APPLY_PATCH, MERGE_PATCH = "application/apply-patch+yaml", "application/merge-patch+json"
+UNTYPED = "failed to create typed patch object"  # a refusal that comes as a 500: the schema has no place for an apply
 REQUEST_TIMEOUT_S = 30.0
 PAGE = 500  # objects a list request returns at most
 KEEP_ALIVE = (  # a server that vanished without a word is noticed within half a minute, even by an idle watch
@@ -254,7 +255,7 @@ def _error(verb: str, path: str, response: RESTResponse) -> DiptychError:
     if status == 429:
         after = str(response.response.headers.get("Retry-After", "1"))
         return Overloaded(text, retry_after_s=float(after) if after.isdigit() else 1.0)
-    return Unavailable(text) if status >= 500 else ApiError(text)
+    return Unavailable(text) if status >= 500 and UNTYPED not in message else ApiError(text)
 
 
 def _stream_error(status: Json) -> DiptychError:

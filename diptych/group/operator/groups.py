@@ -24,14 +24,14 @@ from diptych.group.actions import (
     Target,
     Wait,
 )
-from diptych.group.conditions import GROUP_RESTART, group_restart, group_status
+from diptych.group.conditions import GROUP_RESTART, group_restart, group_status, not_carried_out
 from diptych.group.operator import objects
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.discovery import config_yaml
 from diptych.group.operator.history import History
 from diptych.group.operator.observe import FAILURES, ROLLOUT, failures_text
-from diptych.group.operator.report import Reporter
+from diptych.group.operator.report import MAX_MESSAGE, Reporter
 from diptych.group.operator.resources import (
     ADAPTER,
     CONFIG_MAP,
@@ -70,14 +70,15 @@ class GroupReconciler:
             self._refuse(group, error.message)
             return None
         now = self._clock()
-        actions = plan(view.desired, view.observed, now)
+        status = group_status(view.desired, view.observed, group["metadata"]["generation"], now)
         try:
-            waits = [_Pass(self._cluster, view, now).carry_out(actions)]
+            waits = [_Pass(self._cluster, view, now).carry_out(plan(view.desired, view.observed, now))]
         except ApiError as error:  # what only a person can change
             self._cluster.events.tell(group, "Warning", "FailedReconcile", error.message)
+            if not view.deleted:
+                self._reporter.write(group, not_carried_out(status, error.message[:MAX_MESSAGE]), now)
             raise
         if not view.deleted:
-            status = group_status(view.desired, view.observed, group["metadata"]["generation"], now)
             waits.append(self._reporter.write(group, status, now))
         return min((wait_s for wait_s in waits if wait_s is not None), default=None)
 

@@ -12,7 +12,7 @@ from diptych.group.operator.resources import GROUP, Json, key_of
 
 TEMPLATE = "rolebasedgroupset.workloads.x-k8s.io/template-hash"  # annotation of a set's groups
 DELAY_S = 2.0
-MAX_MESSAGE = 4096  # characters of a refusal; the API takes 32768
+MAX_MESSAGE = 4096  # characters of what was refused, and why; the API takes 32768
 
 
 class Reporter:

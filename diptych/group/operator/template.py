@@ -1,8 +1,9 @@
 """The pod template of a role's workload: the manifest's, with what every pod of a group gets. Pure.
 
 labels       group, role, group-unique-key: Services select by them
-environment  GROUP_NAME, ROLE_NAME, ROLE_INDEX before the manifest's own, so that `$(ROLE_INDEX)` is valid in those
-/etc/rbg     the discovery file, in every container
+environment  GROUP_NAME, ROLE_NAME, ROLE_INDEX before the manifest's own, so that `$(ROLE_INDEX)` is valid in those; one
+             that is given twice once, as server-side apply demands, at its first place with its last value
+/etc/rbg     the discovery file, in every container that mounts nothing there itself
 sidecars     of the engine runtime profiles that the role names
 affinity     for a group that wants a topology domain (a host, a rack) for itself
 gang         the mark by which the scheduler knows the pods of one PodGroup
@@ -68,9 +69,11 @@ def in_gang(pod: Json, gang: str) -> bool:
 def _mount_config(spec: Json, config_map: str) -> None:
     mount = {"name": CONFIG_VOLUME, "mountPath": CONFIG_PATH, "readOnly": True}
     for container in spec["containers"]:
-        container["volumeMounts"] = [*(container.get("volumeMounts") or []), dict(mount)]
+        mounts = container.get("volumeMounts") or []
+        if all(each["mountPath"] != CONFIG_PATH for each in mounts):
+            container["volumeMounts"] = [*mounts, dict(mount)]
     volume = {"name": CONFIG_VOLUME, "configMap": {"name": config_map}}
-    spec["volumes"] = [*(spec.get("volumes") or []), volume]
+    spec["volumes"] = _union(spec.get("volumes") or [], [volume])
 
 
 def _add_runtimes(spec: Json, runtimes: Sequence[Json], profiles: Mapping[str, Json]) -> None:
@@ -101,8 +104,8 @@ def _set_environment(spec: Json, group: str, role: str, indexed: bool) -> None:
         variables.append({"name": "ROLE_INDEX", "valueFrom": source})
     own = {each["name"] for each in variables}
     for container in [*(spec.get("initContainers") or []), *spec["containers"]]:
-        rest = [each for each in container.get("env") or [] if each["name"] not in own]
-        container["env"] = [*copy.deepcopy(variables), *rest]
+        rest = {each["name"]: each for each in container.get("env") or [] if each["name"] not in own}
+        container["env"] = [*copy.deepcopy(variables), *rest.values()]
 
 
 def _add_drain(spec: Json, role: Json) -> None:

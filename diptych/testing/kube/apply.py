@@ -12,7 +12,7 @@ from typing import Any
 from diptych.testing.kube.fields import Fields, Path, dotted, ensured, item_key, leaves, remove
 from diptych.testing.kube.managed import Manager, Owners, difference, owners_of, stripped
 from diptych.testing.kube.shapes import Keys, Shape
-from diptych.testing.kube.status import Obj, apply_conflict
+from diptych.testing.kube.status import ApiError, Obj, apply_conflict
 
 
 def merge(live: Any, config: Any, shape: Shape) -> Any:
@@ -62,8 +62,12 @@ def first(config: Obj, manager: Manager, shape: Shape, status_apart: bool) -> Ow
 
 
 def _declared_fields(config: Obj, shape: Shape, *, without: str = "") -> Fields:
+    """Raises 500, as Kubernetes does, for a declaration that its schema has no place for."""
     declared = {k: v for k, v in stripped(config).items() if k != without}
-    return frozenset(leaves(declared, shape)) if declared else frozenset()
+    try:
+        return frozenset(leaves(declared, shape)) if declared else frozenset()
+    except ApiError as error:
+        raise ApiError(500, "", f"failed to create typed patch object: {error.message}") from None
 
 
 def apply(
