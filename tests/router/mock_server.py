@@ -69,6 +69,10 @@ class MockServer:
             self._runner = None
 
     @property
+    def running(self) -> bool:
+        return self._runner is not None
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 

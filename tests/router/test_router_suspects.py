@@ -27,15 +27,18 @@ def known(c: Cluster, mock: MockServer) -> Any:
 
 async def turn(c: Cluster, server: MockServer, *, healthy: bool) -> None:
     server.healthy = healthy
+    if healthy and not server.running:
+        await server.start(server.port)
     await until(lambda: known(c, server).healthy == healthy)
 
 
-def mortal(c: Cluster, server: MockServer, num_together: int = 1) -> list[int]:
-    """Let `server` die of the poison, once it has so many requests, and take all of them with it. Returns a list that
-    grows: how many it had when each came.
+def mortal(c: Cluster, server: MockServer, num_together: int = 1, *, cut: bool = False) -> list[int]:
+    """Let `server` die of the poison, once it has so many requests, and take all of them with it: with words, or with
+    `cut` as a process that is killed. Returns a list that grows: how many it had when each came.
     """
     loads: list[int] = []
     ready = asyncio.Event()
+    killed: list[asyncio.Task[None]] = []
     words = refuse(503, WORDS, code=EngineLost.code)
 
     async def script(server: MockServer, request: Any, body: dict[str, Any]) -> Any:
@@ -45,6 +48,9 @@ def mortal(c: Cluster, server: MockServer, num_together: int = 1) -> list[int]:
             ready.set()
         await ready.wait()
         if poisoned or num_together > 1:
+            if cut:
+                killed.append(asyncio.create_task(server.stop()))
+                await asyncio.Event().wait()
             server.healthy = False
             return await words(server, request, body)
         return None
@@ -59,19 +65,20 @@ Suspected = Callable[..., Awaitable[tuple[Cluster, MockServer, list[asyncio.Task
 
 
 @pytest.fixture
-def suspected(cluster: Any) -> Suspected:
+def suspected(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Suspected:
     """`await suspected(role)`: a cluster in which two servers of `role` have died of the poison; the requests, all of
     which were on both; and the third server, which is away.
     """
+    monkeypatch.setattr("diptych.router.client.STALE_S", 0.0)  # kept connections have not ended before
 
-    async def make(role: str, bodies: list[Any] = BODIES, **settings: Any) -> Any:
+    async def make(role: str, bodies: list[Any] = BODIES, *, cut: bool = False, **settings: Any) -> Any:
         num = (3, 1) if role == "prefill" else (1, 3)
         c = await cluster(*num, health_check_interval_secs=0.02, **settings)
         first, second, third = getattr(c, role)
         await turn(c, second, healthy=False)
         await turn(c, third, healthy=False)
-        mortal(c, first, len(bodies))
-        mortal(c, second, len(bodies))
+        mortal(c, first, len(bodies), cut=cut)
+        mortal(c, second, len(bodies), cut=cut)
         tasks = [asyncio.create_task(c.post("/generate", body)) for body in bodies]
         await until(lambda: held(c) == len(bodies))
         await turn(c, second, healthy=True)  # all go there at once: after one death nobody waits for the others
@@ -87,10 +94,11 @@ def assert_given_up(answer: tuple[int, bytes], num_deaths: int) -> None:
     assert status == 500 and error["code"] == "servers_died" and f"{num_deaths} servers died" in error["message"]
 
 
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_one_at_a_time_shows_which_of_them_servers_die_of(suspected: Suspected, role: str) -> None:
-    c, third, tasks = await suspected(role)
-    before = mortal(c, third)
+async def test_one_at_a_time_shows_which_of_them_servers_die_of(suspected: Suspected, role: str, cut: bool) -> None:
+    c, third, tasks = await suspected(role, cut=cut)
+    before = mortal(c, third, cut=cut)
     await turn(c, third, healthy=True)
     await until(tasks[2].done)
     await until(lambda: held(c) == sum(not task.done() for task in tasks))
