@@ -187,3 +187,4 @@ def test_a_set_of_too_many_groups_says_so(driver: Driver) -> None:
     driver.run(5)
     assert driver.names("RoleBasedGroup") == []
     assert any("too many" in each for each in driver.events("FailedReconcile"))
+    assert driver.conditions("s", "RoleBasedGroupSet")["Ready"]["status"] == "False"

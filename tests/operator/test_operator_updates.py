@@ -10,6 +10,7 @@ import pytest
 from driver import Driver, image_of, is_pod_ready, set_image
 from kube_world import group, role
 
+from diptych.group.operator.history import ROLE_REVISIONS
 from diptych.group.operator.resources import Json
 from diptych.testing.kube import Behaviour
 
@@ -286,8 +287,9 @@ def test_a_failed_update_without_rollback_says_so(driver: Driver) -> None:
     assert set(images(driver).values()) == {"engine:1"} and driver.ready("g")
 
 
-def test_nothing_to_return_to_leaves_the_group_cared_for(driver: Driver) -> None:
-    """Its old revisions were deleted by hand: it says so, spins not, and goes on with everything else."""
+@pytest.mark.parametrize("by_hand", ["deleted", "garbled"])
+def test_nothing_to_return_to_leaves_the_group_cared_for(driver: Driver, by_hand: str) -> None:
+    """Somebody took its old revisions: it says so, spins not, and goes on with everything else."""
     strategy = {"progressDeadlineSeconds": 10, "rollbackOnFailure": True}
     driver.create(group("g", role("a", 2, rolloutStrategy=strategy), role("b")))
     driver.run(5)
@@ -295,7 +297,11 @@ def test_nothing_to_return_to_leaves_the_group_cared_for(driver: Driver) -> None
     driver.edit("g", set_image("engine:broken", "a"))
     driver.run(2)
     for name in driver.names("ControllerRevision"):
-        driver.delete("ControllerRevision", name)
+        if by_hand == "deleted":
+            driver.delete("ControllerRevision", name)
+        else:
+            garbled = {ROLE_REVISIONS: '["a"'}
+            driver.edit(name, lambda each, new=garbled: each["metadata"].update(annotations=new), "ControllerRevision")
     driver.run(30)
     assert driver.events("RollbackFailed")
     assert driver.conditions("g")["Progressing"]["status"] == "False"

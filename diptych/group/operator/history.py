@@ -49,8 +49,7 @@ class History:
         """Return the group's spec to the newest revision in which `role` had this template. False if there is none."""
         today = f"{self._group['metadata']['name']}-{spec_revision(self._group['spec']).hash}"
         for each in reversed(self.revisions()):
-            text = (each["metadata"].get("annotations") or {}).get(ROLE_REVISIONS, "{}")
-            if msgspec.json.decode(text).get(role) == revision and each["metadata"]["name"] != today:
+            if _role_revisions(each).get(role) == revision and each["metadata"]["name"] != today:
                 self.restore(each)
                 return True
         return False
@@ -66,3 +65,11 @@ class History:
             metadata = {**metadata, "annotations": {**annotations, ROLLED_BACK: annotations[TEMPLATE]}}
         spec = restore(self._group["spec"], revision_data(revision["data"]))
         self._cluster.replace(GROUP, {"metadata": metadata, "spec": spec})
+
+
+def _role_revisions(revision: Json) -> dict[str, str]:
+    text = (revision["metadata"].get("annotations") or {}).get(ROLE_REVISIONS, "{}")
+    try:
+        return msgspec.json.decode(text, type=dict[str, str])
+    except msgspec.DecodeError:
+        return {}  # somebody edited it: that revision is none to go back to

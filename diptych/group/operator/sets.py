@@ -45,9 +45,13 @@ class SetReconciler:
             self._carry_out(owner, groups)
         except ApiError as error:  # what only a person can change
             self._cluster.events.tell(owner, "Warning", "FailedReconcile", error.message)
+            self._tell(owner, groups)
             raise
-        self._cluster.apply_status(GROUP_SET, owner, set_status(owner, list(groups.values()), self._clock()))
+        self._tell(owner, groups)
         return None
+
+    def _tell(self, owner: Json, groups: Mapping[str, Json]) -> None:
+        self._cluster.apply_status(GROUP_SET, owner, set_status(owner, list(groups.values()), self._clock()))
 
     def _carry_out(self, owner: Json, groups: dict[str, Json]) -> None:
         wanted = owner["spec"].get("replicas", 1)
