@@ -262,7 +262,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _serve_next(self) -> None:
         """Start on the request that has waited longest, if the client reads; end the connection after the last."""
-        if self._transport is None or not self.writable.is_set():
+        if self._transport is None or self._transport.is_closing() or not self.writable.is_set():
             return
         if not self._waiting:
             if self._closing:

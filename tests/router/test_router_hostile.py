@@ -79,6 +79,22 @@ async def test_a_client_that_reads_no_answers_gets_no_more(serve: Serve) -> None
     assert max(kept) < 4 * size
 
 
+async def test_nothing_is_served_after_a_connections_last_answer(serve: Serve) -> None:
+    """Also if that goes out slowly."""
+    asked = []
+
+    async def answer(request: ClientRequest, client: Client) -> None:
+        asked.append(request.path)
+        client.send(200, [], bytes(8 << 20))
+
+    server, reader, writer = await serve(answer)
+    server.draining = True
+    writer.write(b"GET /1 HTTP/1.1\r\nhost: x\r\n\r\nGET /2 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert (await reader.readuntil(b"\r\n\r\n")).count(b"connection: close") == 1
+    await reader.readexactly(8 << 20)
+    assert await reader.read() == b"" and asked == ["/1"]
+
+
 @pytest.mark.parametrize("start", [b"0\r\nx: ", b"5;", b"5\r\nhello\r\n0\r\nx: "])
 async def test_a_trailer_or_chunk_without_end_is_refused(serve: Serve, start: bytes) -> None:
     async def answer(request: ClientRequest, client: Client) -> None:
