@@ -120,7 +120,8 @@ class Runner:
             self.exact = is_exact(self.model, self.attention, loaded.dtype)
             context = self.info.context_len
             if self.overlaps:
-                for plan in warm_up_plans(config.page_size, config.chunked_prefill_size, config.max_running_requests):
+                longest = min(config.chunked_prefill_size, context)
+                for plan in warm_up_plans(config.page_size, longest, config.max_running_requests):
                     progress(f"first steps: {len(plan.token_ids)} tokens")
                     self.run(plan)
             self._graphs = capture(config, self.model, self.attention, self._last, context, progress)

@@ -34,18 +34,22 @@ BLOCK = 1024  # columns of a tile of a plain sum
 def _words(x, BLOCK: tl.constexpr, PER_WORD: tl.constexpr):  # type: ignore[no-untyped-def]
     """The bits of `x` [BLOCK] as int32: one number each, or two, the first in the low half."""
     if PER_WORD == 1:
-        return x.to(tl.int32, bitcast=True)
-    low, high = tl.split(tl.reshape(x.to(tl.int16, bitcast=True), [BLOCK // 2, 2]))
-    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+        words = x.to(tl.int32, bitcast=True)
+    else:
+        low, high = tl.split(tl.reshape(x.to(tl.int16, bitcast=True), [BLOCK // 2, 2]))
+        words = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    return words
 
 
 @triton.jit
 def _numbers(words, DTYPE: tl.constexpr, PER_WORD: tl.constexpr):  # type: ignore[no-untyped-def]
     """The inverse of _words, as float32."""
     if PER_WORD == 1:
-        return words.to(tl.float32, bitcast=True)
-    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
-    return tl.interleave(low, high).to(DTYPE, bitcast=True).to(tl.float32)
+        numbers = words.to(tl.float32, bitcast=True)
+    else:
+        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+        numbers = tl.interleave(low, high).to(DTYPE, bitcast=True).to(tl.float32)
+    return numbers
 
 
 @triton.jit
