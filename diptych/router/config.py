@@ -66,7 +66,7 @@ class RouterConfig:
     hold_timeout_secs: float = flag(
         10.0, "longest time a request is held while no server can take it, in seconds; then 503. 0: 503 at once"
     )
-    hold_size: int = flag(1000, "requests that may be held at a time; beyond that 503 at once")
+    hold_size: int = flag(1000, "requests that may be held at a time, of 256 MiB in all; beyond that 503 at once")
     max_payload_size: int = flag(32 << 20, "largest body of a request, and of an answer that is not streamed, in bytes")
     disable_prefill_fallback: bool = flag(
         False, "let no decode server do the prefill while no prefill server is healthy: requests wait, then 503"

@@ -205,16 +205,14 @@ class ClientConnection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self._unparsed_bytes = 0
-        self._body_bytes += len(data)
-        self._check_body(self._body_bytes)
-        self._parts.append(data)
+        self._body += data
+        self._check_body(len(self._body))
 
     def on_message_complete(self) -> None:
         if self._upgrading:  # the parser takes what follows for another protocol
             return
-        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         method = self._parser.get_method().decode("latin-1")
-        request = ClientRequest(method, request_target(self._url), self._headers, body)
+        request = ClientRequest(method, request_target(self._url), self._headers, bytes(self._body))
         self._waiting.append((request, self._parser.should_keep_alive(), self._version == "1.0"))
         self._server.count(1)
         self._reset()
@@ -232,8 +230,7 @@ class ClientConnection(asyncio.Protocol):
         self._unparsed_bytes = 0  # received since the last part of a body, or the end of a head or request
         self._head_done = False
         self._upgrading = False
-        self._parts: list[bytes] = []
-        self._body_bytes = 0
+        self._body = bytearray()  # no list of parts: clients may send millions of them
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,17 +109,24 @@ async def test_a_trailer_or_chunk_without_end_is_refused(serve: Serve, start: by
 
 
 async def test_small_chunks_are_a_body_like_any_other(serve: Serve) -> None:
-    bodies = []
+    """They cost no more memory than their bytes do."""
+    bodies, peak = [], 0
 
     async def answer(request: ClientRequest, client: Client) -> None:
+        nonlocal peak
+        peak = tracemalloc.get_traced_memory()[1]
         bodies.append(request.body)
         client.send(200, [], b"")
 
     _, reader, writer = await serve(answer)
     writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
-    writer.write(b"1\r\na\r\n" * 50_000 + b"0\r\nx: y\r\n\r\n")
-    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-    assert bodies == [b"a" * 50_000]
+    writer.write(b"2\r\nab\r\n" * 100_000 + b"0\r\nx: y\r\n\r\n")
+    tracemalloc.start()
+    try:
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    finally:
+        tracemalloc.stop()
+    assert bodies == [b"ab" * 100_000] and peak < 2_000_000
 
 
 async def test_a_client_is_cut_off_for_reading_nothing_not_for_reading_slowly(
