@@ -19,7 +19,7 @@ from diptych.model.allreduce_memory import bytes_at, share_memory
 from diptych.model.kernels.allreduce import OneShot, add_parts, whole
 from diptych.model.kernels.fused import add_norm
 from diptych.model.peer_copies import PeerCopies
-from diptych.model.row_shares import RowShares
+from diptych.model.row_shares import LEAST_ROWS, RowShares
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,14 @@ class DeviceGroup:
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
     def share_rows(self, most: int, width: int, dtype: torch.dtype) -> None:
-        """Let products of up to `most` rows of `width` numbers be summed by shares. A collective, which takes memory
-        of the device until the process ends."""
+        """See Parallel.share_rows."""
+        if self._world != 2 or most < LEAST_ROWS:  # of more ranks nothing is measured
+            return
         num_bytes = RowShares.num_bytes(self._world, most, width, dtype.itemsize)
         if addresses := share_memory(self._group, num_bytes):
             memory = bytes_at(addresses[self._rank], num_bytes)
             self.row_shares = RowShares(self._rank, addresses, memory, most, width, dtype, PeerCopies())
+            self.row_shares.prepare()
         else:
             log.warning("the GPUs cannot reach one another's memory: large sums take NCCL, which is slower")
 

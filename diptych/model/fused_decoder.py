@@ -148,7 +148,7 @@ class FusedDecoder:
             if not self._gates:
                 return silu_mul(self._product(linear, x), self._cos.dtype)
             out = x.rows.new_empty(len(x.rows), linear.weight.shape[0] // 2)
-            for start, stop in x.pieces():
+            for start, stop in x.pieces(gated.first_rows(x.num_own, len(x.rows), linear.weight)):
                 gated.silu_product(x.rows[start:stop], linear.weight, out[start:stop])
             return out
         if self._gates and isinstance(x, Tensor) and x.shape[0] >= gated.LEAST_ROWS:

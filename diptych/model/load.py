@@ -93,6 +93,8 @@ def _load_native(
     by_torch = config.attention_backend == "torch"  # our own kernels are tried by who runs them
     pack = by_torch and products_are_exact(shapes, dtype, device, partial(Linear, pack=True))
     model = Decoder(shape, source, parallel, longest, pack=pack, progress=_seldom(progress))
+    if config.attention_backend == "triton":
+        parallel.share_rows(config.chunked_prefill_size, shape.hidden_size, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     progress(f"weights: loaded in {time.monotonic() - started:.1f} s")

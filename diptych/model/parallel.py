@@ -102,6 +102,12 @@ class Parallel:
         """Whether this is the rank that samples."""
         return self.rank == self.stage == 0
 
+    def share_rows(self, most: int, width: int, dtype: torch.dtype) -> None:
+        """Let products of up to `most` rows of `width` numbers be summed by shares (see RowShares), where the ranks are
+        GPUs that can. A collective, which takes memory of the device until the process ends."""
+        if self.group is not None and not isinstance(self.group, HostGroup):
+            self.group.share_rows(most, width, dtype)
+
     @property
     def row_shares(self) -> RowShares | None:
         """What sums products of many rows, if the ranks have memory for it."""

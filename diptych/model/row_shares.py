@@ -30,7 +30,7 @@ from diptych.model.kernels import launch
 from diptych.model.kernels.arrivals import LINE, wait_for
 from diptych.model.kernels.fused import add_norm_kernel
 
-LEAST_ROWS = 1024  # with fewer, other ways to sum are as fast
+LEAST_ROWS = 2048  # with fewer, the CPU takes longer to launch a layer of Qwen3-32B this way than two H200s to run it
 TILE = 128  # rows of a share are a multiple of this, so that products of shares have no more tiles than those of all
 PARTS, NORMED = 0, 1  # kinds of flags
 
@@ -48,9 +48,16 @@ class Arriving:
     def __init__(self, rows: Tensor, own: tuple[int, int], wait: Callable[[], None]) -> None:
         self.rows, self._own, self._wait = rows, own, wait
 
-    def pieces(self) -> Iterator[tuple[int, int]]:
-        """Rows [start, stop) to be read one after the other; what is enqueued in between does read them."""
+    @property
+    def num_own(self) -> int:
+        return self._own[1] - self._own[0]
+
+    def pieces(self, first: int | None = None) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop), each to be read by what is enqueued before the next are asked for; all must be asked for.
+        `first`: how many of this rank's own come before those of other ranks (default: all of them)."""
         start, stop = self._own
+        if first is not None:
+            start, stop = (stop - first, stop) if stop == len(self.rows) else (start, start + first)
         yield start, stop
         self._wait()
         for piece in ((0, start), (stop, len(self.rows))):
@@ -89,6 +96,15 @@ class RowShares:
     @staticmethod
     def num_bytes(world: int, most: int, width: int, itemsize: int) -> int:
         return 2 * world * most_of_share(world, most) * width * itemsize + 2 * world * LINE * 4
+
+    def prepare(self) -> None:
+        """Exchange some zeros, so that nothing is compiled when a prompt is waiting."""
+
+        def product(start: int, stop: int, out: Tensor) -> None:
+            out.zero_()
+
+        x = self._inbox.new_zeros(self.world * TILE, self.width)
+        self.product_add_norm(x, product, self._inbox.new_ones(self.width), 1.0).whole()
 
     def takes(self, x: Tensor) -> bool:
         """Whether products of the shape of `x` are summed this way. Not in a graph: calls are counted by the host."""

@@ -8,7 +8,11 @@ and a kernel for the rest.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -140,6 +144,25 @@ def prepare(weight: Tensor) -> None:
     _launch(weight[:1], weight, weight.new_empty(1, weight.shape[0] // 2), 0)
 
 
+def first_rows(most: int, rows: int, weight: Tensor) -> int:
+    """Of `rows`, of which `most` can be multiplied before the others: how many of them, half at least, to take first,
+    for the fewest turns of tiles in all, of which the first are full. (8,192 rows, of which half are there, by 12,800:
+    29 tiles and 35 take 22 and 27 turns of 132 processors, 32 and 32 take 25 each.)"""
+    return _first_rows(most, rows, weight.shape[0] // 2, _programs(weight.device))
+
+
+@functools.cache
+def _first_rows(most: int, rows: int, width: int, programs: int) -> int:
+    def turns(count: int) -> float:
+        return triton.cdiv(count, ROWS.value) * triton.cdiv(width, COLUMNS.value) / programs
+
+    def cost(first: int) -> tuple[int, float]:
+        own, others = turns(first), turns(rows - first)
+        return math.ceil(own) + math.ceil(others), math.ceil(own) - own
+
+    return min(range(most, most // 2, -ROWS.value), key=cost)
+
+
 def silu_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """See gated_kernel: `[rows, width]` from contiguous `x` `[rows, K]`, of the weight's type, if `takes(weight)`.
     `out`: where to, contiguous."""
@@ -149,10 +172,13 @@ def silu_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     return out
 
 
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _launch(x: Tensor, weight: Tensor, out: Tensor, rows: int) -> None:
     swizzled = gl.NVMMASharedLayout(128, 16, rank=2)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    gated_kernel[(programs,)](
+    gated_kernel[(_programs(x.device),)](
         TensorDescriptor.from_tensor(x, [ROWS.value, DEPTH.value], swizzled),
         TensorDescriptor.from_tensor(weight, [COLUMNS.value, DEPTH.value], swizzled),
         out,
