@@ -132,10 +132,10 @@ class ServerConfig:
     )
     cuda_graph_max_bs: int = flag(
         0,
-        f"sequences of the largest decode step that is captured as a CUDA graph; 0: --max-running-requests, but at "
+        f"sequences of the largest steps that are captured as CUDA graphs; 0: --max-running-requests, but at "
         f"most {MOST_CAPTURED}; none is with --pp-size above 1, nor with --attention-backend torch",
     )
-    disable_cuda_graph: bool = flag(False, "launch each kernel of a decode step by itself")
+    disable_cuda_graph: bool = flag(False, "launch each kernel of a step by itself")
     disable_overlap_schedule: bool = flag(False, "plan a step only when the one before it is done")
     deterministic: bool = flag(
         False,

@@ -82,6 +82,12 @@ class Decoder:
         self.cos = cos.to(source.device, source.dtype).unsqueeze(1)
         self.sin = sin.to(source.device, source.dtype).unsqueeze(1)
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of the weights of a layer's products, on this rank."""
+        layer = self.layers[0]
+        return sum(linear.weight.nbytes for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
+
     def forward(self, tokens: Tensor, positions: Tensor, wanted: Tensor, attention: AttentionBackend) -> Tensor | None:
         """Hidden states before the last norm of the rows `wanted`, `[wanted, hidden]`, on the first stage; None on the
         others. `tokens`, `positions` int64 `[rows]`. Both row counts padded, but nothing may be wanted."""

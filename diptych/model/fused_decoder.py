@@ -47,12 +47,6 @@ class FusedDecoder:
         readers: list[tuple[RMSNorm, Linear | None]] = [(layer.attention_norm, layer.qkv) for layer in decoder.layers]
         self._following = [*readers[1:], (final, None)]  # of each layer: the norm after it, and who reads what it gives
 
-    @property
-    def layer_bytes(self) -> int:
-        """Of the weights of a layer's products, on this rank."""
-        layer = self.decoder.layers[0]
-        return sum(linear.weight.nbytes for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
-
     def forward(
         self,
         tokens: Tensor,

@@ -1,4 +1,4 @@
-"""What a runner computes with on a GPU: the decoder with fused kernels, Triton attention, CUDA graphs of decode steps.
+"""What a runner computes with on a GPU: the decoder with fused kernels, Triton attention, CUDA graphs of steps.
 
 Imported only where Triton is used.
 """
@@ -17,7 +17,7 @@ from diptych.errors import ConfigError
 from diptych.model.attention_tiles import PLAIN_TILES
 from diptych.model.decoder import Decoder
 from diptych.model.fused_decoder import FusedDecoder
-from diptych.model.graphs import DecodeGraphs
+from diptych.model.graphs import StepGraphs
 from diptych.model.kernels.fixed import fixed_product
 from diptych.model.pool import KVPool
 from diptych.model.selftest import attention_is_exact, products_are_exact
@@ -58,16 +58,16 @@ def capture(
     last: Tensor,
     context_len: int,
     progress: Callable[[str], None],
-) -> DecodeGraphs | None:
-    """Graphs of the decode step, unless the settings or the model do not want them. `last`: see DecodeGraphs."""
+) -> StepGraphs | None:
+    """Graphs of steps, unless the settings or the model do not want them. `last`: see StepGraphs."""
     if not config.cuda_graph_max_bs:
         return None
     if not isinstance(model, FusedDecoder):
-        progress("graphs: none, this model's decode steps cannot be captured")
+        progress("graphs: none, this model's steps cannot be captured")
         return None
     pool = attention.pool
     num_tokens = pool.pages.shape[0] * pool.page_size  # sequences that share pages can have more
-    attention.reserve(config.cuda_graph_max_bs, -(-context_len // pool.page_size), num_tokens)
-    graphs = DecodeGraphs(model, attention, last, config.cuda_graph_max_bs)
+    pages = -(-context_len // pool.page_size)
+    graphs = StepGraphs(model, attention, last, config.cuda_graph_max_bs, pages, num_tokens)
     graphs.capture(progress)
     return graphs

@@ -6,8 +6,8 @@ pool, must come after it:
     activations   tokens of a step * width * bytes of a number
     sampling      running requests * vocabulary * SAMPLING_BYTES, of which none is needed while layers run; but both are
                   counted, as memory that was freed in one size is not always found in another
-    graphs        the same two for the largest captured step, whose memory smaller ones share; the logits of every one,
-                  which outlive its replay; and GRAPH_BYTES each for its nodes
+    graphs        activations and logits of the largest captured step, whose memory smaller ones share; the logits of
+                  every one, which outlive its replay; and GRAPH_BYTES each for its nodes
     the rest      REST_BYTES: workspaces of cuBLAS, kernels' code, attention's partial results, staging of transfers;
                   RANKS_BYTES more with several ranks: NCCL's buffers, which it takes when it first runs
 """
@@ -22,8 +22,10 @@ import torch.distributed as dist
 
 from diptych.config import ServerConfig
 from diptych.errors import ConfigError
+from diptych.model.decoder import Decoder
 
 if TYPE_CHECKING:
+    from diptych.model.graphs import Shape
     from diptych.model.load import Loaded
 
 GIB = 1 << 30
@@ -69,9 +71,11 @@ def pool_pages(config: ServerConfig, page_bytes: int, loaded: Loaded) -> int:
     ConfigError."""
     if config.device == "cpu":
         return cpu_pages(config, page_bytes, loaded.info.context_len)
-    from diptych.model.graphs import batch_sizes
+    captured: Sequence[Shape] = []
+    if config.cuda_graph_max_bs and isinstance(loaded.model, Decoder):
+        from diptych.model.graphs import shapes_of
 
-    captured = batch_sizes(config.cuda_graph_max_bs) if config.cuda_graph_max_bs else []
+        captured = shapes_of(config.cuda_graph_max_bs, loaded.model.layer_bytes)
     needed = step_bytes(config, loaded.width, loaded.dtype.itemsize, loaded.info.vocab_size, captured)
     memory = measure()
     pages = least(gpu_pages(config, page_bytes, memory, needed))
@@ -87,15 +91,16 @@ def cpu_pages(config: ServerConfig, page_bytes: int, context_len: int) -> int:
     return min(max(DEFAULT_POOL_BYTES // page_bytes, per_context), MAX_DEFAULT_CONTEXTS * per_context)
 
 
-def step_bytes(config: ServerConfig, width: int, itemsize: int, vocab_size: int, captured: Sequence[int]) -> int:
+def step_bytes(config: ServerConfig, width: int, itemsize: int, vocab_size: int, captured: Sequence[Shape]) -> int:
     """What a rank needs besides weights and pool; see above. `width`: numbers that a token has in a layer at once at
-    most; `captured`: rows of the captured decode steps."""
+    most."""
     rows = config.max_running_requests
     tokens = max(config.chunked_prefill_size, rows + config.page_size)
     needed = tokens * width * itemsize + rows * vocab_size * SAMPLING_BYTES
     if captured:
-        needed += max(captured) * (width + 2 * vocab_size) * itemsize
-        needed += sum(captured) * vocab_size * itemsize + len(captured) * GRAPH_BYTES
+        needed += max(shape.tokens for shape in captured) * width * itemsize
+        sampled = [shape.rows for shape in captured]
+        needed += (2 * max(sampled) + sum(sampled)) * vocab_size * itemsize + len(captured) * GRAPH_BYTES
     return needed + REST_BYTES + (RANKS_BYTES if config.num_ranks > 1 else 0)
 
 

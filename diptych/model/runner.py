@@ -35,7 +35,7 @@ from diptych.model.warm_up import warm_up_plans
 from diptych.types import LogprobSpec, ModelInfo, Plan, Row, RowResult, StepResult, TokenLogprob
 
 if TYPE_CHECKING:
-    from diptych.model.graphs import DecodeGraphs
+    from diptych.model.graphs import StepGraphs
 
 LOGIT_BYTES = 32 << 20  # prompt logprobs: logits held at once
 LEAST_ROWS = 1024  # of a plan that are provided for, whatever the settings
@@ -111,7 +111,7 @@ class Runner:
         rows = max(config.max_running_requests, LEAST_ROWS)
         self._last = torch.zeros(rows, dtype=torch.int64, device=self.device)  # tokens of the latest step, by row
         self._collected_at = 0.0
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self.attention: AttentionBackend
         if config.attention_backend == "triton":
             from diptych.model.gpu import capture, fuse, is_exact
@@ -151,11 +151,12 @@ class Runner:
             first = int(plan.q_starts[b]) + plan.rows[b].target_start
             wanted += range(first, first + len(plan.rows[b].prompt_targets or ()))
         captured = None
-        if self._graphs is not None and len(wanted) == len(pending.sampling) == len(plan.rows):
-            captured = self._graphs.launch(plan)
-            pending.eager = captured is None and len(plan.token_ids) == len(plan.rows)
+        if self._graphs is not None and not targets:
+            captured = self._graphs.launch(plan, wanted)
+            pending.eager = captured is None and len(plan.token_ids) == len(plan.rows) == len(wanted)
         if captured is not None:
-            self._sample(pending, captured.logits, captured.greedy)
+            if pending.sampling:
+                self._sample(pending, captured.logits, captured.greedy)
         elif (features := self._features(plan, wanted)) is not None:
             if pending.sampling:
                 self._sample(pending, self._logits(features[: len(pending.sampling)]))

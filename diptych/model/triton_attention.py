@@ -1,62 +1,28 @@
-"""The attention backend of GPUs: Triton kernels over the page table. The reference is PagedAttention.
-
-For CUDA graphs the step's metadata stays in one place (`reserve`): a graph captured after `begin_graph` reads, whenever
-it is replayed, what the latest `begin_graph` has put there. The numbers of tiles and items are read on the device, so
-one graph serves any lengths.
-"""
+"""The attention backend of GPUs: Triton kernels over the page table. The reference is PagedAttention."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from diptych.errors import ConfigError
+from diptych.model.attention_step import Step, Steps
 from diptych.model.attention_tiles import FIXED_TILES, AttentionTiles, takes_runs
 from diptych.model.kernels import fused, launch
 from diptych.model.kernels.decode import decode_kernel
 from diptych.model.kernels.flash import ROWS, Flash
-from diptych.model.kernels.metadata import DeviceArrays, Uploader
 from diptych.model.kernels.prefill import prefill_kernel
 from diptych.model.kernels.runs import run_kernel
-from diptych.model.kernels.schedule import (
-    ITEM_FIELDS,
-    RUN_FIELDS,
-    TILE_FIELDS,
-    Cuts,
-    blocks_of,
-    decode_rows,
-    make_items,
-    make_runs,
-    prefill_tiles,
-)
 from diptych.model.pool import KVPool
 from diptych.types import I32, Plan
 
 LOG2E = math.log2(math.e)
 MIN_ROWS = 16  # of a tile: what tensor cores take
-WANTED = 3  # pieces of a decode step's work, for each multiprocessor
 FIRST_PROGRAMS = 3  # for each multiprocessor, while it is not known how many are there at once
-
-
-@dataclass(slots=True)
-class _Step:
-    """What the kernels read, and how many programs to start."""
-
-    arrays: DeviceArrays
-    num_tokens: int  # that have slots; padding among them has slot -1
-    decode_rows: int
-    prefill_tiles: int
-    table_stride: int
-    in_runs: bool
-    num_items: int  # at most
-    parts: Tensor  # see store_part
-    stats: Tensor
-    arrivals: Tensor
 
 
 class TritonAttention:
@@ -84,15 +50,9 @@ class TritonAttention:
         if self.tiles.flash and Flash.takes(pool):
             self._flash = Flash(pool, num_heads, self.padded_group, self.scale)
             self.tiles = replace(self.tiles, prefill_m=ROWS, prefill_warps=8)  # the schedule's tiles are for both
-        self._uploader = Uploader(self._device)
-        items = -(-WANTED * _processors(self._device) // pool.num_heads)
-        of = self.tiles
-        self._cuts = Cuts(of.split, of.max_splits, of.decode_n, items)
-        self._runs = max(1, of.run_programs * _processors(self._device) // pool.num_heads)
+        self._steps = Steps(pool, self.tiles, self.padded_group, _processors(self._device))
         self._programs: dict[tuple[bool, bool, torch.dtype], int] = {}
-        self._scratch = self._new_scratch(0)
-        self._reserved: _Step | None = None
-        self._step: _Step | None = None
+        self._step: Step | None = None
 
     def _check(self) -> None:
         dim = self.pool.head_dim
@@ -110,76 +70,29 @@ class TritonAttention:
     # ---- once a step ---------------------------------------------------------------------------------------------
 
     def begin(self, plan: Plan) -> None:
-        arrays = self._arrays(plan, len(plan.slots))
-        target = DeviceArrays({name: len(array) for name, array in arrays.items()}, self._device)
-        self._uploader.upload(arrays, target)
-        items = len(arrays["items"]) // ITEM_FIELDS
-        if self._scratch[1].shape[0] < items:
-            self._scratch = self._new_scratch(2 * items)
-        prefill, decode = len(arrays["prefill_tiles"]) // TILE_FIELDS, len(decode_rows(plan))
-        in_runs = len(arrays["runs"]) > 0
-        stride = plan.pages.shape[1]
-        self._step = _Step(target, len(plan.slots), decode, prefill, stride, in_runs, items, *self._scratch)
+        self._step = self._steps.begin(plan)
 
-    def reserve(self, rows: int, pages: int, tokens: int) -> None:
-        """Memory for decode steps in CUDA graphs: up to `rows` sequences of up to `pages` pages each, with `tokens` in
-        all. Graphs captured before are void."""
-        runs = self._runs if self.tiles.run_rows else 0
-        items = max(self._cuts.most_items(rows, tokens), rows + runs)
-        unit = int(blocks_of(np.array([1]), self.pool.page_size, self.tiles.decode_n)[0]) * self.tiles.decode_n
-        sizes = {"sizes": 2, "ids": rows, "slots": rows, "positions": rows, "prefill_tiles": 0}
-        sizes |= {"runs": runs * RUN_FIELDS, "items": items * ITEM_FIELDS}
-        sizes |= {"pages": rows * (pages + unit // self.pool.page_size - 1)}
-        target = DeviceArrays(sizes, self._device)
-        self._reserved = _Step(target, rows, rows, 0, pages, False, items, *self._new_scratch(items))
+    def reserve(self, rows: int, pages: int, tokens: int, step_tokens: int = 0) -> None:
+        """Memory for steps in CUDA graphs: up to `rows` sequences of up to `pages` pages each, with `tokens` in all, of
+        which the step computes up to `step_tokens` (default: one for each sequence). Graphs captured before are void.
+        """
+        self._steps.reserve(rows, pages, tokens, max(rows, step_tokens))
 
-    def begin_graph(self, plan: Plan, num_rows: int) -> bool:
-        """As `begin`, but into the reserved memory and for `num_rows` rows, those past the plan's being padding. False,
-        with nothing changed, if the plan does not fit, or has rows of several tokens."""
-        if self._reserved is None:
-            raise RuntimeError("begin_graph comes after reserve")
-        reserved = self._reserved
-        if len(plan.slots) > num_rows or plan.pages.shape[1] > reserved.table_stride:
-            return False
-        arrays = self._arrays(plan, num_rows)
-        if not reserved.arrays.holds(arrays):
-            return False
-        self._uploader.upload(arrays, reserved.arrays)
-        in_runs = len(arrays["runs"]) > 0
-        self._step = replace(reserved, num_tokens=num_rows, decode_rows=num_rows, in_runs=in_runs)
-        return True
+    def begin_graph(self, plan: Plan, num_tokens: int, wanted: I32 | None = None) -> bool:
+        """As `begin`, but into the reserved memory and for `num_tokens` tokens, those past the plan's being padding.
+        `wanted` None: a decode step, which has a token of each sequence; otherwise these numbers go along, as many as
+        the graph reads. False, with nothing changed, if the plan does not fit."""
+        step = self._steps.begin_graph(plan, num_tokens, wanted)
+        self._step = step or self._step
+        return step is not None
 
-    def reserved_ids(self, num_rows: int) -> Tensor:
-        """The token ids that the latest `begin_graph` brought, int32 `[num_rows]`: they travel with the rest."""
-        assert self._reserved is not None
-        return self._reserved.arrays["ids"][:num_rows]
+    def reserved_ids(self, num_tokens: int) -> Tensor:
+        """The token ids that the latest `begin_graph` brought, int32 `[num_tokens]`: they travel with the rest."""
+        return self._steps.reserved("ids", num_tokens)
 
-    def _arrays(self, plan: Plan, num_rows: int) -> dict[str, I32]:
-        """What a step's kernels read; slots are -1 from the plan's tokens to `num_rows`."""
-        tiles, size = self.tiles, self.pool.page_size
-        prefill = prefill_tiles(plan, tiles.prefill_m // self.padded_group)
-        if num_rows <= tiles.run_rows and len(plan.kv_lens) and not len(prefill):
-            share = make_runs(plan, size, tiles.decode_n, self._runs)
-            runs, items, pages = share.runs, share.items, share.pages
-        else:
-            items, pages = make_items(plan, size, self._cuts), plan.pages
-            runs = np.zeros(0, np.int32)
-        return {
-            "sizes": np.array((len(items), plan.pages.shape[1]), np.int32),
-            "ids": _padded(plan.token_ids, num_rows, 0),
-            "slots": _padded(plan.slots, num_rows, -1),
-            "positions": _padded(plan.positions, num_rows, 0),
-            "prefill_tiles": prefill.reshape(-1),
-            "runs": runs.reshape(-1),
-            "items": items.reshape(-1),
-            "pages": pages.reshape(-1),
-        }
-
-    def _new_scratch(self, items: int) -> tuple[Tensor, Tensor, Tensor]:
-        heads, rows = self.pool.num_heads, self.padded_group
-        parts = torch.empty(items, heads, rows, self.pool.head_dim, dtype=torch.float32, device=self._device)
-        stats = torch.empty(items, heads, 2, rows, dtype=torch.float32, device=self._device)
-        return parts, stats, torch.zeros(items, heads, dtype=torch.int32, device=self._device)
+    def reserved_wanted(self, num_rows: int) -> Tensor:
+        """`wanted` of the latest `begin_graph`, int32 `[num_rows]`."""
+        return self._steps.reserved("wanted", num_rows)
 
     # ---- once a layer --------------------------------------------------------------------------------------------
 
@@ -216,29 +129,29 @@ class TritonAttention:
         """`attend` over keys and values that are in the pool already."""
         return self._attend(self._begun(), layer, q, window, softcap)
 
-    def _begun(self) -> _Step:
+    def _begun(self) -> Step:
         if self._step is None:
             raise RuntimeError("attend comes after begin")
         return self._step
 
-    def _attend(self, step: _Step, layer: int, q: Tensor, window: int, softcap: float) -> Tensor:
+    def _attend(self, step: Step, layer: int, q: Tensor, window: int, softcap: float) -> Tensor:
         out = torch.empty(q.shape[0], self.num_heads * self.pool.head_dim, dtype=q.dtype, device=q.device)
         pages = self.pool.pages[:, :, layer]
         if step.in_runs:
             if window or softcap:
                 raise RuntimeError("layers with windows or softcaps take PLAIN_TILES")
             self._run(step, pages, q, out, None)
-        elif step.decode_rows:
+        elif step.decode:
             self._decode(step, pages, q, out, window, softcap)
         plain = not (window or softcap) and q.dtype == pages.dtype
         if step.prefill_tiles and self._flash is not None and plain:
-            table, tiles = step.arrays["pages"], step.arrays["prefill_tiles"]
-            self._flash(layer, q, out, table, step.table_stride, tiles, step.prefill_tiles)
+            table, sizes, tiles = (step.arrays[name] for name in ("pages", "sizes", "prefill_tiles"))
+            self._flash(layer, q, out, table, sizes, tiles, step.prefill_tiles)
         elif step.prefill_tiles:
             self._prefill(step, pages, q, out, window, softcap)
         return out
 
-    def _decode(self, step: _Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
+    def _decode(self, step: Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
         arrays, tiles = step.arrays, self.tiles
         kind = (window > 0, softcap > 0, q.dtype)
         programs = self._programs.get(kind, _processors(self._device) * FIRST_PROGRAMS)
@@ -277,7 +190,7 @@ class TritonAttention:
 
     def _run(
         self,
-        step: _Step,
+        step: Step,
         pages: Tensor,
         q: Tensor,
         out: Tensor,
@@ -286,7 +199,7 @@ class TritonAttention:
         """`new`: (norm, eps, cos, sin), for which `q` is the product of q, k and v; see run_kernel."""
         arrays, tiles = step.arrays, self.tiles
         norm, eps, cos, sin = new or (None, 0.0, q, q)
-        run_kernel[(self._runs * self.pool.num_heads,)](
+        run_kernel[(self._steps.num_runs * self.pool.num_heads,)](
             q,
             cos if norm is None else norm,
             cos,
@@ -323,7 +236,7 @@ class TritonAttention:
             num_stages=tiles.run_stages,
         )
 
-    def _prefill(self, step: _Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
+    def _prefill(self, step: Step, pages: Tensor, q: Tensor, out: Tensor, window: int, softcap: float) -> None:
         tiles = self.tiles
         prefill_kernel[(self.pool.num_heads, step.prefill_tiles)](
             q,
@@ -331,7 +244,7 @@ class TritonAttention:
             pages,
             step.arrays["pages"],
             step.arrays["prefill_tiles"],
-            step.table_stride,
+            step.arrays["sizes"],
             q.stride(0),
             out.stride(0),
             pages.stride(0),
@@ -353,12 +266,6 @@ class TritonAttention:
             num_warps=tiles.prefill_warps,
             num_stages=tiles.prefill_stages,
         )
-
-
-def _padded(values: np.ndarray, size: int, padding: int) -> I32:
-    padded = np.full(size, padding, np.int32)
-    padded[: len(values)] = values
-    return padded
 
 
 def _shared_bytes(device: torch.device) -> int:

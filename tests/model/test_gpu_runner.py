@@ -5,14 +5,17 @@ mode with `==`. Everything here needs a GPU; without one the kernels' tests run 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 from model_checkpoints import qwen3, write
 from model_driver import Driver, Sequence, prompt_of
+from model_mixes import run_mixes, run_overlapped
 
 from diptych.config import ServerConfig
+from diptych.model.graphs import Shape
 from diptych.model.runner import Runner
 from diptych.types import LogprobSpec, Sampling
 
@@ -88,10 +91,15 @@ def test_in_bfloat16_graphs_part_from_launches_one_by_one_only_where_two_tokens_
     generate(runner_of(folder, dtype="bfloat16"), with_graphs)
     generate(runner_of(folder, dtype="bfloat16", disable_cuda_graph=True, cuda_graph_max_bs=0), without)
     for one, other in zip(with_graphs, without, strict=True):
-        pairs = list(zip(one.output_logprobs, other.output_logprobs, strict=True))
-        apart = next((i for i, (a, b) in enumerate(zip(one.outputs, other.outputs, strict=True)) if a != b), len(pairs))
-        for a, b in pairs[: apart + 1]:
-            assert abs(a.logprob - b.logprob) < 0.05
+        assert_alike(one, other)
+
+
+def assert_alike(one: Sequence, other: Sequence) -> None:
+    """The same tokens, with nearly the same logprobs, up to where two are as likely."""
+    pairs = list(zip(one.output_logprobs, other.output_logprobs, strict=True))
+    apart = next((i for i, (a, b) in enumerate(zip(one.outputs, other.outputs, strict=True)) if a != b), len(pairs))
+    for a, b in pairs[: apart + 1]:
+        assert abs(a.logprob - b.logprob) < 0.05
 
 
 def test_the_kernels_say_what_torch_says(folder: Path) -> None:
@@ -125,6 +133,52 @@ def test_a_step_can_be_launched_behind_another(folder: Path, sampling: Sampling,
         seq.outputs.append(0)
     take(runner.collect(pending).rows, seqs)
     assert [seq.outputs for seq in seqs] == expected
+
+
+def shapes_taken(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> list[Shape | None]:
+    """Fills with the graph of each step that follows."""
+    assert runner._graphs is not None
+    taken: list[Shape | None] = []
+    begin = runner._graphs.begin
+
+    def noted(*args: Any) -> Shape | None:
+        taken.append(begin(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(runner._graphs, "begin", noted)
+    return taken
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_mixed_steps_in_graphs_are_those_without(
+    folder: Path, seed: int, overlapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, ours = sequences(), sequences()
+    run_mixes(runner_of(folder, dtype="float32", disable_cuda_graph=True, cuda_graph_max_bs=0), plain, seed, STEPS)
+    runner = runner_of(folder, dtype="float32")
+    taken = shapes_taken(runner, monkeypatch)
+    (run_overlapped if overlapped else run_mixes)(runner, ours, seed, STEPS)
+    assert [seq.outputs for seq in ours] == [seq.outputs for seq in plain]
+    torch.testing.assert_close(logprobs_of(ours), logprobs_of(plain), rtol=0, atol=2e-5)
+    assert None not in taken
+    assert len({shape.tokens for shape in taken if shape is not None and not shape.decode}) > 2
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mixed_steps_of_the_kernels_of_16_bits(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the shapes of Hopper's prefill kernel; they part only where two tokens are as likely."""
+    write(tmp_path, qwen3(**{**SHAPE, "head_dim": 128}))
+    settings = {"dtype": "bfloat16", "page_size": 64}
+    plain, ours = sequences(), sequences()
+    without = runner_of(tmp_path, disable_cuda_graph=True, **{**settings, "cuda_graph_max_bs": 0})
+    run_mixes(without, plain, seed, STEPS, page=64)
+    runner = runner_of(tmp_path, **settings)
+    taken = shapes_taken(runner, monkeypatch)
+    run_overlapped(runner, ours, seed, STEPS, page=64)
+    for one, other in zip(ours, plain, strict=True):
+        assert_alike(one, other)
+    assert None not in taken
 
 
 def take(rows: list, seqs: list[Sequence]) -> None:  # type: ignore[type-arg]

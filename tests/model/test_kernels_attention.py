@@ -171,7 +171,7 @@ def test_arrivals_are_counted_back_to_nothing(tiles: AttentionTiles) -> None:
     s = Sequences(13, [400, 70, 30], 6, 2, 16, 16)
     attention = s.backend(torch.float32, tiles)
     first, second = (s.attend(attention, [(0, 399, 1), (1, 69, 1), (2, 29, 1)]) for _ in range(2))
-    assert not attention._scratch[2].any()
+    assert not attention._steps.scratch[2].any()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -194,6 +194,25 @@ def test_a_graphs_step_is_an_eager_step_with_padding(tiles: AttentionTiles) -> N
         assert torch.equal(out[: len(spans)], torch.cat(expected))
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_graphs_step_of_chunks_and_decode_rows_is_an_eager_step_with_padding(fixed: bool) -> None:
+    s = Sequences(16, [100, 30, 65, 7], 4, 2, 16, 16)
+    attention = s.backend(torch.float32, SMALL, fixed)
+    s.attend(attention, [(0, 0, 60), (1, 0, 29), (2, 0, 64)])
+    attention.reserve(rows=4, pages=8, tokens=300, step_tokens=64)
+    wanted = np.array([3, 9, 0], np.int32)
+    for spans in ([(0, 60, 37), (1, 29, 1), (3, 0, 7)], [(2, 64, 1), (0, 97, 3)], [(0, 60, 40)], [(1, 29, 1)]):
+        expected = s.attend(attention, spans)
+        rows, (q, k, v) = s.spans(spans)
+        q, k, v = (torch.cat((t, t.new_ones(64 - len(t), *t.shape[1:]))).to(DEVICE) for t in (q, k, v))
+        pages = attention.pool.pages.clone()
+        assert attention.begin_graph(make_plan(rows, 16), 64, wanted)
+        out = attention.attend(1, q, k, v).view(q.shape)
+        assert torch.equal(out[: sum(new for _, _, new in spans)], torch.cat(expected))
+        assert torch.equal(attention.pool.pages, pages)  # padding stores nothing
+        assert attention.reserved_wanted(3).tolist() == wanted.tolist()
+
+
 def test_what_does_not_fit_a_graph_is_refused() -> None:
     s = Sequences(11, [200, 30, 65], 4, 2, 16, 16)
     attention = s.backend(torch.float32, SMALL)
@@ -203,6 +222,8 @@ def test_what_does_not_fit_a_graph_is_refused() -> None:
     attention.reserve(rows=2, pages=8, tokens=130)
     assert attention.begin_graph(plans[0], 2)
     assert not attention.begin_graph(plans[1], 2)  # a chunk
+    assert attention.begin_graph(plans[1], 2, np.array([1], np.int32))
+    assert not attention.begin_graph(plans[1], 2, np.array([1, 0, 0], np.int32))  # three are wanted
     assert not attention.begin_graph(plans[2], 2)  # 13 pages
     assert not attention.begin_graph(make_plan(s.spans([(1, 29, 1), (2, 64, 1)])[0], 16), 1)  # two rows
     attention.reserve(rows=2, pages=16, tokens=100)  # 3 splits

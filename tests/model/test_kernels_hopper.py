@@ -26,7 +26,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from diptych.model.kernels import flash, gated
 
 layout = NVMMASharedLayout(128, 16, rank=2)
-types = {"q": "*bf16", "out": "*bf16", "table": "*i32", "tiles": "*i32", "scale": "fp32"}
+types = {"q": "*bf16", "out": "*bf16", "table": "*i32", "tiles": "*i32", "sizes": "*i32", "scale": "fp32"}
 types |= {"pool": f"tensordesc<bf16[64, 64],{layout!r}>"}
 types |= {name: f"tensordesc<bf16[128, 64],{layout!r}>" for name in ("x", "weight")}
 kernel, numbers = {

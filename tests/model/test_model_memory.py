@@ -11,6 +11,7 @@ from model_checkpoints import llama, qwen3, write
 
 from diptych.config import ServerConfig
 from diptych.errors import ConfigError
+from diptych.model.graphs import Shape
 from diptych.model.load import load_model
 from diptych.model.memory import (
     GIB,
@@ -43,8 +44,9 @@ def test_what_a_step_needs() -> None:
     config = gpu(max_running_requests=10, chunked_prefill_size=100, page_size=16)
     layers, sampling = 100 * 7 * 2, 10 * 1000 * SAMPLING_BYTES
     assert step_bytes(config, 7, 2, 1000, []) == layers + sampling + REST_BYTES
-    graphs = 8 * (7 + 2000) * 2 + (8 + 4 + 1) * 1000 * 2 + 3 * GRAPH_BYTES
-    assert step_bytes(config, 7, 2, 1000, [1, 4, 8]) == layers + sampling + graphs + REST_BYTES
+    graphs = 64 * 7 * 2 + 8 * 2000 * 2 + (8 + 4 + 8) * 1000 * 2 + 3 * GRAPH_BYTES
+    captured = [Shape(4, 4, True), Shape(8, 8, True), Shape(64, 8, False)]
+    assert step_bytes(config, 7, 2, 1000, captured) == layers + sampling + graphs + REST_BYTES
     two = gpu(max_running_requests=10, chunked_prefill_size=100, page_size=16, tp_size=2)
     assert step_bytes(two, 7, 2, 1000, []) == layers + sampling + REST_BYTES + RANKS_BYTES
     many = gpu(max_running_requests=200, chunked_prefill_size=100, page_size=16)  # a step that decodes adds a page

@@ -198,14 +198,16 @@ def _consumer(  # type: ignore[no-untyped-def]
             gl.store(out + places[:, None] + dims[None, :], mean, mask=real[:, None])
 
 
-@gluon.jit(do_not_specialize=["works", "table_stride", "layer_row"])
+@gluon.jit(do_not_specialize=["layer_row"])
 def flash_kernel(  # type: ignore[no-untyped-def]
-    q, out, pool, table, tiles, works, table_stride, layer_row, q_stride, out_stride, scale,
+    q, out, pool, table, tiles, sizes, layer_row, q_stride, out_stride, scale,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAD: gl.constexpr, LAYERS: gl.constexpr, PAGE: gl.constexpr,
     DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Work is (tile, kv head). `pool` describes all of the pool as rows of DIM numbers; `layer_row` is the layer's
-    first of a page and head. Barriers: `…_in` when a block is there, `…_out` when both warpgroups are done with it."""
+    """Work is (tile, kv head), whose number is read on the device, as in decode_kernel. `pool` describes all of the
+    pool as rows of DIM numbers; `layer_row` is the layer's first of a page and head. Barriers: `…_in` when a block is
+    there, `…_out` when both warpgroups are done with it."""
+    works, table_stride = gl.load(sizes + 2) * KV_HEADS, gl.load(sizes + 1)
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     queries0 = gl.allocate_shared_memory(pool.dtype, [HALF, DIM], SWIZZLED)
     queries1 = gl.allocate_shared_memory(pool.dtype, [HALF, DIM], SWIZZLED)
@@ -249,7 +251,8 @@ class Flash:
         self._rows = TensorDescriptor(pool.pages, [rows, pool.head_dim], [pool.head_dim, 1], [64, 64], swizzled)
         nothing = pool.pages.new_empty(1, num_heads, pool.head_dim)
         numbers = torch.zeros(FIELDS.value, dtype=torch.int32, device=pool.pages.device)
-        self(0, nothing, nothing.view(1, -1), numbers, 1, numbers, 0)  # compiles now, not when a prompt is waiting
+        # Compiles now, not when a prompt is waiting.
+        self(0, nothing, nothing.view(1, -1), numbers, numbers, numbers, 0)
 
     @staticmethod
     def takes(pool: KVPool) -> bool:
@@ -265,20 +268,18 @@ class Flash:
         )
 
     def __call__(
-        self, layer: int, q: Tensor, out: Tensor, table: Tensor, table_stride: int, tiles: Tensor, num_tiles: int
+        self, layer: int, q: Tensor, out: Tensor, table: Tensor, sizes: Tensor, tiles: Tensor, most_tiles: int
     ) -> None:
         """See flash_kernel: from `q` `[tokens, num_heads, dim]` to `out` `[tokens, num_heads * dim]`, both of the
-        pool's type and with contiguous rows."""
+        pool's type and with contiguous rows. `sizes`: see Steps."""
         pool = self._pool
-        works = num_tiles * pool.num_heads
-        flash_kernel[(max(1, min(works, self._programs)),)](
+        flash_kernel[(max(1, min(most_tiles * pool.num_heads, self._programs)),)](
             q,
             out,
             self._rows,
             table,
             tiles,
-            works,
-            table_stride,
+            sizes,
             layer * 2 * pool.page_size,
             q.stride(0),
             out.stride(0),

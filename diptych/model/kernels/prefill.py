@@ -9,14 +9,14 @@ from diptych.model.kernels.attention import as_read, first_key, fold, pages_of, 
 from diptych.model.kernels.launch import wait_for_previous
 
 
-@triton.jit(do_not_specialize=["window", "table_stride"])
+@triton.jit(do_not_specialize=["window"])
 def prefill_kernel(  # type: ignore[no-untyped-def]
     q,
     out,
     layer_pages,
     table,
     tiles,
-    table_stride,
+    sizes,
     q_stride,
     out_stride,
     page_stride,
@@ -36,14 +36,16 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (kv head, tile)."""
+    """Program (kv head, tile). How many tiles there are is read on the device: one captured launch serves any plan."""
     wait_for_previous(OVERLAP)
+    if tl.program_id(1) >= tl.load(sizes + 2):
+        return
     head, tile = tl.program_id(0), tiles + tl.program_id(1) * 4
     row, token, count, position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     places, real, index = queries_of(q, token, count, head, q_stride, GROUP, PAD, BLOCK_M, DIM)
     queries = as_read(tl.load(places, mask=real[:, None], other=0.0), layer_pages)
     positions = position + index
-    keys, pages = layer_pages + head * head_stride, table + row * table_stride
+    keys, pages = layer_pages + head * head_stride, table + row * tl.load(sizes + 1)
     start, stop = first_key(position, window, WINDOW, BLOCK_N), position + count
     high = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
