@@ -35,9 +35,13 @@ pytestmark = [
 class Uncaptured(StepGraphs):
     """Computes what a graph would hold, at its sizes."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.taken: list[Shape | None] = []
+
     def launch(self, plan: Plan, wanted: Places[int]) -> Captured | None:
         shape = self.begin(plan, wanted)
-        self.taken = [*getattr(self, "taken", []), shape]
+        self.taken.append(shape)
         if shape is None:
             return None
         logits, greedy = self.step(shape)
@@ -93,7 +97,7 @@ def test_what_no_graph_holds_is_eager(tmp_path: Path, monkeypatch: pytest.Monkey
     asks = Sequence(prompt_of(20), logprobs=LogprobSpec(prompt_start=0))
     driver = Driver(runner, 16)
     driver.run([(asks, 20)])  # logprobs of a prompt's tokens
-    assert not hasattr(taken, "taken")
+    assert not taken.taken
     assert len(asks.prompt_logprobs) == 19
     driver.run([(Sequence(prompt_of(5)), 2) for _ in range(9)])
     assert taken.taken == [None]  # more than 8 rows
