@@ -24,7 +24,7 @@ from torch import Tensor
 from diptych.model.kernels import launch
 from diptych.model.kernels.fused import DTYPES, load_product, splits_of
 from diptych.model.kernels.launch import wait_for_previous
-from diptych.model.kernels.matmul import reduce_kernel
+from diptych.model.kernels.matmul_kernels import reduce_kernel
 
 PROGRAMS = 128  # at most: an H200 runs so many at once (it has 132 processors), and each waits for its like
 BLOCK = 1024  # columns of a tile of a plain sum

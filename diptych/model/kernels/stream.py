@@ -1,6 +1,6 @@
 """silu(x · gateᵀ) * (x · upᵀ) of 33 to 64 rows on Hopper GPUs, with blocks that the tensor memory accelerator fetches.
 
-Like product_kernel (diptych/model/kernels/matmul.py), but a block of weights, or of the rows, which every program reads
+Like product_kernel (matmul_kernels.py), but a block of weights, or of the rows, which every program reads
 again, is one request of one thread: with so many rows the loads that each thread asks for itself are too many.
 """
 
