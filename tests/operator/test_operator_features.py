@@ -282,6 +282,18 @@ def test_changing_the_scheduler_of_a_gang(driver: Driver) -> None:
     assert driver.names(kube) == [] and driver.names(volcano) == ["g"] and driver.ready("g")
 
 
+def test_a_role_that_was_a_leader_worker_set_becomes_another_kind(driver: Driver) -> None:
+    """Whose controller makes a Service of the name that the role gets."""
+    kind = {"apiVersion": "apps/v1", "kind": "StatefulSet"}
+    driver.create(group("g", role("a", 0, workload=LWS), role("b", workload=LWS)))
+    driver.run(5)
+    assert {"g-a", "g-b"} <= set(driver.names("Service"))
+    driver.edit("g", lambda each: [one.update(workload=kind, replicas=2) for one in each["spec"]["roles"]])
+    driver.run(30)
+    assert sorted(driver.pods()) == ["g-a-0", "g-a-1", "g-b-0", "g-b-1"] and driver.ready("g")
+    assert driver.events("FailedReconcile") == [] and driver.names("LeaderWorkerSet") == []
+
+
 def test_a_gang_without_its_scheduler_says_what_is_missing() -> None:
     driver = Driver(without=["scheduling.x-k8s.io", "scheduling.volcano.sh"])
     driver.create(group("g", role("a"), podGroupPolicy={"kubeScheduling": {}}))

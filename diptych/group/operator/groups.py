@@ -124,6 +124,8 @@ class _Pass:
         self._keep_finalizer()
         History(self._cluster, self._group).keep(self._view.revisions)
         self._apply_shared()
+        for kind, workload in self._view.doubles:
+            self._cluster.delete(WORKLOADS[kind], workload, foreground=True)
         for role in self._view.desired.roles:
             self._apply_role(role.name)
         for action in actions:
@@ -188,7 +190,7 @@ class _Pass:
         """The role's objects as they should be; nothing for a role that is not to be created yet."""
         there = self._view.workloads.get(name)
         target = self._targets.get(name)
-        if there is None and target is None:
+        if there is None and (target is None or self._has_double(name)):
             return
         role = self._view.roles[name]
         if workload_kind(role) == "StatefulSet":
@@ -200,6 +202,10 @@ class _Pass:
         budget = objects.disruption_budget(self._group, role)
         if budget is not None:
             self._cluster.apply(DISRUPTION_BUDGET, budget)
+
+    def _has_double(self, name: str) -> bool:
+        """Whether the role's workload of another kind is still there; what that one made may have our names."""
+        return any(objects.object_name(self._group, name) == each["metadata"]["name"] for _, each in self._view.doubles)
 
     def _observed_target(self, name: str) -> Target:
         seen = self._view.observed.role(name)
@@ -252,9 +258,7 @@ class _Pass:
             self._cluster.delete(WORKLOADS[found[0]], found[1], foreground=True)
 
     def _remove_what_is_not_wanted(self) -> None:
-        """Objects of roles that are gone, of features that were switched off, of a workload kind that was changed."""
-        for kind, workload in self._view.doubles:
-            self._cluster.delete(WORKLOADS[kind], workload)
+        """Objects of roles that are gone, and of features that were switched off."""
         wanted = self._wanted_names()
         for resource in (SERVICE, DISRUPTION_BUDGET, ADAPTER, CONFIG_MAP):
             for each in self._cluster.owned(resource, self._group["metadata"]["uid"]):
