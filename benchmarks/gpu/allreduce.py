@@ -173,7 +173,9 @@ def checks(table: Table, place: Parallel, ours: DeviceGroup, nccl: DeviceGroup) 
     check("graph of tokens and logits", right_exchanges(place))
     if ours.row_shares is not None:
         for rows in (*row_shares.ROWS, 1030):
-            check(f"{rows} rows by shares, with pauses", row_shares.right_shares(ours.row_shares, nccl, rows))
+            for hidden in (False, True):
+                right = row_shares.right_shares(ours.row_shares, nccl, rows, hidden)
+                check(f"{rows} rows by shares, hidden {hidden}, with pauses", right)
     return wrong
 
 

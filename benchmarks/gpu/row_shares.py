@@ -21,20 +21,23 @@ from diptych.model.kernels.fused import add_norm
 from diptych.model.row_shares import RowShares
 
 WIDTH, EPS = 5120, 1e-6  # of Qwen3-32B
-ROWS = (1024, 2048, 4096, 8192)
+ROWS = (512, 1024, 2048, 4096, 8192)
 CALLS = 30
 PAUSE = 1_000_000  # cycles at most
 LAYERS, TURNS = 40, 5
 
 
-def right_shares(shares: RowShares, nccl: DeviceGroup, rows: int) -> bool:
+def right_shares(shares: RowShares, nccl: DeviceGroup, rows: int, hidden: bool) -> bool:
     """Calls one behind the other, each of other numbers, each rank with pauses of its own. Every bit is compared."""
     dtype, weight = torch.bfloat16, torch.linspace(0, 1, WIDTH, device="cuda").bfloat16()
     x = torch.ones(rows, WIDTH, dtype=dtype, device="cuda")
     residual, found = x.clone(), []
     deltas = [torch.randn(rows, WIDTH, device="cuda").to(dtype) for _ in range(CALLS * 1024 // rows)]
     for delta in deltas:
-        arriving = shares.product_add_norm(x, partial(_copy, delta), weight, EPS)
+        if not hidden:
+            found.append(shares.product_add_norm(x, partial(_copy, delta), weight, EPS).clone())
+            continue
+        arriving = shares.product_add_norm_hidden(x, partial(_copy, delta), weight, EPS)
         found.append(torch.empty_like(x))
         for start, stop in arriving.pieces():
             _pause()
@@ -64,7 +67,10 @@ def layer_times(shares: RowShares, nccl: DeviceGroup, rows: int) -> dict[str, fl
     weights = {name: torch.randn(shape, device="cuda").bfloat16() / shape[1] ** 0.5 for name, shape in HALVES.items()}
     mixed = torch.randn(rows, HALVES["o"][1], device="cuda").bfloat16()
     x = torch.randn(rows, WIDTH, device="cuda").bfloat16()
-    ways = {"by_nccl": partial(_by_nccl, nccl), "by_shares": partial(_by_shares, shares)}
+    ways = {
+        "by_nccl": partial(_by_nccl, nccl), "by_shares": partial(_by_shares, shares),
+        "hidden": partial(_hidden, shares),
+    }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(TURNS + 1):
         for name, way in ways.items():
@@ -84,11 +90,18 @@ def _by_nccl(nccl: DeviceGroup, weights: dict[str, Tensor], mixed: Tensor, x: Te
 
 def _by_shares(shares: RowShares, weights: dict[str, Tensor], mixed: Tensor, x: Tensor) -> None:
     scale = weights["qkv"][0]
-    arriving = shares.product_add_norm(x, partial(_product, mixed, weights["o"]), scale, EPS)
+    normed = shares.product_add_norm(x, partial(_product, mixed, weights["o"]), scale, EPS)
+    inner = gated.silu_product(normed, weights["gate_up"])
+    F.linear(shares.product_add_norm(x, partial(_product, inner, weights["down"]), scale, EPS), weights["qkv"])
+
+
+def _hidden(shares: RowShares, weights: dict[str, Tensor], mixed: Tensor, x: Tensor) -> None:
+    scale = weights["qkv"][0]
+    arriving = shares.product_add_norm_hidden(x, partial(_product, mixed, weights["o"]), scale, EPS)
     inner = x.new_empty(len(x), HALVES["down"][1])
-    for start, stop in arriving.pieces():
+    for start, stop in arriving.pieces(gated.first_rows(arriving.num_own, len(x), weights["gate_up"])):
         gated.silu_product(arriving.rows[start:stop], weights["gate_up"], inner[start:stop])
-    arriving = shares.product_add_norm(x, partial(_product, inner, weights["down"]), scale, EPS)
+    arriving = shares.product_add_norm_hidden(x, partial(_product, inner, weights["down"]), scale, EPS)
     qkv = x.new_empty(len(x), HALVES["qkv"][0])
     for start, stop in arriving.pieces():
         _product(arriving.rows, weights["qkv"], start, stop, qkv[start:stop])

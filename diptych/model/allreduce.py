@@ -19,7 +19,7 @@ from diptych.model.allreduce_memory import bytes_at, share_memory
 from diptych.model.kernels.allreduce import OneShot, add_parts, whole
 from diptych.model.kernels.fused import add_norm
 from diptych.model.peer_copies import PeerCopies
-from diptych.model.row_shares import LEAST_ROWS, RowShares
+from diptych.model.row_shares import LEAST_BYTES, RowShares
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class DeviceGroup:
 
     def share_rows(self, most: int, width: int, dtype: torch.dtype) -> None:
         """See Parallel.share_rows."""
-        if self._world != 2 or most < LEAST_ROWS:  # of more ranks nothing is measured
+        if self._world != 2 or most * width * dtype.itemsize <= LEAST_BYTES:  # of more ranks nothing is measured
             return
         num_bytes = RowShares.num_bytes(self._world, most, width, dtype.itemsize)
         if addresses := share_memory(self._group, num_bytes):

@@ -23,6 +23,9 @@ from diptych.model.row_shares import Arriving
 from diptych.model.triton_attention import TritonAttention
 
 ADD_ROWS = 1024  # from so many rows on cuBLAS adds its product to `x`: the norm then has half as much to read and write
+# Multiplications of a layer on a rank from which on sums are hidden behind them: 2,048 rows of half of Qwen3-32B. With
+# fewer the CPU takes longer to launch a layer, in more pieces, than the GPU to run it.
+HIDING = 480 * 10**9
 
 
 class FusedDecoder:
@@ -38,8 +41,9 @@ class FusedDecoder:
         self._gates = not fixed and gate_up.bias is None and gated.takes(gate_up.weight)
         if self._gates:
             gated.prepare(gate_up.weight)
-        o_bias, down_bias = decoder.layers[0].o_bias, decoder.layers[0].down_bias
-        self._shares = decoder.parallel.row_shares if o_bias is None and down_bias is None else None
+        layer = decoder.layers[0]
+        self._shares = decoder.parallel.row_shares if layer.o_bias is None and layer.down_bias is None else None
+        self._layer_numbers = sum(linear.weight.numel() for linear in (layer.qkv, layer.o, layer.gate_up, layer.down))
         self._cos, self._sin = decoder.cos.squeeze(1), decoder.sin.squeeze(1)
         self._arrivals = torch.zeros(decoder.config.hidden_size, dtype=torch.int32, device=self._cos.device)
         # After its last layer a stage but the first has nothing to norm; add_norm is then done for its sum alone.
@@ -161,7 +165,9 @@ class FusedDecoder:
         product `reader` if that is what reads it. Of many rows each rank adds to its own only (see RowShares)."""
         place = self.decoder.parallel
         if self._shares is not None and self._shares.takes(x):
-            return self._shares.product_add_norm(x, partial(self._write, linear, inputs), norm.weight, self._eps)
+            hides = len(x) * self._layer_numbers >= HIDING
+            exchange = self._shares.product_add_norm_hidden if hides else self._shares.product_add_norm
+            return exchange(x, partial(self._write, linear, inputs), norm.weight, self._eps)
         if bias is None and place.world > 1:
             return place.sum_add_norm(x, self._product(linear, inputs), norm.weight, self._eps)
         if bias is None and not self._fixed and x.shape[0] >= ADD_ROWS:

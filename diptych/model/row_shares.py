@@ -1,14 +1,15 @@
 """Products of many rows whose inputs are split over ranks, summed and normed by shares: each rank has one of the rows.
 
-A rank computes the rows of the others first. While it computes its own, the copy engine brings those to their owners;
-the owner adds the parts in rank order in float32, rounds once, adds that to its rows of the residual and norms them.
-While it computes the next product of these rows, the copy engine brings them to the others, which then do theirs of
-them. So the exchange is hidden behind products, and a norm is done once for each row. (Overlapping decomposition of
-tensor parallelism: Wang et al., ASPLOS 2023.)
+There are two ways. One kernel does it all when the product is there (diptych/model/kernels/two_shot.py). Or the
+exchange is hidden: a rank computes the rows of the others first. While it computes its own, the copy engine brings
+those to their owners; the owner adds the parts in rank order in float32, rounds once, adds that to its rows of the
+residual and norms them. While it computes the next product of these rows, the copy engine brings them to the others,
+which then do theirs of them. (Overlap by decomposition: Wang et al., ASPLOS 2023.) The second way has more to launch.
 
-What a rank has for others to write: their parts of its rows (`inbox`), and all normed rows (`normed`), one of each for
-all calls; beside each a flag a sender, which says of which call it is. Nothing is overwritten too early, as what is
-enqueued on a stream runs in order:
+What a rank has for others to write: their parts of its rows (`inbox`; the first way: its own parts of all rows, for
+them to read), and all normed rows (`normed`), one of each for all calls; beside each a flag a sender, which says of
+which call it is. Nothing is overwritten too early, as what is enqueued on a stream runs in order, and at the end of the
+first way nobody reads or writes any more. Of the second:
 
     inbox    a sender's next parts come from a product that follows (by the model) its reading of all rows normed here;
              those were sent after what was in the inbox had been added.
@@ -29,8 +30,9 @@ from torch import Tensor
 from diptych.model.kernels import launch
 from diptych.model.kernels.arrivals import LINE, wait_for
 from diptych.model.kernels.fused import add_norm_kernel
+from diptych.model.kernels.two_shot import TwoShot
 
-LEAST_ROWS = 2048  # with fewer, the CPU takes longer to launch a layer of Qwen3-32B this way than two H200s to run it
+LEAST_BYTES = 4 << 20  # of a sum: smaller ones take one shot
 TILE = 128  # rows of a share are a multiple of this, so that products of shares have no more tiles than those of all
 PARTS, NORMED = 0, 1  # kinds of flags
 
@@ -86,8 +88,10 @@ class RowShares:
         share = most_of_share(self.world, most)
         self._row_bytes = width * dtype.itemsize
         self._slot_bytes = share * self._row_bytes
-        sizes = [self.world * self._slot_bytes] * 2 + [2 * self.world * LINE * 4]
-        inbox, normed, flags = memory[: sum(sizes)].split(sizes)
+        sizes = [self.world * self._slot_bytes] * 2 + [2 * self.world * LINE * 4, TwoShot.flag_bytes(self.world)]
+        places = [[address + sum(sizes[:i]) for address in addresses] for i in range(4)]
+        self._two_shot = TwoShot(rank, places[0], places[1], places[3], memory.device)
+        inbox, normed, flags, _ = memory[: sum(sizes)].split(sizes)
         self._inbox = inbox.view(dtype).view(self.world, share, width)
         self._normed = normed.view(dtype).view(-1, width)
         self._flags = flags.view(torch.int32).view(2, self.world, LINE)
@@ -95,7 +99,8 @@ class RowShares:
 
     @staticmethod
     def num_bytes(world: int, most: int, width: int, itemsize: int) -> int:
-        return 2 * world * most_of_share(world, most) * width * itemsize + 2 * world * LINE * 4
+        rows = 2 * world * most_of_share(world, most)
+        return rows * width * itemsize + 2 * world * LINE * 4 + TwoShot.flag_bytes(world)
 
     def prepare(self) -> None:
         """Exchange some zeros, so that nothing is compiled when a prompt is waiting."""
@@ -103,13 +108,14 @@ class RowShares:
         def product(start: int, stop: int, out: Tensor) -> None:
             out.zero_()
 
-        x = self._inbox.new_zeros(self.world * TILE, self.width)
-        self.product_add_norm(x, product, self._inbox.new_ones(self.width), 1.0).whole()
+        x, weight = self._inbox.new_zeros(self.world * TILE, self.width), self._inbox.new_ones(self.width)
+        self.product_add_norm(x, product, weight, 1.0)
+        self.product_add_norm_hidden(x, product, weight, 1.0).whole()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether products of the shape of `x` are summed this way. Not in a graph: calls are counted by the host."""
+        """Whether products of the shape of `x` are summed by shares. Not in a graph: calls are counted by the host."""
         rows, width = x.shape
-        fits = LEAST_ROWS <= rows <= self.most and width == self.width and x.dtype == self.dtype
+        fits = x.nbytes > LEAST_BYTES and rows <= self.most and width == self.width and x.dtype == self.dtype
         return fits and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def own_rows(self, x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -125,11 +131,19 @@ class RowShares:
         size = most_of_share(self.world, rows)
         return min(rank * size, rows), min((rank + 1) * size, rows)
 
-    def product_add_norm(self, x: Tensor, product: Product, weight: Tensor, eps: float) -> Arriving:
+    def product_add_norm(self, x: Tensor, product: Product, weight: Tensor, eps: float) -> Tensor:
         """x += the sum of every rank's `product`, in this rank's rows; RMSNorm(x) * weight of all rows. `x`
         `[rows, width]` contiguous; for each row the bits of add_norm (diptych/model/kernels/fused.py) of the sum in
         rank order. What is given is overwritten by the next call, which the ranks make after they have read all of it.
         """
+        rows = len(x)
+        start, stop = self.share(self.rank, rows)
+        product(0, rows, self._inbox.view(-1, self.width)[:rows])
+        self._two_shot.add_norm(x[start:stop], start, weight, eps)
+        return self._normed[:rows]
+
+    def product_add_norm_hidden(self, x: Tensor, product: Product, weight: Tensor, eps: float) -> Arriving:
+        """The same, hidden behind the product and the one that reads what is given."""
         rows, world = len(x), self.world
         self._call = (self._call + 1 + (1 << 31)) % (1 << 32) - (1 << 31)  # as flags wrap around
         for step in range(1, world):

@@ -13,12 +13,13 @@ from model_oneshot import run_ranks, shared_memories
 from torch import Tensor
 
 from diptych.model import row_shares
+from diptych.model.kernels import two_shot
 from diptych.model.kernels.fused import add_norm
-from diptych.model.row_shares import RowShares
+from diptych.model.row_shares import Arriving, RowShares
 
 MOST, WIDTH, EPS, CALLS = 20, 96, 1e-6, 10
 DTYPE = torch.float16  # the interpreter cuts bfloat16 off, it does not round
-row_shares.TILE = 2
+row_shares.TILE, two_shot.PROGRAMS = 2, 4
 
 
 class HostCopies:
@@ -41,7 +42,7 @@ def main() -> None:
     memories = shared_memories(folder, world)
     addresses = [memory.ctypes.data for memory in memories]
     shares = RowShares(rank, addresses, torch.from_numpy(memories[rank]), MOST, WIDTH, DTYPE, HostCopies())
-    shares._call = (1 << 31) - CALLS // 2  # the numbers wrap around in between
+    shares._call = shares._two_shot._call = (1 << 31) - CALLS // 4  # the numbers wrap around in between
     pauses = random.Random(rank)
     found = []
     for call in range(CALLS):
@@ -65,7 +66,10 @@ def wrong(shares: RowShares, call: int, pauses: random.Random) -> bool:
         time.sleep(pauses.choice([0, 0, 0.01]))
         out.copy_(parts[shares.rank][start:stop])
 
-    arriving = shares.product_add_norm(x, product, weight, EPS)
+    if call % 3 == 1:
+        arriving = Arriving(shares.product_add_norm(x, product, weight, EPS), (0, rows), lambda: None)
+    else:
+        arriving = shares.product_add_norm_hidden(x, product, weight, EPS)
     found, times_read = torch.empty_like(normed), torch.zeros(rows)
     for start, stop in arriving.pieces(pauses.choice([None, 1, arriving.num_own])):
         time.sleep(pauses.choice([0, 0, 0.01]))

@@ -1,7 +1,8 @@
 """One rank of two, a process: `python model_split_ranks.py RANK WORLD FOLDER`; `run` starts both (see model_oneshot).
 
-Both have what ranks on GPUs have, in the interpreter of Triton, and each runs the same steps twice: with large sums by
-shares of rows, and without. Each prints whether that made no difference, and how many sums were by shares.
+Both have what ranks on GPUs have, in the interpreter of Triton, and each runs the same steps three times: without large
+sums by shares of rows, with them, and with hidden ones. Each prints whether that made no difference, and how many sums
+were so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from model_row_shares import HostCopies
 from torch import Tensor
 
 from diptych.config import ServerConfig
-from diptych.model import layers, parallel, row_shares
+from diptych.model import fused_decoder, layers, parallel, row_shares
 from diptych.model.attention_tiles import AttentionTiles
 from diptych.model.decoder import Decoder
 from diptych.model.fused_decoder import FusedDecoder
@@ -33,7 +34,7 @@ from diptych.types import LogprobSpec
 
 MOST, WIDTH, DTYPE = 32, 48, torch.float32
 TILES = AttentionTiles(decode_n=32, run_programs=6, run_new=True, prefill_m=64, prefill_n=64, prefill_warps=4)
-row_shares.TILE, row_shares.LEAST_ROWS = 4, 16
+row_shares.TILE, row_shares.LEAST_BYTES = 4, 15 * WIDTH * DTYPE.itemsize
 layers.can_pack = lambda weight: False  # kernels read plain weights
 
 
@@ -42,11 +43,15 @@ def run(folder: Path) -> list[str]:
 
 
 class Counted(RowShares):
-    calls = 0
+    whole = hidden = 0
 
-    def product_add_norm(self, x: Tensor, *rest: object) -> Arriving:
-        self.calls += 1
+    def product_add_norm(self, x: Tensor, *rest: object) -> Tensor:
+        self.whole += 1
         return super().product_add_norm(x, *rest)  # type: ignore[arg-type]
+
+    def product_add_norm_hidden(self, x: Tensor, *rest: object) -> Arriving:
+        self.hidden += 1
+        return super().product_add_norm_hidden(x, *rest)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass
@@ -96,8 +101,10 @@ def main() -> None:
     assert isinstance(place.group, HostGroup)
     addresses = [memory.ctypes.data for memory in memories]
     shares = Counted(rank, addresses, torch.from_numpy(memories[rank]), MOST, WIDTH, DTYPE, HostCopies())
-    found = [logprobs(Parallel(rank, world, Group(place.group, by), 0, 1), folder) for by in (None, shares)]  # type: ignore[arg-type]
-    print(torch.equal(*found), len(found[0]), shares.calls)
+    found = []
+    for by, fused_decoder.HIDING in ((None, 0), (shares, 1 << 60), (shares, 0)):
+        found.append(logprobs(Parallel(rank, world, Group(place.group, by), 0, 1), folder))  # type: ignore[arg-type]
+    print([torch.equal(found[0], other) for other in found[1:]], len(found[0]), shares.whole, shares.hidden)
     dist.destroy_process_group()
 
 

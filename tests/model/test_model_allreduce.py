@@ -26,7 +26,7 @@ def test_shares_of_rows_have_the_bits_of_a_sum_and_a_norm_of_all(world: int, tmp
 def test_steps_of_two_ranks_have_the_same_bits_by_shares_of_rows(tmp_path: Path) -> None:
     write(tmp_path / "model", qwen3())
     first, second = model_split_ranks.run(tmp_path)
-    assert first == second == "True 45 12\n"
+    assert first == second == "[True, True] 45 12 12\n"
 
 
 def test_the_first_rows_of_a_product_fill_turns_of_tiles() -> None:
