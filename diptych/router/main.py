@@ -43,7 +43,7 @@ def _raise_file_limit() -> None:
 
 
 async def _run(config: RouterConfig) -> int:
-    router = Router(config, random.Random())
+    router = Router(config, random.SystemRandom())  # rooms and request ids are not to be guessed
     stop = asyncio.Event()
     cut = asyncio.Event()
 
