@@ -113,10 +113,9 @@ class RowShares:
         self.product_add_norm_hidden(x, product, weight, 1.0).whole()
 
     def takes(self, x: Tensor) -> bool:
-        """Whether products of the shape of `x` are summed by shares. Not in a graph: calls are counted by the host."""
+        """Whether products of the shape of `x` are summed by shares."""
         rows, width = x.shape
-        fits = x.nbytes > LEAST_BYTES and rows <= self.most and width == self.width and x.dtype == self.dtype
-        return fits and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        return x.nbytes > LEAST_BYTES and rows <= self.most and width == self.width and x.dtype == self.dtype
 
     def own_rows(self, x: Tensor, wanted: Tensor | None) -> Tensor:
         """The rows `wanted` of `x`, or all, with zeros for those of other ranks."""
@@ -143,7 +142,8 @@ class RowShares:
         return self._normed[:rows]
 
     def product_add_norm_hidden(self, x: Tensor, product: Product, weight: Tensor, eps: float) -> Arriving:
-        """The same, hidden behind the product and the one that reads what is given."""
+        """The same, hidden behind the product and the one that reads what is given. Not for a graph: calls are counted
+        by the host."""
         rows, world = len(x), self.world
         self._call = (self._call + 1 + (1 << 31)) % (1 << 32) - (1 << 31)  # as flags wrap around
         for step in range(1, world):

@@ -39,16 +39,16 @@ def _meet(  # type: ignore[no-untyped-def]
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows", "first", "call"])
+@triton.jit(do_not_specialize=["rows", "first"])
 def two_shot_kernel(  # type: ignore[no-untyped-def]
     x,
     parts,
     weight,
     outs,
     flags,
+    calls,
     rows,
     first,
-    call,
     eps,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
@@ -58,11 +58,13 @@ def two_shot_kernel(  # type: ignore[no-untyped-def]
 ):
     """add_norm_kernel (diptych/model/kernels/fused.py) of `rows` rows `x`, the rank's share. `parts`, `outs`: where
     each rank has its product and its normed rows, all of them, of which the share begins at row `first`. The product's
-    sum is in rank order, in float32, rounded to x's type. Programs take rows in turns."""
+    sum is in rank order, in float32, rounded to x's type. Programs take rows in turns; `calls` `[PROGRAMS]`: how often
+    each has run."""
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     dtype = x.dtype.element_ty
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    call = tl.load(calls + tl.program_id(0)) + 1
     _meet(flags, call, 0, RANK, WORLD, PROGRAMS)
     for row in range(tl.program_id(0).to(tl.int64), rows, PROGRAMS):
         at = row * WIDTH + columns
@@ -82,6 +84,7 @@ def two_shot_kernel(  # type: ignore[no-untyped-def]
             out = tl.multiple_of(tl.load(outs + target).to(tl.pointer_type(dtype)), 16)
             tl.store(out + whole, normed, mask=inside)
     _meet(flags, call, 1, RANK, WORLD, PROGRAMS)
+    tl.store(calls + tl.program_id(0), call)
 
 
 class TwoShot:
@@ -91,7 +94,8 @@ class TwoShot:
     def __init__(
         self, rank: int, parts: Sequence[int], outs: Sequence[int], flags: Sequence[int], device: torch.device
     ) -> None:
-        self._rank, self._world, self._call = rank, len(parts), 0
+        self._rank, self._world = rank, len(parts)
+        self._calls = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
         places = torch.tensor([parts, outs, flags], dtype=torch.int64, device=device)
         self._parts, self._outs, self._flags = places.unbind()
 
@@ -101,9 +105,8 @@ class TwoShot:
 
     def add_norm(self, x: Tensor, first: int, weight: Tensor, eps: float) -> None:
         """See two_shot_kernel. `x` `[rows, width]`, changed in place, begins at row `first` of all."""
-        self._call = (self._call + 1 + (1 << 31)) % (1 << 32) - (1 << 31)
         (rows, width), block = x.shape, triton.next_power_of_2(x.shape[1])
         two_shot_kernel[(PROGRAMS,)](
-            x, self._parts, weight, self._outs, self._flags, rows, first, self._call, eps, RANK=self._rank,
+            x, self._parts, weight, self._outs, self._flags, self._calls, rows, first, eps, RANK=self._rank,
             WORLD=self._world, PROGRAMS=PROGRAMS, WIDTH=width, BLOCK=block, num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
