@@ -165,8 +165,10 @@ class FusedDecoder:
         product `reader` if that is what reads it. Of many rows each rank adds to its own only (see RowShares)."""
         place = self.decoder.parallel
         if self._shares is not None and self._shares.takes(x):
-            hides = len(x) * self._layer_numbers >= HIDING and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-            exchange = self._shares.product_add_norm_hidden if hides else self._shares.product_add_norm
+            hides = len(x) * self._layer_numbers >= HIDING
+            captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            hidden, plain = self._shares.product_add_norm_hidden, self._shares.product_add_norm
+            exchange = hidden if hides and not captured else plain
             return exchange(x, partial(self._write, linear, inputs), norm.weight, self._eps)
         if bias is None and place.world > 1:
             return place.sum_add_norm(x, self._product(linear, inputs), norm.weight, self._eps)
