@@ -152,7 +152,7 @@ class FusedDecoder:
         if self._gates and isinstance(x, Tensor) and x.shape[0] >= gated.LEAST_ROWS:
             return gated.silu_product(x, linear.weight)
         if self._gates and isinstance(x, Tensor) and stream_wins(x.shape[0], *linear.weight.shape):
-            return stream_gated(x, linear.weight)
+            return stream_gated(x, linear.weight, self._arrivals)
         tiles = self._tiles(linear, x)
         if tiles is not None and tiles.joins:
             return gated_product(x, linear.weight, self._arrivals, tiles)
