@@ -105,6 +105,12 @@ def test_what_no_graph_holds_is_eager(tmp_path: Path, monkeypatch: pytest.Monkey
     assert taken.taken == [None, None]  # more pages than there is memory for
 
 
+def test_sizes_of_decode_steps() -> None:
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert batch_sizes(200) == [1, 2, 4, *range(8, 65, 8), 96, 112, 128, 160, 192, 200]
+
+
 def test_shapes() -> None:
     small = shapes_of(64, 1 << 20)
     assert [shape.rows for shape in small if shape.decode] == batch_sizes(64)
