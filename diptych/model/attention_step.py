@@ -30,7 +30,7 @@ from diptych.model.pool import KVPool
 from diptych.types import I32, Plan
 
 WANTED = 3  # pieces of a decode step's work, for each multiprocessor
-PROMPTS = 32  # or more hold captured steps of any tokens
+PROMPTS = 128  # with so many or less, a captured step has room for the tiles of all
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ class Steps:
         return self._reserved.arrays[name][:count]
 
     def _most_tiles(self, num_tokens: int) -> int:
-        return num_tokens // self._tile_tokens + PROMPTS
+        return num_tokens // self._tile_tokens + min(PROMPTS, num_tokens // 2)
 
     @property
     def _tile_tokens(self) -> int:

@@ -224,6 +224,9 @@ def test_what_does_not_fit_a_graph_is_refused() -> None:
     assert not attention.begin_graph(plans[1], 2)  # a chunk
     assert attention.begin_graph(plans[1], 2, np.array([1], np.int32))
     assert not attention.begin_graph(plans[1], 2, np.array([1, 0, 0], np.int32))  # three are wanted
+    attention.reserve(rows=200, pages=8, tokens=500, step_tokens=300)
+    for count, fits in ((128, True), (150, False)):  # tiles of 32 // 2 tokens: 300 have 18 and 128 more
+        assert attention.begin_graph(make_plan([(0, 2, [0])] * count, 16), 300, np.zeros(200, np.int32)) == fits
     assert not attention.begin_graph(plans[2], 2)  # 13 pages
     assert not attention.begin_graph(make_plan(s.spans([(1, 29, 1), (2, 64, 1)])[0], 16), 1)  # two rows
     attention.reserve(rows=2, pages=16, tokens=100)  # 3 splits
