@@ -278,7 +278,7 @@ class ServerConfig:
         if self.chunked_prefill_size == -1:
             raise ConfigError("--chunked-prefill-size -1 bounds no step's memory on a GPU; give a number of tokens")
         if self.cuda_graph_max_bs and (why := self._graphless()):
-            raise ConfigError(f"--cuda-graph-max-bs: with {why} no decode step is captured; leave one of them out")
+            raise ConfigError(f"--cuda-graph-max-bs: with {why} no step is captured; leave one of them out")
         if self.deterministic and self.attention_backend == "torch":
             raise ConfigError("--deterministic needs our kernels on a GPU: leave --attention-backend torch out")
 

@@ -131,9 +131,9 @@ def test_the_device_fills_in_what_was_not_said() -> None:
         ("cuda", "--max-total-tokens 63", "--max-total-tokens 63 is less than a page of 64"),
         ("cuda", "--chunked-prefill-size -1", "--chunked-prefill-size -1 bounds no step's memory on a GPU"),
         ("cuda", "--cuda-graph-max-bs 8 --disable-cuda-graph", "--cuda-graph-max-bs: with --disable-cuda-graph no"),
-        ("cuda", "--cuda-graph-max-bs 8 --attention-backend torch", "with --attention-backend torch no decode step"),
+        ("cuda", "--cuda-graph-max-bs 8 --attention-backend torch", "with --attention-backend torch no step"),
         ("cuda", "--deterministic --attention-backend torch", "--deterministic needs our kernels"),
-        ("cuda", "--cuda-graph-max-bs 8 --pp-size 2", "with --pp-size 2 no decode step is captured"),
+        ("cuda", "--cuda-graph-max-bs 8 --pp-size 2", "with --pp-size 2 no step is captured"),
     ],
 )
 def test_what_a_device_cannot_do_is_refused(device: str, flags: str, message: str) -> None:

@@ -35,9 +35,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def load(chip: str, folder: Path = RESULTS) -> Results:
-    """Results of GPU benchmarks on one kind of GPU, by the benchmark's name."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"gpu-*-{chip}.json"))]
-    return {result["benchmark"]: result for result in found}
+    """Results of GPU benchmarks on one kind of GPU, by their files' names without it."""
+    paths = sorted(folder.glob(f"gpu-*-{chip}.json"))
+    return {path.stem.removesuffix(f"-{chip}"): json.loads(path.read_text()) for path in paths}
 
 
 def fill(page: str, results: Results) -> str:
@@ -63,8 +63,8 @@ def plots(results: Results) -> dict[str, str]:
 
 def tail_plot(results: Results) -> str:
     groups = []
-    for model, topology in tables.SERVED:
-        found = results.get(tables.serve_name(model, topology), {}).get("tail")
+    for model, topology, result in tables.served(results):
+        found = result.get("tail")
         values = tuple(found["beside"][key] if found else None for key in ("p50", "p99", "max"))
         groups.append(svg.Group(f"{model}, {topology}", values))
     title = "ITL of 32 running streams while prompts of 4k to 16k tokens arrive without pause"
@@ -73,10 +73,9 @@ def tail_plot(results: Results) -> str:
 
 def goodput_plot(results: Results) -> str:
     lines = []
-    for model, topology in tables.SERVED:
-        found = results.get(tables.serve_name(model, topology), {}).get("goodput")
-        if found and model == "Qwen3-32B":
-            points = tuple((run["rate"], 100 * run["share_met"]) for run in found["runs"])
+    for model, topology, result in tables.served(results):
+        if model == "Qwen3-32B" and "goodput" in result:
+            points = tuple((run["rate"], 100 * run["share_met"]) for run in result["goodput"]["runs"])
             lines.append(svg.Line(topology, points))
     return svg.lines("Qwen3-32B: requests within the limits", "requests/s", "% of requests", lines, mark=90)
 

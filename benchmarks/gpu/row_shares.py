@@ -1,6 +1,6 @@
 """Products of many rows, summed by shares (diptych/model/row_shares.py) or by NCCL: a part of benchmarks.gpu.allreduce.
 
-Calls are counted by the host, so none is in a graph.
+None is in a graph here: the hidden way counts its calls on the host.
 """
 
 from __future__ import annotations

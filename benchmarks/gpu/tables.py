@@ -134,14 +134,22 @@ def serve_name(model: str, topology: str) -> str:
     return f"gpu-serve-{model.lower()}-{topology.replace('+', '-')}"
 
 
-def _served(results: Results) -> list[tuple[str, str, Result]]:
-    """By topology, what runs with the labels `latency` and `goodput` and one without found."""
-    served = []
+def served(results: Results) -> list[tuple[str, str, Result]]:
+    """By topology, what runs with the labels `latency`, `goodput…` and one without found: of the latter all rates."""
+    joined = []
     for model, topology in SERVED:
         name = serve_name(model, topology)
-        parts = [results.get(each, {}) for each in (name, f"{name}-latency", f"{name}-goodput")]
-        served.append((model, topology, {key: value for part in parts for key, value in part.items()}))
-    return served
+        parts = [part for each, part in sorted(results.items()) if each in (name, f"{name}-latency")]
+        parts += [part for each, part in sorted(results.items()) if each.startswith(f"{name}-goodput")]
+        result = {key: value for part in parts for key, value in part.items()}
+        if runs := [run for part in parts for run in part.get("goodput", {}).get("runs", ())]:
+            result["goodput"] = result["goodput"] | {"runs": sorted(runs, key=lambda run: run["rate"])}
+        joined.append((model, topology, result))
+    return joined
+
+
+def _highest(goodput: Result) -> float:
+    return max((run["rate"] for run in goodput["runs"] if run["holds"]), default=0.0)
 
 
 def gpus(topology: str) -> int:
@@ -149,34 +157,33 @@ def gpus(topology: str) -> int:
 
 
 def goodput_table(results: Results) -> str:
-    served = _served(results)
-    rates = {(model, name): found["goodput"]["highest_rate"] for model, name, found in served if "goodput" in found}
+    found = [(model, topology, result.get("goodput")) for model, topology, result in served(results)]
+    rates = {(model, topology): _highest(goodput) for model, topology, goodput in found if goodput}
     body = []
-    for model, topology, result in served:
+    for model, topology, goodput in found:
         if topology == "u":
             continue
-        found = result.get("goodput")
-        unified = rates.get((model, "+".join("u" * gpus(topology))), 0.0)
-        if found is None:
-            body.append([model, str(gpus(topology)), f"`{topology}`", MISSING, "", "", ""])
+        cells = [model, str(gpus(topology)), f"`{topology}`"]
+        if not goodput:
+            body.append([*cells, MISSING, "", "", ""])
             continue
-        runs = found["runs"]
-        best = max((run for run in runs if run["holds"]), key=lambda run: run["rate"], default=None)
-        times = "–" if not unified or "d" not in topology else f"{found['highest_rate'] / unified:.2f} ×"
+        runs, highest = goodput["runs"], _highest(goodput)
+        unified = rates.get((model, "+".join("u" * gpus(topology))), 0.0)
+        times = "–" if not unified or "d" not in topology else f"{highest / unified:.2f} ×"
         late = "yes" if any(run["client_bottleneck"] for run in runs) else "no"
+        best = next((run for run in reversed(runs) if run["rate"] == highest), None)
         tail = f"{number(best['p99_ttft_ms'])} / {number(best['p99_itl_ms'])}" if best else "–"
-        fails = found.get("lowest_that_fails") or min((r["rate"] for r in runs if not r["holds"]), default=None)
-        row = [number(found["highest_rate"]), _cell(fails), times, tail, late]
-        body.append([model, str(gpus(topology)), f"`{topology}`", *row])
+        fails = min((run["rate"] for run in runs if not run["holds"] and run["rate"] > highest), default=None)
+        body.append([*cells, number(highest), _cell(fails), times, tail, late])
     head = ["model", "GPUs", "servers", "highest rate that holds, requests/s", "next that fails", "against unified"]
     head += ["TTFT / ITL p99 there, ms", "client late"]
-    used = [result for *_, result in served if "goodput" in result]
+    used = [result for *_, result in served(results) if "goodput" in result]
     return markdown(head, [row + [""] * (len(head) - len(row)) for row in body]) + machine_note(used)
 
 
 def tail_table(results: Results) -> str:
     body = []
-    for model, topology, result in _served(results):
+    for model, topology, result in served(results):
         found = result.get("tail")
         if found is None:
             body.append([model, f"`{topology}`", MISSING, "", "", "", ""])
@@ -189,12 +196,12 @@ def tail_table(results: Results) -> str:
         body.append([model, f"`{topology}`", two, three, ratio, ttft, number(found["client_p99_lag_ms"])])
     head = ["model", "servers", "alone, p50 / p99, ms", "beside long prompts, p50 / p99 / max, ms", "p99 / p50 beside"]
     head += ["TTFT of the long prompts, p50 / p99, ms", "client's lag p99, ms"]
-    return markdown(head, body) + machine_note(result for *_, result in _served(results) if "tail" in result)
+    return markdown(head, body) + machine_note(result for *_, result in served(results) if "tail" in result)
 
 
 def first_table(results: Results) -> str:
     body = []
-    for model, topology, result in _served(results):
+    for model, topology, result in served(results):
         if not result.get("first"):
             body.append([model, f"`{topology}`", MISSING, "", "", "", ""])
         for found in result.get("first", []):
@@ -202,7 +209,7 @@ def first_table(results: Results) -> str:
             row += [f"{found['over_compute']:+.1%}", _cell(found.get("mean_kv_transfer_latency_ms"))]
             body.append([model, f"`{topology}`", *row])
     head = ["model", "servers", "prompt, tokens", "TTFT, ms", "prefill's compute, ms", "TTFT over compute"]
-    note = machine_note(result for *_, result in _served(results) if result.get("first"))
+    note = machine_note(result for *_, result in served(results) if result.get("first"))
     return markdown([*head, "first to last page, ms"], body) + note
 
 

@@ -1,8 +1,9 @@
 """Exchanges between the GPUs of a stage, each enqueued on the current stream and fit for a CUDA graph.
 
-Small sums are ours, in one kernel (diptych/model/kernels/allreduce.py); NCCL carries all else. What NCCL cannot promise
-is the order in which it adds: for two ranks there is but one, a + b rounded once; for more, `DeviceGroup` adds by
-itself what NCCL moves. So a sum has the same bits whichever way it takes.
+Small sums are ours, in one kernel (diptych/model/kernels/allreduce.py), and so are two ranks' sums of many rows
+(diptych/model/row_shares.py); NCCL carries all else. What NCCL cannot promise is the order in which it adds: for two
+ranks there is but one, a + b rounded once; for more, `DeviceGroup` adds by itself what NCCL moves. So a sum has the
+same bits whichever way it takes.
 """
 
 from __future__ import annotations

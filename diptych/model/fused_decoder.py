@@ -70,7 +70,7 @@ class FusedDecoder:
             mixed = self._attend(index, layer, self._product(layer.qkv, normed), attention)
             if index == final and wanted is not None:  # what follows concerns each row by itself
                 if not len(wanted):
-                    return x[:0]
+                    return x[:0] if place.stages == 1 else None
                 x, mixed = self._rows(x, wanted), mixed.index_select(0, wanted)
             normed = self._after_attention(index, x, mixed)
         if isinstance(normed, Arriving):

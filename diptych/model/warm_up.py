@@ -24,8 +24,8 @@ def warm_up_plans(page_size: int, most_tokens: int, most_rows: int) -> Iterator[
         yield _plan([(0, length)], page_size)
     for company in sorted({min(company, most_rows) for company in COMPANY}):
         yield _plan([(CACHED, 1)] * company, page_size)
-        if company < most_rows and company < most_tokens:
-            yield _plan([(CACHED, 1)] * company + [(0, 1)], page_size)
+        if company < most_rows and company + 2 <= most_tokens:  # a prompt of one token would decode
+            yield _plan([(CACHED, 1)] * company + [(0, 2)], page_size)
 
 
 def _plan(parts: Sequence[tuple[int, int]], page_size: int) -> Plan:

@@ -61,16 +61,20 @@ def logprobs_of(seqs: list[Sequence]) -> torch.Tensor:
     return torch.tensor([item.logprob for seq in seqs for item in seq.output_logprobs])
 
 
-def test_no_request_waits_for_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, qwen3(**{**SHAPE, "hidden_size": 384, "intermediate_size": 640}))  # shapes that no other test has
-    runner = runner_of(tmp_path, cuda_graph_max_bs=64, max_total_tokens=1 << 14)
+@pytest.mark.parametrize(("hidden", "rows", "graph_rows"), [(384, 256, 64), (448, 16, 16), (576, 16, 0)])
+def test_no_request_waits_for_a_compiler(
+    hidden: int, rows: int, graph_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, qwen3(**{**SHAPE, "hidden_size": hidden, "intermediate_size": 640}))  # that no other test has
+    graphs = {"cuda_graph_max_bs": graph_rows, "disable_cuda_graph": not graph_rows}
+    runner = runner_of(tmp_path, max_running_requests=rows, max_total_tokens=1 << 14, **graphs)
     compiled: list[str] = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told["fn"].name) or None
     )
     for count in (1, 3, len(LENGTHS)):
         generate(runner, sequences(count))
-    generate(runner, [Sequence(prompt_of(n, n)) for n in range(2, 45)])
+    generate(runner, [Sequence(prompt_of(n, n)) for n in range(2, min(45, rows + 2))])
     driver, seqs = Driver(runner, 16), sequences()
     driver.run([(seqs[0], len(seqs[0].prompt))])
     for seq in seqs[1:]:  # prompts beside rows that decode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from diptych.model.kernels.schedule import decode_rows, prefill_tiles
 from diptych.model.warm_up import COMPANY, PROMPTS, warm_up_plans
 
 
@@ -14,8 +15,14 @@ def rows_and_tokens(page_size: int, most_tokens: int, most_rows: int) -> list[tu
 
 def test_there_are_prompts_alone_and_rows_that_decode_with_and_without_one() -> None:
     prompts = [(1, length) for length in PROMPTS]
-    company = [(count + more, count + more) for count in COMPANY for more in (0, 1)]
+    company = [(count + rows, count + tokens) for count in COMPANY for rows, tokens in ((0, 0), (1, 2))]
     assert rows_and_tokens(64, 8192, 256) == prompts + company
+
+
+@pytest.mark.parametrize("most_rows", [2, 16, 31, 256])
+def test_some_hold_a_prompt_beside_rows_that_decode(most_rows: int) -> None:
+    plans = warm_up_plans(64, 8192, most_rows)
+    assert any(len(decode_rows(plan)) and len(prefill_tiles(plan, 16)) for plan in plans)
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 19, 20, 256])
