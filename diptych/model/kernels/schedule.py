@@ -90,29 +90,29 @@ def make_runs(plan: Plan, page_size: int, block: int, count: int) -> Runs:
     rows = decode_rows(plan)
     lengths = plan.kv_lens[rows].astype(np.int64)
     blocks = blocks_of(lengths, page_size, block)
-    shares = _shares(tuple(blocks.tolist()), count)
-    of = shares.of
-    items = shares.items.copy()
+    line = _line(tuple(blocks.tolist()), count)
+    of = line.of
+    items = line.items.copy()
     items[:, 0] = plan.q_starts[rows[of]]
     items[:, 1] = lengths[of] - 1
-    items[:, 2] = shares.firsts * block + items[:, 1]
+    items[:, 2] = line.firsts * block + items[:, 1]
     items[:, 6] = plan.slots[items[:, 0]]
     counts = blocks * block // page_size
     table = plan.pages[rows]
     if (missing := int(counts.max(initial=0)) - table.shape[1]) > 0:
         table = np.pad(table, ((0, 0), (0, missing)))
     pages = table[np.arange(table.shape[1]) < counts[:, None]]
-    runs = shares.runs.copy()
-    used = len(shares.first_items)
+    runs = line.runs.copy()
+    used = len(line.first_items)
     runs[:, 1] *= block
     ahead = (runs[:used, 1:2] + np.arange(3) * block) // page_size
     runs[:used, 4:7] = pages[np.minimum(ahead, len(pages) - 1)]
-    runs[:used, 8:] = items[shares.first_items]
+    runs[:used, 8:] = items[line.first_items]
     return Runs(runs, items, pages)
 
 
 @dataclass(frozen=True, slots=True)
-class _Shares:
+class _Line:
     """What of the Runs follows from the sequences' blocks alone. Of each item: its sequence (`of`), and where in the
     line that begins (`firsts`, in blocks). `first_items` are those of the runs that there are."""
 
@@ -124,7 +124,7 @@ class _Shares:
 
 
 @lru_cache(maxsize=64)  # a sequence's blocks change but once in so many steps as a block has keys
-def _shares(blocks: tuple[int, ...], count: int) -> _Shares:
+def _line(blocks: tuple[int, ...], count: int) -> _Line:
     ends = np.cumsum(np.array(blocks, np.int64))
     firsts, total = ends - blocks, int(ends[-1])
     starts, bounds = _cut(firsts, total, count)
@@ -138,7 +138,7 @@ def _shares(blocks: tuple[int, ...], count: int) -> _Shares:
     runs, used = np.zeros((count, RUN_FIELDS), np.int32), len(bounds) - 1
     runs[:used, 0], runs[:used, 1] = of_run[:-1], bounds[:-1]
     runs[:used, 2], runs[:used, 3] = np.diff(bounds), np.diff(of_run)
-    return _Shares(of, firsts[of], of_run[:-1], items, runs)
+    return _Line(of, firsts[of], of_run[:-1], items, runs)
 
 
 def _cut(firsts: I64, total: int, count: int) -> tuple[I64, I64]:
