@@ -46,7 +46,7 @@ class App:
         self._core = core
         self._metrics = metrics
         self._rng = rng
-        self._exposition = Exposition(metrics, fleet, core.gate, core.hold)
+        self._exposition = Exposition(metrics, fleet, core.gate, core.hold, core.alone)
         self._key = config.key.encode()
         self._origins = frozenset(origin.encode() for origin in config.cors_allowed_origins)
         self._id_headers = tuple(name.lower().encode() for name in config.request_id_headers)

@@ -51,7 +51,7 @@ class Blame(msgspec.Struct):
 
     @property
     def died(self) -> bool:
-        """The server, or its engine, died while it had the request. One that leaves in order may cut connections."""
+        """The server, or its engine, died while it had the request. One that drains may cut connections in the end."""
         if self.lost is not None:
             return self.lost.sent and not self.lost.reused and not self.leg.server.draining
         return verdict.has_died(self.reply.status, self.reply.data)
@@ -60,6 +60,11 @@ class Blame(msgspec.Struct):
     def leaving(self) -> bool:
         """The server has said that it takes nothing new any more."""
         return self.lost is None and verdict.is_leaving(self.reply.status, self.reply.data)
+
+    @property
+    def draining(self) -> bool:
+        """The server has said that it leaves in order."""
+        return self.lost is None and verdict.is_draining(self.reply.status, self.reply.data)
 
 
 class Failure(msgspec.Struct):
@@ -84,7 +89,7 @@ class Failure(msgspec.Struct):
 
 class Attempt:
     """`run` it once. The servers' loads and circuit breakers are told how their parts ended, `begun` that the answer
-    begins.
+    begins. `fresh`: on new connections, so that one that breaks was not at its end already.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Attempt:
         max_bytes: int,
         headers: Headers,
         begun: Callable[[], None],
+        fresh: bool,
     ) -> None:
         self._upstream = upstream
         self._ask = ask
@@ -105,6 +111,7 @@ class Attempt:
         self._max_bytes = max_bytes
         self._extra = headers  # for the client, besides the servers' own
         self._begun = begun
+        self._fresh = fresh
         self._loop = asyncio.get_running_loop()
         self._complete = False
         self.first_at: float | None = None  # when decode's stream began
@@ -131,7 +138,7 @@ class Attempt:
     async def _open(self, leg: Leg, method: str, path: str, headers: Headers, body: Body) -> Exchange:
         leg.task = asyncio.current_task()
         try:
-            leg.exchange = await self._upstream.open(leg.server.address, method, path, headers, body)
+            leg.exchange = await self._upstream.open(leg.server.address, method, path, headers, body, fresh=self._fresh)
         except asyncio.CancelledError:
             if leg.given_up:
                 raise ServerLost("the server does not answer health checks", sent=True) from None

@@ -26,7 +26,7 @@ MAX_HEAD_BYTES = 64 << 10
 HIGH_WATER_BYTES = 256 << 10  # of a body that nobody reads yet
 JOIN_BYTES = 64 << 10  # smaller bodies go out in one piece with their head
 NAME_TTL_S = 1.0  # how long a resolved name is used again
-_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
 
 
 class HttpUpstream:
@@ -37,11 +37,11 @@ class HttpUpstream:
         self._idle: dict[ServerAddress, deque[_Connection]] = {}
         self._names: dict[str, tuple[float, str]] = {}
 
-    async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
-        """Send a request and wait for the head of its answer. Raises ServerLost, and Unavailable when the router is out
-        of sockets. Cancelling closes the connection.
-        """
-        connection = self._take(server) or await self._connect(server)
+    async def open(
+        self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body, *, fresh: bool = False
+    ) -> Exchange:
+        """See `Upstream`."""
+        connection = (None if fresh else self._take(server)) or await self._connect(server)
         size = sum(map(len, body))
         exchange = connection.send((_head(server, method, path, headers, size), *body), size)
         try:
@@ -85,6 +85,7 @@ class HttpUpstream:
             idle.remove(connection)
 
     async def _connect(self, server: ServerAddress) -> _Connection:
+        address = ""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 address = await self._resolve(server.host)
@@ -92,7 +93,7 @@ class HttpUpstream:
                     lambda: _Connection(self, server), address, server.port
                 )
         except (OSError, Unavailable) as error:  # TimeoutError is an OSError
-            if isinstance(error, OSError) and error.errno in _OWN_FAULTS:
+            if isinstance(error, OSError) and _is_own_fault(error, address):
                 raise Unavailable("the router is out of sockets; try again in a moment") from None
             self._names.pop(server.host, None)
             gone = isinstance(error, ConnectionRefusedError)
@@ -107,6 +108,14 @@ class HttpUpstream:
         address = await resolve(host)
         self._names[host] = (now, address)
         return address
+
+
+def _is_own_fault(error: OSError, address: str) -> bool:
+    """The router is out of sockets, or of ports towards a server: it would be so whatever that server did.
+
+    For IPv6 the error that says so may also mean that this machine has no IPv6, so nothing is concluded from it.
+    """
+    return error.errno in _OWN_FAULTS or (error.errno == errno.EADDRNOTAVAIL and ":" not in address)
 
 
 def _head(server: ServerAddress, method: str, path: str, headers: Headers, size: int) -> bytes:

@@ -15,9 +15,9 @@ from diptych.router.config import RouterConfig
 from diptych.router.exchange import Body, Client, ClientRequest, Headers, Upstream
 from diptych.router.fleet import Fleet, Leg, NoServer, Server
 from diptych.router.headers import to_client, to_server
-from diptych.router.limits import Gate, Hold, Turn
+from diptych.router.limits import Gate, Hold, Line, Turn
 from diptych.router.metrics import RouterMetrics
-from diptych.router.replies import error_event
+from diptych.router.replies import error_event, with_retry_after
 from diptych.router.retry import GivenUp, RetryBudget, Suspect, backoff_s
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Core:
         self._budget = RetryBudget(self._loop.time())
         self.gate = Gate(config)
         self.hold = Hold(config)
-        self._alone = asyncio.Lock()  # whoever of those that may be deadly is tried
+        self.alone = Line()  # those that may be deadly
 
     async def serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
         """Answer `client`. `extra`: headers for servers and client. Raises DiptychError, mostly before any answer."""
@@ -58,7 +58,7 @@ class Core:
             client.finish()
 
     async def _serve(self, request: ClientRequest, client: Client, extra: Headers) -> None:
-        job = _Job(request, read_body(request.body, request.route), extra, Turn(self._alone))
+        job = _Job(request, read_body(request.body, request.route), extra, Turn(self.alone))
         self._budget.earn()
         arrived_at = self._loop.time()
         headers = to_server(request.headers, self._config.key, extra)
@@ -79,7 +79,8 @@ class Core:
                 count = job.suspect.num_deaths
                 raise GivenUp(f"{count} servers died while they had this request; it is sent to no other")
             if not self._may_retry(failure, retry):
-                client.send(failure.reply.status, to_client(failure.reply.headers, extra), failure.reply.data)
+                status, told = failure.reply.status, to_client(failure.reply.headers, extra)
+                client.send(status, with_retry_after(status, told), failure.reply.data)
                 return
             self._metrics.retries += 1
             if retry > 0 or not failure.lost:  # the first time a lost server is left without delay
@@ -103,7 +104,7 @@ class Core:
                 await self.hold.wait(news, deadline, len(job.request.body) + len(job.ask.key), error)
 
     def _choose(self, job: _Job) -> tuple[Attempt, Body]:
-        ask, avoid = job.ask, job.avoid
+        ask, avoid = job.ask, (job.suspect.goes_alone and self._under_suspicion()) or job.avoid
         leg = partial(Leg, prompt_bytes=len(job.request.body), now=self._loop.time(), suspect=job.suspect)
         if not self._config.disaggregated:
             prefill, decode = None, leg(self._fleet.choose("worker", ask.key, avoid))
@@ -115,8 +116,14 @@ class Core:
             chosen = self._fleet.choose("prefill", ask.key, avoid)
             decode = leg(self._fleet.choose("decode", ask.key, avoid))
             prefill, body = leg(chosen), add_rooms(ask, chosen.address, self._rng)
-        limit, begun = self._config.max_payload_size, job.turn.leave
-        return Attempt(self._upstream, ask, prefill, decode, max_bytes=limit, headers=job.extra, begun=begun), body
+        limit, begun, fresh = self._config.max_payload_size, job.turn.leave, bool(job.avoid)
+        return Attempt(
+            self._upstream, ask, prefill, decode, max_bytes=limit, headers=job.extra, begun=begun, fresh=fresh
+        ), body
+
+    def _under_suspicion(self) -> set[Server]:
+        """Servers that still have a request whose turn is over: of the death of such a one two would be suspected."""
+        return {server for server in self._fleet.servers if any(leg.suspect.goes_alone for leg in server.legs)}
 
     def _note(self, job: _Job, attempt: Attempt, failure: Failure) -> None:
         """Remember who failed, for this request and for others."""
@@ -135,7 +142,7 @@ class Core:
             if lost is not None:
                 self._fleet.suspect(server, gone=lost.gone)
             elif blame.leaving:
-                self._fleet.leave(server)
+                self._fleet.leave(server, in_order=blame.draining)
 
     def _may_retry(self, failure: Failure, retry: int) -> bool:
         """The requests of a server that is lost or leaving may all move, as it goes once; other failures share the

@@ -111,9 +111,11 @@ class Exchange(ABC):
 class Upstream(Protocol):
     """The way to the servers."""
 
-    async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
-        """Send a request and wait for the head of its answer. Raises ServerLost, and Unavailable when the router is out
-        of sockets. Cancelling closes the connection.
+    async def open(
+        self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body, *, fresh: bool = False
+    ) -> Exchange:
+        """Send a request, with `fresh` on a new connection, and wait for the head of its answer. Raises ServerLost, and
+        Unavailable when the router is out of sockets. Cancelling closes the connection.
         """
 
 

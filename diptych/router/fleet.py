@@ -30,7 +30,8 @@ class Server:
         self.role = role  # prefill | decode | worker
         self.healthy = config.disable_health_check
         self.num_lives = 0  # times it has become healthy
-        self.draining = False  # as it said last: unhealthy then, but it ends the requests it has
+        self.leaving = False  # as it said last: unhealthy then, but it ends the requests it has
+        self.draining = False  # it leaves in order: not because its engine died
         self.local_prefill = False  # a decode server that can do both phases, as its last good check said
         self.breaker = Breaker(config)
         self.num_requests = 0
@@ -146,7 +147,7 @@ class Fleet:
 
     def mark(self, server: Server, healthy: bool, why: str) -> None:
         """A check or a connection has shown what a server is. What waits for one that is gone is given up."""
-        if not healthy and not server.draining:
+        if not healthy and not server.leaving:
             for leg in list(server.legs):
                 leg.give_up()
         if server.healthy == healthy:
@@ -164,11 +165,11 @@ class Fleet:
         else:
             self._states[server.role].tree.remove(server.address)  # it comes back with an empty cache
 
-    def leave(self, server: Server) -> None:
+    def leave(self, server: Server, *, in_order: bool) -> None:
         """A server has told a request that it takes nothing new. What it has begun it may end."""
         if self._checked:
             server.suspected.set()
-            server.draining = True
+            server.leaving, server.draining = True, in_order
             self.mark(server, False, "leaving: it takes nothing new")
 
     def suspect(self, server: Server, *, gone: bool) -> None:

@@ -9,7 +9,7 @@ from diptych.errors import Unavailable, UpstreamError
 from diptych.router.config import RouterConfig
 from diptych.router.exchange import Headers, Upstream, read_all
 from diptych.router.fleet import Fleet, Server
-from diptych.router.verdict import does_prefill, is_leaving
+from diptych.router.verdict import does_prefill, is_draining, is_leaving
 
 RECHECK_S = 1.0  # between checks of a server that is not healthy, or has just failed one
 MAX_ANSWER_BYTES = 1 << 20
@@ -56,7 +56,7 @@ class HealthChecker:
             if ok and not server.healthy and good >= (config.health_success_threshold if seen else 1):
                 seen = True
                 self._fleet.mark(server, True, "healthy")
-            elif server.healthy and server.draining:
+            elif server.healthy and server.leaving:
                 self._fleet.mark(server, False, "leaving: it takes nothing new")
             elif bad >= config.health_failure_threshold:
                 self._fleet.mark(server, False, f"unhealthy: {bad} checks failed")
@@ -87,13 +87,14 @@ class HealthChecker:
                 finally:
                     exchange.close()
             ok = 200 <= exchange.status < 300
-            server.draining = is_leaving(exchange.status, answer)
+            server.leaving = is_leaving(exchange.status, answer)
+            server.draining = is_draining(exchange.status, answer)
             if ok:
                 server.local_prefill = does_prefill(answer)
         except Unavailable:
             return server.healthy
         except (UpstreamError, TimeoutError):
-            ok = server.draining = False
+            ok = server.leaving = server.draining = False
         server.checks[ok] += 1
         return ok
 

@@ -10,6 +10,7 @@ from diptych.router.config import RouterConfig
 from diptych.router.fleet import NoServer
 
 HOLD_BYTES = 256 << 20  # of all held requests; a single one may be larger, up to --max-payload-size
+TURN_S = 2.0  # how long others wait for one that is tried alone: what kills a server mostly does so in its first step
 
 
 class QueueTimeout(DeadlineExceeded):
@@ -97,20 +98,33 @@ class Hold:
             self._num_bytes -= num_bytes
 
 
-class Turn:
-    """A request's turn to be tried while no other is that shares its `lock`."""
+class Line:
+    """Those that are tried one at a time, and the one whose turn it is."""
 
-    def __init__(self, lock: asyncio.Lock) -> None:
-        self._lock = lock
-        self._taken = False
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.num_waiting = 0
+
+
+class Turn:
+    """A request's turn to be tried while no other of its `line` is."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._end: asyncio.TimerHandle | None = None  # while it has the turn
 
     async def take(self) -> None:
-        """Wait for it: first come, first served. Whoever has it `leave`s."""
-        await self._lock.acquire()
-        self._taken = True
+        """Wait for it: first come, first served. It is over with `leave`, or after TURN_S."""
+        self._line.num_waiting += 1
+        try:
+            await self._line.turn.acquire()
+        finally:
+            self._line.num_waiting -= 1
+        self._end = asyncio.get_running_loop().call_later(TURN_S, self.leave)
 
     def leave(self) -> None:
         """Idempotent."""
-        if self._taken:
-            self._taken = False
-            self._lock.release()
+        if self._end is not None:
+            self._end.cancel()
+            self._end = None
+            self._line.turn.release()

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from diptych.router.fleet import Fleet
-from diptych.router.limits import Gate, Hold
+from diptych.router.limits import Gate, Hold, Line
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -80,11 +80,12 @@ class RouterMetrics:
 
 
 class _RouterCollector(Collector):
-    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate, hold: Hold) -> None:
+    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate, hold: Hold, alone: Line) -> None:
         self._metrics = metrics
         self._fleet = fleet
         self._gate = gate
         self._hold = hold
+        self._alone = alone
 
     def collect(self) -> Iterable[Metric]:
         yield from self._requests()
@@ -92,6 +93,8 @@ class _RouterCollector(Collector):
         yield GaugeMetricFamily("smg_router_requests_active", "requests being served", self._gate.num_inside)
         yield GaugeMetricFamily("smg_router_requests_queued", "requests waiting for a place", self._gate.num_waiting)
         yield GaugeMetricFamily("diptych_router_requests_held", "requests waiting for a server", self._hold.num_held)
+        suspects = "requests that may be deadly, waiting to be tried alone"
+        yield GaugeMetricFamily("diptych_router_suspects_waiting", suspects, self._alone.num_waiting)
         yield GaugeMetricFamily("diptych_router_ready", "1 with a healthy server of each role", int(self._fleet.ready))
 
     def _requests(self) -> Iterable[Metric]:
@@ -153,9 +156,9 @@ class _RouterCollector(Collector):
 class Exposition:
     """The text that Prometheus reads."""
 
-    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate, hold: Hold) -> None:
+    def __init__(self, metrics: RouterMetrics, fleet: Fleet, gate: Gate, hold: Hold, alone: Line) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_RouterCollector(metrics, fleet, gate, hold))
+        self._registry.register(_RouterCollector(metrics, fleet, gate, hold, alone))
         ProcessCollector(registry=self._registry)
 
     def text(self) -> bytes:

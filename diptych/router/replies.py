@@ -31,6 +31,13 @@ def send_error(client: Client, error: DiptychError, headers: Headers) -> None:
     client.send(error.status, extra, error_body(error))
 
 
+def with_retry_after(status: int, headers: Headers) -> Headers:
+    """The headers of an answer that a server has told, with Retry-After if trying again can help and it lacks one."""
+    if status != Unavailable.status or any(name == b"retry-after" for name, _ in headers):
+        return headers
+    return [*headers, (b"retry-after", b"%d" % RETRY_AFTER_S)]
+
+
 def send_json(client: Client, value: Any, headers: Headers, status: int = 200) -> None:
     client.send(status, [JSON, *headers], msgspec.json.encode(value))
 

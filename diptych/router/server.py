@@ -289,7 +289,7 @@ class ClientConnection(asyncio.Protocol):
         if not answer.keep_alive or (self._server.draining and not self._waiting):  # it may have begun before
             self._transport.close()
             return
-        if len(self._waiting) <= MAX_PIPELINED:  # one of them is served now
+        if len(self._waiting) - 1 < MAX_PIPELINED:  # once the next is being served
             self._transport.resume_reading()
         self._serve_next()
 

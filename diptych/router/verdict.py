@@ -10,7 +10,8 @@ from enum import Enum
 
 import msgspec
 
-LEAVING = (b"draining", b"the engine of this server has stopped")
+_DRAINING = b"draining"
+LEAVING = (_DRAINING, b"the engine of this server has stopped")
 _DIED = b'"engine_lost"'  # the code of errors.EngineLost
 OTHER = {"prefill": "decode", "decode": "prefill"}
 
@@ -47,6 +48,11 @@ def does_prefill(answer: bytes) -> bool:
 def is_leaving(status: int, answer: bytes) -> bool:
     """Whether a server says that it takes nothing new any more, for good."""
     return status == 503 and any(word in answer for word in LEAVING)
+
+
+def is_draining(status: int, answer: bytes) -> bool:
+    """Whether a server says that it leaves in order, rather than because its engine died."""
+    return status == 503 and _DRAINING in answer
 
 
 def has_died(status: int, answer: bytes) -> bool:

@@ -125,7 +125,9 @@ class SimUpstream:
         self._transport = transport
         self._addresses = addresses
 
-    async def open(self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body) -> Exchange:
+    async def open(
+        self, server: ServerAddress, method: str, path: str, headers: Headers, body: Body, *, fresh: bool = False
+    ) -> Exchange:
         try:
             address = self._addresses.get(server.host, f"mem://{server.host}/0")
             link = await self._transport.connect(address, HTTP_TIMEOUT_S)

@@ -44,7 +44,7 @@ class MemoryUpstream:
         self.sent: list[tuple[ServerAddress, dict]] = []
         self.exchanges: list[MemoryExchange] = []
 
-    async def open(self, server, method, path, headers, body):
+    async def open(self, server, method, path, headers, body, *, fresh=False):
         await asyncio.sleep(0)
         if server in self.dead:
             raise ServerLost("the server could not be reached", sent=False, gone=True)

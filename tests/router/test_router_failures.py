@@ -212,6 +212,21 @@ async def test_no_server_left_is_a_503_that_says_so(cluster):
     assert c.prefill[0].num_cancelled + len(c.prefill[0].bodies) <= 2
 
 
+@pytest.mark.parametrize(("own", "expected"), [({}, "1"), ({"retry-after": "7"}, "7")])
+async def test_a_servers_own_503_says_when_to_try_again(cluster, own, expected):
+    c = await cluster(1, 1, disable_retries=True)
+    c.decode[0].scripts.append(say(b"{}", 503, own))
+    async with c.http.post("/generate", json=BODY) as response:
+        assert response.status == 503 and response.headers.getall("retry-after") == [expected]
+
+
+async def test_so_does_one_that_is_told_in_a_stream(cluster):
+    c = await cluster(1, 1, disable_retries=True)
+    c.decode[0].scripts.append(refuse(503, sse=True))
+    async with c.http.post("/generate", json={**BODY, "stream": True}) as response:
+        assert response.status == 503 and response.headers.getall("retry-after") == ["1"]
+
+
 async def test_a_stream_that_has_begun_ends_with_an_error(cluster):
     c = await cluster(1, 2)
     c.decode[0].scripts.append(die_after([b'data: {"text": "The"}\n\n', b'data: {"te']))

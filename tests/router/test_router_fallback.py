@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from mock_server import hang, reset
+from mock_server import MockServer, hang, reset
 from router_cluster import until
 
 from diptych.testing.processes import metrics
@@ -167,7 +167,13 @@ async def test_a_lost_decode_server_is_tried_elsewhere(cluster: Any) -> None:
     await c.post("/generate", BODY)
     for server in c.decode:
         server.bodies.clear()
-    c.decode[0].scripts.append(reset())
-    c.decode[1].scripts.append(reset())
+
+    async def lost(server: MockServer, request: Any, body: dict[str, Any]) -> Any:
+        for one in c.decode:
+            one.scripts.clear()
+        return await reset()(server, request, body)
+
+    for server in c.decode:
+        server.scripts.append(lost)
     assert (await c.post("/generate", BODY))[0] == 200
-    assert len(c.decode[0].bodies) + len(c.decode[1].bodies) == 3
+    assert [len(server.bodies) for server in c.decode] == [1, 1]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import resource
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from router_cluster import until
 
+from diptych.errors import Unavailable
 from diptych.net import listen_socket
-from diptych.router.config import RouterConfig
-from diptych.router.exchange import Client, ClientRequest
+from diptych.router.client import HttpUpstream
+from diptych.router.config import RouterConfig, ServerAddress
+from diptych.router.exchange import Client, ClientRequest, ServerLost
 from diptych.router.limits import Gate
 from diptych.router.server import MAX_HEAD_BYTES, MAX_PIPELINED, STALL_S, HttpServer
 
@@ -204,3 +208,16 @@ async def test_a_router_without_sockets_blames_no_server(cluster: Any) -> None:
     assert c.router.metrics.retries == 0
     assert (await c.post("/generate", {"text": "a"}))[0] == 200
     writer.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_server_that_this_machine_has_no_address_for_is_lost(host: str) -> None:
+    """Without IPv6 the error is that of a router without ports, which no server is blamed for."""
+    upstream = HttpUpstream()
+
+    async def connect(*_: Any) -> Any:
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    upstream._loop = SimpleNamespace(create_connection=connect, time=upstream._loop.time)
+    with pytest.raises(ServerLost if ":" in host else Unavailable):
+        await upstream._connect(ServerAddress(host, 1))

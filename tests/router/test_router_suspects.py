@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from mock_server import MockServer, refuse
+from mock_server import MockServer, hang, refuse
 from router_cluster import Cluster, held, until
 
 from diptych.errors import EngineLost
+from diptych.router.limits import Line, Turn
 from diptych.router.retry import Suspect
 
 POISON = {"text": "poison"}
@@ -143,11 +144,109 @@ async def test_a_client_that_leaves_gives_its_turn_away(suspected: Suspected) ->
     assert sorted(answer[0] if isinstance(answer, tuple) else 499 for answer in answers) == [200] * 4 + [499]
 
 
+async def test_one_that_hangs_does_not_hold_up_the_others(
+    suspected: Suspected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diptych.router.limits.TURN_S", 0.05)
+    c, third, tasks = await suspected("decode", HARMLESS)
+    third.scripts.append(hang())
+    await turn(c, third, healthy=True)
+    await until(lambda: sum(task.done() for task in tasks) == 4)
+    assert c.router.app._core.alone.num_waiting == 0
+    [stuck] = [task for task in tasks if not task.done()]
+    assert [task.result()[0] for task in tasks if task is not stuck] == [200] * 4
+    stuck.cancel()
+
+
+async def test_a_turn_that_is_over_is_given_away_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line()
+    first, second = Turn(line), Turn(line)
+    monkeypatch.setattr("diptych.router.limits.TURN_S", 0.0)
+    await first.take()
+    monkeypatch.setattr("diptych.router.limits.TURN_S", 1e6)
+    await second.take()
+    first.leave()  # as its answer begins now
+    assert line.turn.locked()
+    second.leave()
+    assert not line.turn.locked() and line.num_waiting == 0
+
+
+async def test_those_that_wait_for_their_turn_are_counted(suspected: Suspected) -> None:
+    c, third, tasks = await suspected("decode", HARMLESS)
+    third.scripts.append(hang())
+    await turn(c, third, healthy=True)
+    await until(lambda: len(third.bodies) == 1)
+    async with c.http.get("/metrics") as response:
+        assert "diptych_router_suspects_waiting 4.0" in await response.text()
+    for task in tasks:
+        task.cancel()
+
+
+async def test_the_next_suspect_goes_where_no_other_is(suspected: Suspected) -> None:
+    """So that the death of a server is not held against two. It may have failed before, if it is back."""
+    c, third, tasks = await suspected("decode", [{**body, "stream": True} for body in HARMLESS])
+    first = c.decode[0]
+    first.scripts.clear()
+    first.bodies.clear()
+    third.gates = first.gates = [asyncio.Event(), asyncio.Event()]
+    await turn(c, third, healthy=True)
+    await until(lambda: len(third.bodies) == 1)
+    await turn(c, first, healthy=True)
+    assert first.bodies == []
+    third.gates[0].set()
+    await until(lambda: len(third.bodies) + len(first.bodies) > 1)
+    assert len(first.bodies) == 1
+    third.gates[1].set()
+    assert [(await task)[0] for task in tasks] == [200] * 5
+
+
+async def test_deaths_at_once_on_kept_connections_count_from_the_second_attempt_on(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diptych.router.client.STALE_S", 1e6)  # all of them are at once
+    c = await cluster(1, 6, health_check_interval_secs=0.02)
+    await asyncio.gather(*(c.post("/generate", HARMLESS[0]) for _ in range(24)))  # connections are kept
+    dead: list[MockServer] = []
+    killed: list[asyncio.Task[None]] = []
+
+    async def die(server: MockServer, request: Any, body: dict[str, Any]) -> Any:
+        dead.append(server)
+        killed.append(asyncio.create_task(server.stop()))
+        await asyncio.Event().wait()
+
+    for server in c.decode:
+        server.scripts.append(die)
+    assert_given_up(await c.post("/generate", POISON), 2)
+    assert len(dead) == 3
+    await asyncio.gather(*killed)
+
+
+async def test_a_server_whose_engine_has_stopped_is_dead_however_it_was_heard(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The health check hears it first, then the request's own connection is cut."""
+    monkeypatch.setattr("diptych.router.client.STALE_S", 0.0)
+    c = await cluster(1, 6, health_check_interval_secs=0.02)
+    dead: list[MockServer] = []
+
+    async def die(server: MockServer, request: Any, body: dict[str, Any]) -> Any:
+        dead.append(server)
+        server.refusal = (503, WORDS)
+        await until(lambda: not known(c, server).healthy)
+        request.transport.abort()
+        await asyncio.Event().wait()
+
+    for server in c.decode:
+        server.scripts.append(die)
+    assert_given_up(await c.post("/generate", POISON), 2)
+    assert len(dead) == 2
+
+
 async def test_all_are_told_in_time_that_there_is_no_server(suspected: Suspected) -> None:
     """They are held together, not one after the other."""
     c, _, tasks = await suspected("decode", hold_timeout_secs=0.5)
     assert [(await task)[0] for task in tasks] == [503] * 6
-    assert c.router.app._core.hold.num_held == 0 and not c.router.app._core._alone.locked()
+    assert c.router.app._core.hold.num_held == 0 and not c.router.app._core.alone.turn.locked()
 
 
 # the rule

@@ -11,7 +11,7 @@ from mock_server import hang, refuse
 
 from diptych.errors import DeadlineExceeded, DiptychError, EngineLost, TransferError, Unavailable
 from diptych.router.replies import error_body
-from diptych.router.verdict import Guilt, does_prefill, guilt, has_died, is_leaving
+from diptych.router.verdict import Guilt, does_prefill, guilt, has_died, is_draining, is_leaving
 from diptych.transfer.room import HubOptions, KVPoll, RoomEnd
 from diptych.types import Finish
 
@@ -97,7 +97,9 @@ def test_who_can_do_the_prefill() -> None:
 def test_who_is_leaving() -> None:
     draining = b'{"error":{"message":"this server is draining; send the request to another server, or later"}}'
     assert is_leaving(503, draining) and not is_leaving(500, draining)
-    assert is_leaving(503, b'{"error":{"message":"the engine of this server has stopped"}}')
+    assert is_draining(503, draining) and not is_draining(500, draining)
+    stopped = b'{"error":{"message":"the engine of this server has stopped"}}'
+    assert is_leaving(503, stopped) and not is_draining(503, stopped)
     assert not is_leaving(503, b'{"error":{"message":"the queue is full"}}')
     assert not is_leaving(503, b"the engine of this server does not answer")  # it may again
 
