@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from kube_world import NAMESPACE
 
 from diptych.errors import DiptychError, NotFound, Unavailable
@@ -262,6 +263,18 @@ class Driver:
                 self.queue.add(Key(controller, *key))
         self.run(seconds, tick_s=5.0)
         return len(self.api.writes) == before
+
+
+def refuse(driver: Driver, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The API server refuses every apply of this kind, until `monkeypatch.undo`."""
+    apply = driver.api.apply
+
+    def refusing(kind: Kind, obj: Json, subresource: str = "") -> Json:
+        if kind.kind == what:
+            raise ApiError(f"exceeded quota of {what}")
+        return apply(kind, obj, subresource)
+
+    monkeypatch.setattr(driver.api, "apply", refusing)
 
 
 def image_of(pod: Json) -> str:

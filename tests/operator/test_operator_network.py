@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,6 +63,20 @@ def test_the_servers_refusals_are_errors_that_say_what_to_do(world: World) -> No
     world.server.faults.delay(5.0)
     with pytest.raises(Unavailable):
         api.within(0.2).get(CONFIG_MAP, NAMESPACE, "c")
+
+
+@pytest.mark.parametrize(("listens", "words"), [(False, os.strerror(errno.ECONNREFUSED)), (True, "timed out")])
+def test_that_the_server_is_away_is_said_in_words(listens: bool, words: str) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        if listens:
+            sock.listen()
+        configuration = Configuration(host=f"http://127.0.0.1:{sock.getsockname()[1]}")
+        api = Api(configuration, Metrics()).within(0.2)
+        with pytest.raises(Unavailable) as caught:
+            api.get(CONFIG_MAP, NAMESPACE, "c")
+        api.close()
+    assert caught.value.message == f"the API server does not answer: {words}"
 
 
 def test_long_lists_come_in_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

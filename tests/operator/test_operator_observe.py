@@ -185,16 +185,32 @@ def test_a_restart_counts_once_the_pod_was_ready(ready: str, turned: int, starte
 
 
 @pytest.mark.parametrize(
-    ("status", "since", "restarted"),
-    [("True", 10, True), ("True", 4, False), ("True", 15, False), ("False", 10, False)],
+    ("ready", "updating", "restarted"),
+    [
+        (("True", 10), ("False", 2), True),
+        (("True", 2), ("False", 10), True),  # made by the update that ended then
+        (("True", 10), ("True", 2), False),  # one more than the group needs
+        (("True", 10), None, False),
+        (("True", 4), ("False", 2), False),
+        (("True", 15), ("False", 2), False),
+        (("False", 10), ("False", 2), False),
+    ],
 )
-def test_what_nobody_saw_is_judged_by_what_the_group_last_said(status: str, since: int, restarted: bool) -> None:
+def test_what_nobody_saw_is_judged_by_what_the_group_last_said(
+    ready: tuple[str, int], updating: tuple[str, int] | None, restarted: bool
+) -> None:
     """The pod, made at 5, was started again at 15 and is ready since 20."""
     each = pod("g-a-0")
     each["metadata"]["creationTimestamp"] = at(5)
     each["status"]["conditions"][0]["lastTransitionTime"] = at(20)
     state = {"running": {"startedAt": at(15)}}
     each["status"]["containerStatuses"] = [{"name": "engine", "restartCount": 1, "state": state}]
-    said = {"conditions": [{"type": "Ready", "status": status, "lastTransitionTime": at(since)}]}
-    (found,) = observe({**GROUP, "status": said}, {"a": ("StatefulSet", workload("StatefulSet"))}, [each]).roles
+    said = [
+        {"type": name, "status": turn[0], "lastTransitionTime": at(turn[1])}
+        for name, turn in (("Ready", ready), ("RollingUpdateInProgress", updating))
+        if turn
+    ]
+    (found,) = observe(
+        {**GROUP, "status": {"conditions": said}}, {"a": ("StatefulSet", workload("StatefulSet"))}, [each]
+    ).roles
     assert [one.restarted for one in found.pods] == [restarted]

@@ -134,6 +134,26 @@ def test_a_failed_update_is_an_exit_status_of_1(world: World, run: Command) -> N
     assert code == 1 and "there is no ClusterEngineRuntimeProfile none" in text
 
 
+def test_rollout_status_waits_while_something_is_refused_and_says_what(
+    world: World, run: Command, monkeypatch: Any
+) -> None:
+    world.start()
+    world.create(group("g", role("a")))
+    world.wait_ready("g")
+    world.server.faults.forbid("write", "PodDisruptionBudget")
+    world.edit("g", lambda each: each["spec"]["roles"][0].update(podDisruptionBudget={"maxUnavailable": 1}))
+    until(lambda: world.conditions("g")["Progressing"]["reason"] == "FailedReconcile", "it is refused")
+    assert world.is_ready("g")
+    monkeypatch.setattr(rollout, "POLL_S", 0.01)
+    code, text, told = run("rollout", "status", "g", "--timeout", "0.2")
+    refusal = "refused, and tried again: PATCH "
+    assert code != 0 and text.startswith(refusal) and "PodDisruptionBudget is forbidden" in text
+    assert f"0.2 s: {refusal}" in told
+    world.server.faults.clear()
+    code, text, _ = run("rollout", "status", "g", "--timeout", "60")
+    assert code == 0 and world.names("PodDisruptionBudget") == ["g-a"]
+
+
 def test_rollout_status_waits_for_an_api_server_that_is_away(world: World, run: Command, monkeypatch: Any) -> None:
     world.start()
     world.create(group("g", role("a")))

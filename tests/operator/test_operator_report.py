@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from driver import DirectApi, Driver
+import pytest
+from driver import DirectApi, Driver, refuse
 from kube_world import group, role
 
 from diptych.group.operator.events import MAX_KNOWN, MAX_MESSAGE, QUIET_S, Events
@@ -59,6 +60,19 @@ def test_pods_that_become_ready_one_after_the_other_are_few_writes() -> None:
     assert driver.ready("g")
     statuses = [name for verb, kind, name in driver.api.writes if (verb, kind) == ("apply", "RoleBasedGroup")]
     assert len(statuses) <= 3
+
+
+@pytest.mark.parametrize("first", ["ConfigMap", ""])
+def test_a_status_that_is_refused_is_told_and_hides_nothing(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    driver = Driver()
+    refuse(driver, monkeypatch, "RoleBasedGroup")  # of which only the status is ever applied
+    if first:
+        refuse(driver, monkeypatch, first)
+    driver.create(group("g", role("a")))
+    driver.run(5)
+    told = driver.events("FailedReconcile")
+    assert any("quota of RoleBasedGroup" in each for each in told)
+    assert all(f"quota of {first}" in each for each in told)
 
 
 def test_a_group_that_is_no_longer_ready_says_so_at_once() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from driver import Crash, Driver, is_pod_ready
+from driver import Crash, Driver, is_pod_ready, set_image
 from kube_world import group, role
 
 from diptych.group.actions import Failures
@@ -41,6 +41,31 @@ def test_a_bad_start_while_the_operator_is_away_is_no_failure(driver: Driver, po
     driver.restart()
     driver.run(30)
     assert driver.ready("g") and uids(driver) == before and restarting(driver) == "False"
+
+
+@pytest.mark.parametrize("policy", [INSTANCE, WHOLE])
+def test_a_bad_start_beside_as_many_ready_pods_as_are_wanted_is_no_failure(driver: Driver, policy: str) -> None:
+    """The group turns ready while an update goes on, whose new pod is one more than that needs."""
+    strategy = {"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    workload = {"apiVersion": "apps/v1", "kind": "Deployment"}
+    one = role("a", 2, workload=workload, restartPolicy=policy, rolloutStrategy=strategy)
+    driver.create(group("g", one, role("b")))
+    driver.run(5)
+    old = set(driver.pods())
+    driver.cluster.pods.behaviour = Behaviour(ready_s=20.0)
+    driver.edit("g", set_image("engine:2", "a"))
+    driver.run(3)
+    (new,) = set(driver.pods()) - old
+    driver.cluster.pods.behaviour = Behaviour(ready_s=1.0)
+    driver.delete("Pod", "g-b-0")
+    driver.run(5)
+    assert driver.ready("g") and not is_pod_ready(driver.pods()[new])
+    driver.cluster.pods.crash(new)
+    before = uids(driver)
+    driver.run(60)
+    assert uids(driver)[new] == before[new] and uids(driver)["g-b-0"] == before["g-b-0"]
+    annotations = driver.read("RoleBasedGroup", "g")["metadata"].get("annotations") or {}
+    assert driver.ready("g") and observe.FAILURES not in annotations
 
 
 @pytest.mark.parametrize("policy", [INSTANCE, WHOLE])

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from driver import Driver, image_of, is_pod_ready, set_image
+from driver import Driver, image_of, is_pod_ready, refuse, set_image
 from kube_world import NAMESPACE, role
 
 from diptych.group.operator.report import TEMPLATE
@@ -155,6 +155,59 @@ def test_a_set_leaves_a_group_that_went_back_as_it_is_until_it_has_another_templ
     driver.run(60)
     assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
     assert driver.read("RoleBasedGroupSet", "s")["status"]["updatedReplicas"] == 2
+
+
+def test_a_set_that_returns_to_a_template_its_groups_once_went_back_from_applies_it(driver: Driver) -> None:
+    strategy = {"progressDeadlineSeconds": 20, "rollbackOnFailure": True}
+    driver.create(group_set("s", 2, role("a", rolloutStrategy=strategy)))
+    driver.run(5)
+    fixed = driver.cluster.pods.rule(name="s-*", ready_s=None)
+    edit_set(driver, "engine:2")
+    driver.run(25)
+    fixed()  # what was wrong, once they have gone back
+    driver.run(40)
+    assert len(driver.events("RolledBack")) == 2
+    edit_set(driver, "engine:1")
+    driver.run(30)
+    edit_set(driver, "engine:2")
+    driver.run(30)
+    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
+    found = driver.read("RoleBasedGroupSet", "s")
+    assert found["status"]["observedGeneration"] == found["metadata"]["generation"]
+    assert (found["status"]["readyReplicas"], found["status"]["updatedReplicas"]) == (2, 2)
+    assert driver.events("FailedReconcile") == []
+
+
+def test_a_group_of_which_something_is_refused_is_missing(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = group_set("s", 3, role("a", 2))
+    made["spec"]["rolloutStrategy"] = {"rollingUpdate": {"maxUnavailable": 1}}
+    driver.create(made)
+    driver.run(5)
+    refuse(driver, monkeypatch, "PodDisruptionBudget")
+
+    def change(each: Json) -> None:
+        each["spec"]["template"]["roles"][0]["podDisruptionBudget"] = {"maxUnavailable": 1}
+        set_image("engine:2")({"spec": each["spec"]["template"]})
+
+    driver.edit("s", change, "RoleBasedGroupSet")
+    driver.run(60)
+    assert {name[:3] for name, pod in driver.pods().items() if image_of(pod) == "engine:2"} == {"s-2"}
+    assert driver.ready("s-2") and driver.conditions("s-2")["Progressing"]["reason"] == "FailedReconcile"
+    monkeypatch.undo()
+    driver.run(300)
+    assert {image_of(pod) for pod in driver.pods().values()} == {"engine:2"}
+    assert len(driver.names("PodDisruptionBudget")) == 3
+
+
+@pytest.mark.parametrize("replicas", [2, 2_000_000_000])
+def test_a_status_that_is_refused_is_told_and_hides_nothing(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, replicas: int
+) -> None:
+    refuse(driver, monkeypatch, "RoleBasedGroupSet")  # of which only the status is ever applied
+    driver.create(group_set("s", replicas, role("a")))
+    driver.run(5)
+    (told,) = driver.events("FailedReconcile")
+    assert "quota of RoleBasedGroupSet" in told and ("too many" in told) == (replicas > 2)
 
 
 def test_an_operator_that_finds_groups_without_the_mark_of_their_template_changes_nothing_else(driver: Driver) -> None:

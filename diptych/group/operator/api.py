@@ -188,7 +188,7 @@ class Api:
             response = self._client.call_api(*request, _request_timeout=timeout_s or self._timeout_s)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             self._metrics.api_requests.labels(verb, "none").inc()
-            raise Unavailable(f"the API server does not answer: {type(error).__name__}") from None
+            raise Unavailable(f"the API server does not answer: {_in_words(error)}") from None
         self._metrics.api_requests.labels(verb, str(response.status)).inc()
         if not 200 <= response.status < 300:
             raise _error(verb, path, response)
@@ -235,6 +235,13 @@ class Watch:
 def _body(response: RESTResponse) -> bytes:
     data: bytes = response.read()
     return data
+
+
+def _in_words(error: Exception) -> str:
+    """What is wrong with a connection, without what urllib3 wraps it in."""
+    reason = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason else error
+    cause = reason.__cause__ or next((each for each in reason.args if isinstance(each, OSError)), reason)
+    return getattr(cause, "strerror", None) or str(cause)
 
 
 def _error(verb: str, path: str, response: RESTResponse) -> DiptychError:

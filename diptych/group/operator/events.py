@@ -10,12 +10,13 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Literal
 
 from diptych.errors import DiptychError
-from diptych.group.operator.api import Api
+from diptych.group.operator.api import Api, ApiError
 from diptych.group.operator.resources import EVENT, Json
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,15 @@ class Events:
         self._api, self._component, self._clock = api, component, clock
         self._lock = threading.Lock()
         self._known: OrderedDict[str, tuple[float, int, str]] = OrderedDict()  # name: written at, count, first time
+
+    @contextmanager
+    def of_refusals(self, obj: Json) -> Iterator[None]:
+        """Says about `obj` what the API server refuses meanwhile: only a person can change that."""
+        try:
+            yield
+        except ApiError as error:
+            self.tell(obj, "Warning", "FailedReconcile", error.message)
+            raise
 
     def tell(self, obj: Json, level: Level, reason: str, message: str) -> None:
         """Say `message` about `obj`."""

@@ -31,7 +31,7 @@ from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.discovery import config_yaml
 from diptych.group.operator.history import History
 from diptych.group.operator.observe import FAILURES, ROLLOUT, failures_text
-from diptych.group.operator.report import MAX_MESSAGE, Reporter
+from diptych.group.operator.report import MAX_MESSAGE, Reporter, adding_to
 from diptych.group.operator.resources import (
     ADAPTER,
     CONFIG_MAP,
@@ -71,15 +71,16 @@ class GroupReconciler:
             return None
         now = self._clock()
         status = group_status(view.desired, view.observed, group["metadata"]["generation"], now)
-        try:
-            waits = [_Pass(self._cluster, view, now).carry_out(plan(view.desired, view.observed, now))]
-        except ApiError as error:  # what only a person can change
-            self._cluster.events.tell(group, "Warning", "FailedReconcile", error.message)
+        with self._cluster.events.of_refusals(group):
+            try:
+                waits = [_Pass(self._cluster, view, now).carry_out(plan(view.desired, view.observed, now))]
+            except ApiError as error:
+                if not view.deleted:
+                    with adding_to(error):
+                        self._reporter.write(group, not_carried_out(status, error.message[:MAX_MESSAGE]), now)
+                raise
             if not view.deleted:
-                self._reporter.write(group, not_carried_out(status, error.message[:MAX_MESSAGE]), now)
-            raise
-        if not view.deleted:
-            waits.append(self._reporter.write(group, status, now))
+                waits.append(self._reporter.write(group, status, now))
         return min((wait_s for wait_s in waits if wait_s is not None), default=None)
 
     def _look(self, group: Json) -> View:

@@ -32,14 +32,14 @@ def observe(group: Json, workloads: Mapping[str, tuple[Kind, Json]], pods: Seque
     """`workloads`: those the group controls, by role. `pods`: all that carry its labels; those that none of its
     workloads made are somebody else's, whatever their labels say."""
     by_role: dict[str, list[Json]] = {}
-    ready_at = _reported_ready_at(group)
+    whole_at = _reported_whole_at(group)
     for pod in pods:
         role = pod["metadata"]["labels"].get(ROLE_LABEL, "")
         if role and _is_made_for(pod, names.workload_name(group["metadata"]["name"], role)):
             by_role.setdefault(role, []).append(pod)
-    roles = [_role(name, *found, by_role.get(name, []), ready_at) for name, found in workloads.items()]
+    roles = [_role(name, *found, by_role.get(name, []), whole_at) for name, found in workloads.items()]
     for name in by_role.keys() - workloads.keys():  # the workload is gone, its pods are ending
-        states = tuple(_pod(pod, ready_at) for pod in by_role[name])
+        states = tuple(_pod(pod, whole_at) for pod in by_role[name])
         roles.append(ObservedRole(name=name, target=Target(0, 0, ""), pods=states, deleting=True))
     return Observed(roles=tuple(sorted(roles, key=lambda role: role.name)), failures=_failures(group))
 
@@ -55,16 +55,16 @@ def _is_made_for(pod: Json, workload: str) -> bool:
     return made == workload and (owner["kind"] == "ReplicaSet" or (owner["kind"] == "StatefulSet" and suffix.isdigit()))
 
 
-def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json], ready_at: float) -> ObservedRole:
+def _role(name: str, kind: Kind, workload: Json, pods: Sequence[Json], whole_at: float) -> ObservedRole:
     metadata, spec = workload["metadata"], workload["spec"]
     annotations = metadata.get("annotations") or {}
     if not is_marked(workload):
         pods = [_marked(pod, workload) for pod in pods]
     if kind == "LeaderWorkerSet":
         size = spec["leaderWorkerTemplate"].get("size") or 1
-        states = _replicas_of_leaders(metadata["name"], size, pods, ready_at)
+        states = _replicas_of_leaders(metadata["name"], size, pods, whole_at)
     else:
-        states = [_pod(pod, ready_at) for pod in pods]
+        states = [_pod(pod, whole_at) for pod in pods]
     if kind == "StatefulSet":  # pods of an earlier one of the same name end before there can be new ones
         old = {pod["metadata"]["uid"] for pod in pods if controller_of(pod)["uid"] != metadata["uid"]}
         states = [msgspec.structs.replace(each, phase="stopping") if each.uid in old else each for each in states]
@@ -117,7 +117,7 @@ def _target(kind: Kind, spec: Json, revision: str) -> Target:
     return Target(replicas, rolling.get("partition") or 0, revision)
 
 
-def _pod(pod: Json, ready_at: float) -> PodState:
+def _pod(pod: Json, whole_at: float) -> PodState:
     metadata, status = pod["metadata"], pod.get("status") or {}
     conditions = {each["type"]: each for each in status.get("conditions") or []}
     ready: Json = conditions.get("Ready", {})
@@ -132,7 +132,7 @@ def _pod(pod: Json, ready_at: float) -> PodState:
         unplaced=conditions.get("PodScheduled", {}).get("reason") == "Unschedulable",
         ready=ready.get("status") == "True",
         ready_since=unix_time(ready.get("lastTransitionTime")),
-        restarted=_is_restarted(pod, ready, ready_at),
+        restarted=_is_restarted(pod, ready, whole_at),
         unproven=_is_unproven(status, conditions, metadata),
         cut_off=ready.get("status") == "False" and _could_be_ready(pod, conditions),
     )
@@ -169,12 +169,12 @@ def _phase(pod: Json) -> Phase:
     return "exited" if (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded") else "running"
 
 
-def _is_restarted(pod: Json, ready: Json, ready_at: float) -> bool:
+def _is_restarted(pod: Json, ready: Json, whole_at: float) -> bool:
     """Whether a container was restarted in the pod once it had been ready.
 
-    Ready's last turn tells, if it came before the container's last start. If it came after, which is all that there is
-    to see when nobody looked meanwhile, the pod may also have had a bad start. Then it is taken for restarted if it was
-    there when the group was last reported ready, as a whole, and the container was started since.
+    Ready's last turn tells, if it came before the container's last start. If it came after, the pod may have been ready
+    before, while nobody looked, or have had a bad start. It is taken for restarted if it was there when the group was
+    last reported whole, and the container was started since.
     """
     status, created_at = pod.get("status") or {}, unix_time(pod["metadata"].get("creationTimestamp"))
     all_statuses = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
@@ -184,7 +184,7 @@ def _is_restarted(pod: Json, ready: Json, ready_at: float) -> bool:
     started_at, turned_at = max(map(_started_at, again)), unix_time(ready.get("lastTransitionTime"))
     if turned_at < started_at or (turned_at == started_at and ready.get("status") == "False"):
         return True
-    return created_at <= ready_at < started_at
+    return created_at <= whole_at < started_at
 
 
 def _started_at(container: Json) -> float:
@@ -193,14 +193,19 @@ def _started_at(container: Json) -> float:
     return next((unix_time(each["startedAt"]) for each in states if each.get("startedAt")), 0.0)
 
 
-def _reported_ready_at(group: Json) -> float:
-    """Since when the group's status says that it is ready; minus infinity if it does not."""
+def _reported_whole_at(group: Json) -> float:
+    """Since when the group's status says that it is ready and that no update goes on; minus infinity if it does not.
+
+    Ready alone is no word about every pod: while an update goes on there may be one more than it needs.
+    """
     conditions = {each["type"]: each for each in (group.get("status") or {}).get("conditions") or []}
-    ready: Json = conditions.get("Ready", {})
-    return unix_time(ready["lastTransitionTime"]) if ready.get("status") == "True" else float("-inf")
+    wanted = [conditions.get(name, {}) for name in ("Ready", "RollingUpdateInProgress")]
+    if [each.get("status") for each in wanted] != ["True", "False"]:
+        return float("-inf")
+    return max(unix_time(each["lastTransitionTime"]) for each in wanted)
 
 
-def _replicas_of_leaders(workload: str, size: int, pods: Sequence[Json], ready_at: float) -> list[PodState]:
+def _replicas_of_leaders(workload: str, size: int, pods: Sequence[Json], whole_at: float) -> list[PodState]:
     """One state a replica: its leader's, ready when all its `size` pods are. Each leader has a StatefulSet of its name,
     which makes the workers."""
     members: dict[str, list[PodState]] = {}
@@ -208,8 +213,8 @@ def _replicas_of_leaders(workload: str, size: int, pods: Sequence[Json], ready_a
     for pod in pods:
         is_leader = controller_of(pod)["name"] == workload
         leader = pod["metadata"]["name"] if is_leader else controller_of(pod)["name"]
-        members.setdefault(leader, []).append(_pod(pod, ready_at))
-        leaders += [_pod(pod, ready_at)] if is_leader else []
+        members.setdefault(leader, []).append(_pod(pod, whole_at))
+        leaders += [_pod(pod, whole_at)] if is_leader else []
     return [_whole(leader, members[leader.name], size) for leader in leaders]
 
 

@@ -4,9 +4,13 @@ that pods that become ready one after the other are one write."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
+from diptych.errors import DiptychError
 from diptych.group import actions
+from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.resources import GROUP, Json, key_of
 
@@ -54,6 +58,15 @@ class Reporter:
         status = actions.GroupStatus(group["metadata"]["generation"], conditions, ())
         new = as_json(status, old, now) | _of_template(group) | {"roleStatuses": old.get("roleStatuses") or []}
         self._cluster.apply_status(GROUP, group, new)
+
+
+@contextmanager
+def adding_to(error: ApiError) -> Iterator[None]:
+    """Where `error` is reported: what goes wrong with that does not hide it. Raises ApiError that says both."""
+    try:
+        yield
+    except DiptychError as second:
+        raise ApiError(f"{error.message}; and the status cannot say so: {second.message}") from second
 
 
 def as_json(status: actions.GroupStatus, old: Json, now: float) -> Json:

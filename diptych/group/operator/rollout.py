@@ -112,27 +112,36 @@ def undo(target: Target, args: argparse.Namespace) -> int:
 
 
 def status(target: Target, args: argparse.Namespace) -> int:
-    """Waits for Ready of the spec as it is; the conditions' messages are shown as they change."""
+    """Waits until the spec is carried out and Ready; the conditions' messages are shown as they change."""
     deadline, shown = time.monotonic() + args.timeout, ""
     while True:
         group = _read_by(deadline, target)
         conditions = {each["type"]: each for each in (group.get("status") or {}).get("conditions") or []}
         generation = group["metadata"]["generation"]
         current = {name: each for name, each in conditions.items() if each.get("observedGeneration") == generation}
-        text = "; ".join(each["message"] for each in current.values() if each["message"])
+        text = _told(current)
         if text != shown:
             print(text, flush=True)
             shown = text
-        ready, progressing = current.get("Ready", {}), current.get("Progressing", {})
-        if ready.get("status") == "True" and current.get("RollingUpdateInProgress", {}).get("status") != "True":
+        states = {name: each["status"] for name, each in current.items()}
+        at_work = states.get("RollingUpdateInProgress") == "True" or states.get("Progressing") == "False"
+        if states.get("Ready") == "True" and not at_work:
             return 0
-        if progressing.get("reason") in ("ProgressDeadlineExceeded", "InvalidSpec"):
+        if current.get("Progressing", {}).get("reason") in ("ProgressDeadlineExceeded", "InvalidSpec"):
             return 1
         if time.monotonic() > deadline:
             raise DeadlineExceeded(
-                f"group {target.name} was not ready within {args.timeout:g} s: {text or 'no status'}"
+                f"group {target.name} was not as its spec wants it within {args.timeout:g} s: {text or 'no status'}"
             )
         time.sleep(POLL_S)
+
+
+def _told(conditions: Mapping[str, Json]) -> str:
+    """What they say; of a refusal only that: it is what a person has to mend."""
+    progressing = conditions.get("Progressing", {})
+    if progressing.get("reason") == "FailedReconcile":
+        return f"refused, and tried again: {progressing['message']}"
+    return "; ".join(each["message"] for each in conditions.values() if each["message"])
 
 
 def _read_by(deadline: float, target: Target) -> Json:

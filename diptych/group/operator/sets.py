@@ -20,7 +20,7 @@ from diptych.group.names import child_name
 from diptych.group.operator.api import ApiError
 from diptych.group.operator.cluster import Cluster
 from diptych.group.operator.history import ROLLED_BACK
-from diptych.group.operator.report import TEMPLATE, timestamp
+from diptych.group.operator.report import TEMPLATE, adding_to, timestamp
 from diptych.group.operator.resources import GROUP, GROUP_SET, Json
 from diptych.group.operator.template import EXCLUSIVE_TOPOLOGY
 
@@ -41,13 +41,14 @@ class SetReconciler:
             return None
         found = self._cluster.owned(GROUP, owner["metadata"]["uid"])
         groups = {group["metadata"]["name"]: group for group in found}
-        try:
-            self._carry_out(owner, groups)
-        except ApiError as error:  # what only a person can change
-            self._cluster.events.tell(owner, "Warning", "FailedReconcile", error.message)
+        with self._cluster.events.of_refusals(owner):
+            try:
+                self._carry_out(owner, groups)
+            except ApiError as error:
+                with adding_to(error):
+                    self._tell(owner, groups)
+                raise
             self._tell(owner, groups)
-            raise
-        self._tell(owner, groups)
         return None
 
     def _tell(self, owner: Json, groups: Mapping[str, Json]) -> None:
@@ -93,7 +94,9 @@ def _has_template(group: Json, template: str) -> bool:
 
 
 def _went_back(group: Json, template: str) -> bool:
-    return bool((group["metadata"].get("annotations") or {}).get(ROLLED_BACK) == template)
+    """Whether it was given this template, and none since, and has returned to the one before."""
+    from_template = (group["metadata"].get("annotations") or {}).get(ROLLED_BACK)
+    return _has_template(group, template) and bool(from_template == template)
 
 
 def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
@@ -106,6 +109,7 @@ def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
             if (each.get("scalingAdapter") or {}).get("enable") and current.get(each["name"]) is not None:
                 each["replicas"] = current[each["name"]]
     topology = (metadata.get("annotations") or {}).get(EXCLUSIVE_TOPOLOGY)
+    annotations = {TEMPLATE: template_hash(owner), ROLLED_BACK: ""}  # it has yet to fail with what is given now
     owner_reference = {
         "apiVersion": GROUP_SET.api_version,
         "kind": GROUP_SET.kind,
@@ -119,7 +123,7 @@ def child_group(owner: Json, name: str, index: int, live: Json | None) -> Json:
             "namespace": metadata["namespace"],
             "name": name,
             "labels": {SET_LABEL: metadata["name"], INDEX_LABEL: str(index)},
-            "annotations": {TEMPLATE: template_hash(owner)} | ({EXCLUSIVE_TOPOLOGY: topology} if topology else {}),
+            "annotations": annotations | ({EXCLUSIVE_TOPOLOGY: topology} if topology else {}),
             "ownerReferences": [owner_reference],
         },
         "spec": spec,
@@ -160,12 +164,12 @@ def is_ready(group: Json) -> bool:
 
 
 def is_settled(group: Json) -> bool:
-    """Whether it is ready with the template it has, and no update of it goes on."""
+    """Whether it is ready with the template it has, no update of it goes on, and nothing of it is refused."""
     metadata, status = group["metadata"], group.get("status") or {}
     told_of_now = status.get("observedTemplate") == (metadata.get("annotations") or {}).get(TEMPLATE)
-    leaving = "deletionTimestamp" in metadata
-    updating = _conditions(group).get("RollingUpdateInProgress") == "True"
-    return is_ready(group) and told_of_now and not leaving and not updating
+    leaving, conditions = "deletionTimestamp" in metadata, _conditions(group)
+    busy = conditions.get("RollingUpdateInProgress") == "True" or conditions.get("Progressing") == "False"
+    return is_ready(group) and told_of_now and not leaving and not busy
 
 
 def _conditions(group: Json) -> dict[str, str]:
